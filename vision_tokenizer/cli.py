@@ -1,0 +1,22 @@
+"""How every command of the toolkit ends: results with 0, failures with a message and never with 0."""
+
+import sys
+from collections.abc import Callable
+
+from vision_tokenizer.errors import UserError
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run `main` and exit with its code; a `UserError` prints its message and exits with 2.
+
+    Anything else that escapes is a defect of ours and keeps its traceback.
+    """
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on from here", file=sys.stderr, flush=True)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,32 @@
+"""The protocol that every image tokenizer satisfies.
+
+Legend: B batch, H W pixels, h w a branch's code grid. A tokenizer has one or more branches
+(DualViTok: semantic and pixel; Chameleon: one), each with a codebook and a grid of its own.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+
+
+@runtime_checkable
+class ImageTokenizer(Protocol):
+    """A pixel batch of one resolution in, code grids out; code grids in, pixels out."""
+
+    name: str
+    branches: tuple[str, ...]  # names, in the order in which grids are given and returned
+    codebook_sizes: tuple[int, ...]  # codes of a branch lie in [0, size)
+    fingerprint: str  # of the weights and sizes that decide the codes; stable across machines
+    device: torch.device
+
+    def grid_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """(h, w) of each branch for an H x W image, without running the model."""
+        ...
+
+    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, 3, H, W) float32 in [-1, 1] -> per branch (B, h, w) int64 codes, on `device`."""
+        ...
+
+    def decode(self, grids: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Per branch (B, h, w) codes -> (B, 3, H, W) float32, nominally [-1, 1] but not clamped."""
+        ...
