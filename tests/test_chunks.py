@@ -1,0 +1,93 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vision_tokenizer.errors import UserError
+from vision_tokenizer.jobs import chunks
+from vision_tokenizer.jobs.chunks import chunk_table
+
+
+def read_all(path, tmp_path, chunk_items=3):
+    table = chunk_table(path, chunk_items, tmp_path / "cache" / f"{path.name}.chunks.json")
+    return [item for index in range(len(table)) for item in table.read(table[index])]
+
+
+def test_lines_with_blanks_bom_crlf_and_a_broken_one(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"id": 0}\r\n\r\n   \n{"id": 1}\n{"id": 2\n{"id": 3, "t": "\xe5\x87\x8f"}\n\n{"id": 4}')
+    items = read_all(path, tmp_path, chunk_items=2)
+    assert [item.index for item in items] == [0, 1, 2, 3, 4]
+    assert [item.where for item in items] == ["line 1", "line 4", "line 5", "line 6", "line 8"]
+    assert [item.value and item.value["id"] for item in items] == [0, 1, None, 3, 4]
+    assert "not valid JSON" in items[2].error
+    assert items[3].value["t"] == "减"
+
+
+@given(
+    st.lists(
+        st.recursive(
+            st.none() | st.integers() | st.floats(allow_nan=False) | st.text(),
+            lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+            max_leaves=6,
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    st.sampled_from([None, 1]),
+    st.booleans(),
+)
+def test_a_list_comes_back_element_by_element(tmp_path_factory, values, indent, ascii_only):
+    tmp_path = tmp_path_factory.mktemp("list")
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(values, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
+    items = read_all(path, tmp_path)
+    assert [item.value for item in items] == values
+    assert [json.loads(item.raw) for item in items] == values
+    assert all(b"\n" not in item.raw for item in items)
+
+
+def test_a_list_longer_than_the_window(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "_BLOCK", 7)
+    values = [{"n": n, "text": "ß" * n} for n in range(50)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+    assert [item.value for item in read_all(path, tmp_path)] == values
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"conversations": []}', "expected a JSON list, found '{'"),
+        ("", "found nothing"),
+        ("[]", "no items"),
+        ('[{"a": 1},\n {"b": 2', "line 2: not valid JSON.*the file ends before the list does"),
+        ('[{"a": 1} {"b": 2}]', "expected ',' or ']'"),
+        ('[{"a": 1}] 3', "expected nothing after the list"),
+        ('[{"a": 1},\n\n{"b": }]', "line 3: not valid JSON"),
+    ],
+)
+def test_a_json_that_is_no_list_says_where(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_all(path, tmp_path)
+
+
+def test_a_missing_and_an_empty_file(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.jsonl: cannot read the input"):
+        read_all(tmp_path / "gone.jsonl", tmp_path)
+    (tmp_path / "a.jsonl").write_text("\n\n")
+    with pytest.raises(UserError, match="no items"):
+        read_all(tmp_path / "a.jsonl", tmp_path)
+
+
+def test_the_table_is_cached_until_the_file_changes(tmp_path):
+    path, cache = tmp_path / "a.jsonl", tmp_path / "a.chunks.json"
+    path.write_text('{"id": 0}\n')
+    first = chunk_table(path, 3, cache)
+    assert chunk_table(path, 3, cache) == first
+    path.write_text('{"id": 0}\n{"id": 1}\n')
+    second = chunk_table(path, 3, cache)
+    assert (second.items, second.sha256 != first.sha256) == (2, True)

@@ -1,0 +1,90 @@
+"""How a process comes by its chunks, and how the crew learns that all are done.
+
+- alone: every chunk, in order;
+- torchrun: the next number of a counter in the rendezvous store, so fast ranks take more, on any number of nodes;
+- `--rank=i --splits=n` processes of a bash loop, which share nothing but the disk: a contiguous range each.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+
+_FOREVER = timedelta(days=30)
+
+
+class Solo:
+    """One process does all."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self) -> None:
+        self._tallies: Counter[str] = Counter()
+
+    def claim(self, total: int) -> Iterator[int]:
+        """Chunk numbers in [0, total) that this process is to do."""
+        yield from range(total)
+
+    def tally(self, counts: Mapping[str, int]) -> None:
+        """Add to the crew's counters."""
+        self._tallies.update(counts)
+
+    def tallies(self, names: tuple[str, ...]) -> dict[str, int]:
+        """The crew's counters now."""
+        return {name: self._tallies[name] for name in names}
+
+    def wait_for_crew(self) -> Iterator[None]:
+        """Yield now and then until every process of the crew has left its claim loop."""
+        return iter(())
+
+
+class Split(Solo):
+    """Seat `rank` of `splits`: chunks [rank * total / splits, (rank + 1) * total / splits)."""
+
+    def __init__(self, rank: int, splits: int):
+        super().__init__()
+        self.rank, self.world_size = rank, splits
+
+    def claim(self, total: int) -> Iterator[int]:
+        yield from self.chunk_range(total)
+
+    def chunk_range(self, total: int) -> range:
+        return range(self.rank * total // self.world_size, (self.rank + 1) * total // self.world_size)
+
+
+class Torchrun:
+    """A rank under torchrun. Its counters live in the store that torchrun itself rendezvoused through."""
+
+    def __init__(self) -> None:
+        from torch.distributed import PrefixStore, rendezvous
+
+        store, self.rank, self.world_size = next(iter(rendezvous("env://", timeout=_FOREVER)))
+        # after an elastic restart the counters begin anew; finished chunks are known from the disk
+        self._store = PrefixStore(f"vistoken/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+    def claim(self, total: int) -> Iterator[int]:
+        while (number := self._store.add("claimed", 1) - 1) < total:
+            yield number
+        self._store.add("left", 1)
+
+    def tally(self, counts: Mapping[str, int]) -> None:
+        for name, count in counts.items():
+            if count:
+                self._store.add(f"tally/{name}", count)
+
+    def tallies(self, names: tuple[str, ...]) -> dict[str, int]:
+        return {name: self._store.add(f"tally/{name}", 0) for name in names}
+
+    def wait_for_crew(self) -> Iterator[None]:
+        while self._store.add("left", 0) < self.world_size:
+            yield
+            time.sleep(0.2)
+
+
+Claims = Solo | Split | Torchrun
+
+
+def crew() -> Claims:
+    """The claims of this process: the store's where torchrun (or an equal) set its variables, else its own."""
+    return Torchrun() if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() else Solo()

@@ -1,0 +1,67 @@
+"""Files that are either whole or absent: temporary name, fsync, `os.replace`."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from vision_tokenizer.errors import UserError
+
+_OWNER = f"{socket.gethostname()}-{os.getpid()}"  # two writers of one file never share a temporary name
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary neighbour of `path`; leaving the block gives it the name, an exception removes it.
+
+    Raises `UserError` where the disk is full or not writable; nothing is left under the final name.
+    """
+    temporary = path.with_name(f"{path.name}.{_OWNER}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write ({error.strerror or error}). What was finished before is kept: "
+            "make room or fix the permissions, then run the same command again."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files whose writer, on this machine, is dead. Other machines' are left to them."""
+    for path in folder.glob(f"*.{socket.gethostname()}-*.tmp"):
+        if not _alive(int(path.suffixes[-2].rpartition("-")[2])):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,78 @@
+"""One progress bar for the whole crew, on rank 0."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+from vision_tokenizer.jobs.claims import Claims, Split
+from vision_tokenizer.jobs.ledger import Account
+
+
+class Progress:
+    """Items done and to do, time left, and the crew's rates and losses.
+
+    `rates` are tallies shown per second (images, tokens); `Account`s bring the items.
+    """
+
+    def __init__(self, claims: Claims, total: int, description: str, rates: tuple[str, ...] = ("images",)):
+        self._claims, self._rates = claims, rates
+        self._names = ("items", "found", "rejected", "failed", *rates)
+        self._began = time.monotonic()
+        # a log file gets a line now and then, a terminal a live bar
+        interval = 0.2 if sys.stderr.isatty() else 10.0
+        silent = claims.rank != 0 and not isinstance(claims, Split)
+        self._bar = tqdm(
+            total=total, desc=description, unit="item", mininterval=interval, disable=silent, smoothing=0.1
+        )
+        self._found = 0
+
+    def count(self, **tallies: int) -> None:
+        """Add to the tallies shown as rates."""
+        self._claims.tally(tallies)
+        self.refresh()
+
+    def part(self, account: Account) -> None:
+        """A chunk was completed."""
+        self._tally_items("items", account)
+
+    def found(self, account: Account) -> None:
+        """A chunk was there already, from an earlier run: no progress of this one, so it is left out of the rate."""
+        self._tally_items("found", account)
+
+    def _tally_items(self, name: str, account: Account) -> None:
+        self._claims.tally({name: account.items, "rejected": account.rejected, "failed": account.failed})
+        self.refresh()
+
+    def refresh(self) -> None:
+        if self._bar.disable:
+            return
+        now = self._claims.tallies(self._names)
+        elapsed = max(time.monotonic() - self._began, 1e-9)
+        shown = {f"{name}/s": f"{now[name] / elapsed:.3g}" for name in self._rates}
+        self._bar.set_postfix({**shown, "rejected": now["rejected"], "failed": now["failed"]}, refresh=False)
+        if now["found"] != self._found:  # moves the bar and the origin of its rate
+            self._bar.initial += now["found"] - self._found
+            self._bar.n += now["found"] - self._found
+            self._found = now["found"]
+        self._bar.update(now["items"] + now["found"] - self._bar.n)
+
+    def close(self) -> None:
+        self.refresh()
+        self._bar.close()
+
+
+class Stopwatch:
+    """Seconds by stage, e.g. `with watch("encode"): ...`; stages in a pool add up over its threads."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def take(self) -> Mapping[str, float]:
+        """What was measured since the last call."""
+        taken, self.seconds = self.seconds, {}
+        return taken
