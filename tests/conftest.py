@@ -1,0 +1,60 @@
+"""What many tests share: the golden folder, and checkpoints of small models made on the spot from names and shapes."""
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+synthetic_tensor = runpy.run_path(str(GOLDEN / "synthetic_weights.py"))["synthetic_tensor"]
+
+
+def synthetic_state(keys: Path) -> dict[str, torch.Tensor]:
+    """The stand-in weights of a `*_keys.json` file (name -> shape)."""
+    shapes = json.loads(keys.read_text())
+    return {name: torch.from_numpy(synthetic_tensor(name, tuple(shape))) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def dualvitok_config() -> Path:
+    return GOLDEN / "codebook" / "dualvitok_small.py"
+
+
+@pytest.fixture(scope="session")
+def dualvitok_checkpoint(tmp_path_factory) -> Path:
+    """The small DualViTok that the golden codes were computed with."""
+    file = tmp_path_factory.mktemp("dualvitok") / "pytorch_model.bin"
+    torch.save(synthetic_state(GOLDEN / "dualvitok_small_keys.json"), file)
+    return file
+
+
+def _chameleon_folder(folder: Path, keys: Path) -> Path:
+    torch.save({"state_dict": synthetic_state(keys)}, folder / "vqgan.ckpt")
+    for name in ("vqgan.yaml", "text_tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(GOLDEN / "chameleon_small" / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chameleon_folder(tmp_path_factory) -> Path:
+    """The small Chameleon tokenizers: `vqgan.yaml`, `vqgan.ckpt`, `text_tokenizer.json`."""
+    return _chameleon_folder(tmp_path_factory.mktemp("chameleon"), GOLDEN / "vqgan_small_keys.json")
+
+
+@pytest.fixture(scope="session")
+def chameleon_attn_folder(tmp_path_factory) -> Path:
+    """The variant with attention at resolutions 32 and 64."""
+    folder = _chameleon_folder(
+        tmp_path_factory.mktemp("chameleon_attn"), GOLDEN / "chameleon_small" / "vqgan_attn_keys.json"
+    )
+    config = folder / "vqgan.yaml"
+    config.write_text(config.read_text().replace("attn_resolutions: []", "attn_resolutions: [32, 64]"))
+    return folder
