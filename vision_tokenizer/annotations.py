@@ -1,0 +1,134 @@
+"""The metadata config and its JSON-lines data sets, read and checked.
+
+    {"name": {"root": "...", "image_dir": "...", "annotation_dir": "...", "tokenizer_inference": true}}
+
+Relative paths are taken against the current folder, as the documents have it, else against the config file's.
+"""
+
+import difflib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vision_tokenizer.errors import Failed, UserError
+
+_FIELDS = {"root": str, "image_dir": str, "annotation_dir": str, "tokenizer_inference": bool}
+OUTPUT_FIELDS = ("image_sizes", "image_embed_inds", "matched_ratios")  # what codebook inference adds to an item
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One entry of the metadata config."""
+
+    name: str
+    root: Path
+    image_dir: Path
+    annotation_dir: Path
+    tokenizer_inference: bool
+
+    def annotation_files(self) -> list[Path]:
+        """The data set's `.jsonl` and `.json` files in name order.
+
+        Raises `UserError` for a folder that is missing or holds none, and for two files of one output name.
+        """
+        for field in ("annotation_dir", "image_dir"):
+            folder = getattr(self, field)
+            if not folder.is_dir():
+                raise UserError(
+                    f"data set {self.name}: {field} {folder} is not a folder. Correct it in the data config."
+                )
+        files = sorted(path for path in self.annotation_dir.iterdir() if path.suffix in (".jsonl", ".json"))
+        if not files:
+            raise UserError(f"data set {self.name}: no .jsonl or .json file in annotation_dir {self.annotation_dir}")
+        stems = [path.stem for path in files]
+        for stem in stems:
+            if stems.count(stem) > 1:
+                raise UserError(
+                    f"data set {self.name}: {stem}.json and {stem}.jsonl in {self.annotation_dir} would both "
+                    f"be written to {stem}.jsonl. Rename one of them."
+                )
+        return files
+
+
+def read_data_config(path: Path) -> list[Dataset]:
+    """The data sets of a metadata config. Raises `UserError` naming the data set and field that is wrong."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the data config ({error.strerror})") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from error
+    if not isinstance(config, dict) or not config:
+        raise UserError(f"{path}: expected an object of data sets, found {type(config).__name__}")
+    return [_dataset(path, name, entry) for name, entry in config.items()]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key {key!r} occurs twice in one object")
+    return dict(pairs)
+
+
+def _dataset(path: Path, name: str, entry: Any) -> Dataset:
+    where = f"{path}: data set {name}"
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: expected an object with {', '.join(_FIELDS)}, found {type(entry).__name__}")
+    for key in entry:
+        if key not in _FIELDS:
+            near = difflib.get_close_matches(key, _FIELDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(_FIELDS)}"
+            raise UserError(f"{where}: unknown key {key!r}: {hint}")
+    for key, kind in _FIELDS.items():
+        if key not in entry:
+            raise UserError(f"{where}: the key {key!r} is missing")
+        if not isinstance(entry[key], kind):
+            raise UserError(f"{where}: {key} must be a {kind.__name__}, found {entry[key]!r}")
+    annotation_dir = _resolve(entry["annotation_dir"], path.parent)
+    # a root that is yet to be made stands where the annotations were found
+    base = Path() if Path(entry["annotation_dir"]).exists() else path.parent
+    root = _resolve(entry["root"], path.parent)
+    return Dataset(
+        name=name,
+        root=root if root.exists() else base / entry["root"],
+        image_dir=_resolve(entry["image_dir"], path.parent),
+        annotation_dir=annotation_dir,
+        tokenizer_inference=entry["tokenizer_inference"],
+    )
+
+
+def _resolve(value: str, config_folder: Path) -> Path:
+    here = Path(value)
+    return here if here.exists() or not (config_folder / value).exists() else config_folder / value
+
+
+def image_names(item: Any) -> list[str]:
+    """The `images` of an annotation, one name or several. Raises `Failed` where there is none to encode."""
+    if not isinstance(item, dict):
+        raise Failed("not an object", f"expected a JSON object, found {type(item).__name__}")
+    if "images" not in item:
+        raise Failed("no images", "the field images is missing")
+    names = [item["images"]] if isinstance(item["images"], str) else item["images"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise Failed("images of wrong type", f"expected a list of file names, found {json.dumps(item['images'])[:80]}")
+    if not names:
+        raise Failed("no images", "the field images is an empty list")
+    for field in OUTPUT_FIELDS:
+        if field in item:
+            raise Failed("codes already there", f"the field {field} is what codebook inference writes; rename yours")
+    return names
+
+
+def image_path(image_dir: Path, name: str) -> Path:
+    """Where `name` lies. Raises `Failed` for one that leaves `image_dir` or cannot be a path."""
+    inside = PurePosixPath(os.path.normpath(name)) if name else PurePosixPath("..")
+    if inside.is_absolute() and inside.is_relative_to(image_dir.absolute()):
+        return Path(inside)
+    if inside.is_absolute() or inside.parts[:1] == ("..",) or "\0" in name:
+        raise Failed("image outside image_dir", f"images: {name!r} does not lie in {image_dir}")
+    return image_dir / inside
