@@ -1,0 +1,93 @@
+"""Text to ids, in batches, in such a way that no text can pass for anything but text.
+
+Special tokens spelt out by a user (`<racm3:break>`, `<reserved08706>`, `</s>`) are tokenised like any other words.
+The only atoms are the marks of `conversation.py`, which no text may contain.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from tokenizers import AddedToken, Tokenizer
+
+from pre_tokenize.conversation import END_MARK, IMAGE_MARK
+from vision_tokenizer.errors import Failed, UserError
+
+TOKENIZER_FILES = ("text_tokenizer.json", "tokenizer.json")
+IMAGE, END = -1, -2  # what the marks become
+
+
+class TextTokenizer:
+    """A Hugging Face tokenizer file as plain-text tokenizer.
+
+    Args:
+        source: the file, a folder that holds text_tokenizer.json or tokenizer.json, or a hub id.
+
+    `ids` maps every name to its id; `sha256` is of the file. Raises `UserError` where there is no such tokenizer.
+    """
+
+    def __init__(self, source: str | Path):
+        self.path = _find(str(source))
+        content = self.path.read_bytes()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self._tokenizer = _parse(content, self.path)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        special = [token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special]
+        self._atoms_from = max(self.ids.values()) + 1
+        self._control = np.zeros(self._atoms_from + 2, bool)
+        self.forbid(special)
+        marks = [AddedToken(mark, normalized=False, special=False) for mark in (IMAGE_MARK, END_MARK)]
+        if self._tokenizer.add_tokens(marks) != 2:
+            raise UserError(f"{self.path}: has a token for U+FDD0 or U+FDD1, which this toolkit needs for itself")
+        self._final = np.arange(self._atoms_from + 2, dtype=np.int32)  # id of the tokenizer -> our id
+        self._final[[self._tokenizer.token_to_id(mark) for mark in (IMAGE_MARK, END_MARK)]] = IMAGE, END
+        self._tokenizer.encode_special_tokens = True  # special tokens in a text are words
+
+    def forbid(self, ids: Iterable[int]) -> None:
+        """Ids that no text may become, beside the special tokens: those of images."""
+        self._control[list(ids)] = True
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray | Failed]:
+        """Marked texts -> int32 ids each, IMAGE and END in the places of the marks.
+
+        A text that becomes a forbidden id in spite of all (a tokenizer may have image names among its words)
+        comes back as `Failed`.
+        """
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._checked(np.asarray(encoding.ids, np.int64)) for encoding in encodings]
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray | Failed:
+        if forbidden := self._control[ids].nonzero()[0].tolist():
+            name = self._tokenizer.id_to_token(int(ids[forbidden[0]]))
+            return Failed("special token in text", f"the tokenizer reads {name!r} in it as a special token")
+        return self._final[ids]
+
+
+def _parse(content: bytes, path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_buffer(content)
+    except ValueError as error:
+        raise UserError(f"{path}: not a Hugging Face tokenizers file ({error})") from error
+
+
+def _find(source: str) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for name in TOKENIZER_FILES:
+            if (path / name).is_file():
+                return path / name
+        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        raise UserError(f"{path}: neither {' nor '.join(TOKENIZER_FILES)} in this folder; it holds {found}")
+    for name in TOKENIZER_FILES:
+        try:
+            return Path(hf_hub_download(source, name))
+        except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+    raise UserError(f"{source}: no such file or folder, and not to be had from the Hugging Face hub ({reason})")
