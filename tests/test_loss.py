@@ -1,0 +1,35 @@
+"""The chunked loss against the formula it stands for."""
+
+import pytest
+import torch
+
+import training.loss
+from training.loss import linear_loss
+
+
+@pytest.mark.parametrize("masked", [None, range(3, 9)])
+@pytest.mark.parametrize("count", [0, 1, 10])
+def test_equals_the_formula_whatever_the_chunk(monkeypatch, masked, count):
+    monkeypatch.setattr(training.loss, "CHUNK", 4)
+    torch.manual_seed(0)
+    hidden = torch.randn(count, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(9, 20, (count,))
+    logits = hidden @ weight.T
+    if masked is not None:
+        logits = logits.index_fill(1, torch.tensor(list(masked)), torch.finfo(torch.float32).min)
+    c_sum = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    z_sum = logits.logsumexp(-1).square().sum()
+    expected = torch.autograd.grad(3 * (c_sum + 0.1 * z_sum), (hidden, weight))
+
+    total, sums = linear_loss(hidden, weight, targets, 0.1, masked)
+    found = torch.autograd.grad(3 * total, (hidden, weight))
+    torch.testing.assert_close(sums.double(), torch.stack((c_sum, z_sum)).detach(), rtol=1e-5, atol=1e-6)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(20, 6)
+    linear_loss(hidden, weight, torch.arange(5), 1e-5)[0].backward()
+    assert hidden.grad is not None and weight.grad is None

@@ -1,0 +1,95 @@
+"""Images to tiles for the vision tower, and the order in which their features enter the sequence.
+
+`base` squashes an image to one tile. `anyres` adds tiles of a larger canvas, in the way of LLaVA-NeXT: the whole image
+comes first, then the canvas as one map without its black border, each row ended by the embedding of a new-line token.
+
+Legend: S side of a tile in pixels, G patches along a tile's side, N tiles.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+CANVASES = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))  # (columns, rows) of tiles
+NEWLINE = -1  # in a layout: a new-line token instead of a feature
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """One image, ready for the tower and for the sequence."""
+
+    tiles: np.ndarray  # (N, 3, S, S) uint8
+    layout: np.ndarray  # int64 rows into the image's features, NEWLINE between rows of the map
+    feature_count: int  # N * G * G
+
+
+def image_input(image: Image.Image, side: int, grid: int, anyres: bool) -> ImageInput:
+    """Tiles and layout of an RGB image of any size."""
+    tiles = to_tiles(image, side, anyres)
+    return ImageInput(tiles, feature_layout(*image.size, side, grid, anyres), len(tiles) * grid * grid)
+
+
+def best_canvas(width: int, height: int, side: int) -> tuple[int, int]:
+    """(columns, rows) of the canvas that keeps most of an image's pixels, then wastes the least, then comes first."""
+
+    def rank(canvas: tuple[int, int]) -> tuple[int, int]:
+        canvas_width, canvas_height = canvas[0] * side, canvas[1] * side
+        scale = min(canvas_width / width, canvas_height / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - canvas_width * canvas_height
+
+    return max(CANVASES, key=rank)
+
+
+def to_tiles(image: Image.Image, side: int, anyres: bool) -> np.ndarray:
+    """RGB image -> (N, 3, S, S) uint8: the whole image, and with `anyres` the tiles of its canvas, row by row."""
+    tiles = [image.resize((side, side), Image.Resampling.BICUBIC)]
+    if anyres:
+        columns, rows = best_canvas(*image.size, side)
+        canvas = _on_canvas(image, columns * side, rows * side)
+        tiles += [
+            canvas.crop((x * side, y * side, (x + 1) * side, (y + 1) * side))
+            for y in range(rows)
+            for x in range(columns)
+        ]
+    return np.stack([np.asarray(tile) for tile in tiles]).transpose(0, 3, 1, 2)
+
+
+def _on_canvas(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The image resized to fit, in the middle of a black canvas."""
+    scale_x, scale_y = width / image.width, height / image.height
+    if scale_x < scale_y:
+        size = width, min(math.ceil(image.height * scale_x), height)
+    else:
+        size = min(math.ceil(image.width * scale_y), width), height
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(image.resize(size, Image.Resampling.BICUBIC), ((width - size[0]) // 2, (height - size[1]) // 2))
+    return canvas
+
+
+def feature_layout(width: int, height: int, side: int, grid: int, anyres: bool) -> np.ndarray:
+    """Which feature stands where, for an image of the given size.
+
+    Returns int64 rows into the image's (N * G * G) features as the tower gives them, `NEWLINE` where a row ends.
+    """
+    whole = np.arange(grid * grid)
+    if not anyres:
+        return whole
+    columns, rows = best_canvas(width, height, side)
+    y, x = np.mgrid[: rows * grid, : columns * grid]
+    tile = 1 + y // grid * columns + x // grid  # the whole image is tile 0
+    feature_map = tile * grid * grid + y % grid * grid + x % grid
+    feature_map = _without_border(feature_map, width, height)
+    ended = np.pad(feature_map, ((0, 0), (0, 1)), constant_values=NEWLINE)
+    return np.concatenate((whole, ended.ravel()))
+
+
+def _without_border(feature_map: np.ndarray, width: int, height: int) -> np.ndarray:
+    map_height, map_width = feature_map.shape
+    if width / height > map_width / map_height:
+        cut = (map_height - int(height * (map_width / width))) // 2
+        return feature_map[cut : map_height - cut]
+    cut = (map_width - int(width * (map_height / height))) // 2
+    return feature_map[:, cut : map_width - cut]

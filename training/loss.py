@@ -1,0 +1,66 @@
+"""Cross-entropy and z-loss straight from hidden states, without the logits of the whole batch.
+
+Legend: N positions with a label, C hidden size, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+
+CHUNK = 1024  # positions whose fp32 logits exist at once: 256 MiB at 65,536 words
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Sums over positions, with the gradients made on the way forward.
+
+    Going chunk by chunk and taking each chunk's gradient while its logits are there costs three matrix products
+    instead of the four of recomputation, and sums the weight's gradient in fp32 whatever its dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, z_weight, masked):
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        sums = hidden.new_zeros(2, dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        for start in range(0, len(hidden), CHUNK):
+            rows = slice(start, start + CHUNK)
+            h, target = hidden[rows], targets[rows, None]
+            logits = F.linear(h, weight).float()  # (CHUNK, V)
+            if masked is not None:
+                logits[:, masked.start : masked.stop] = torch.finfo(logits.dtype).min
+            lse = logits.logsumexp(-1, keepdim=True)
+            sums += torch.stack(((lse - logits.gather(1, target)).sum(), lse.square().sum()))
+            if not (wants_hidden or wants_weight):
+                continue
+            # d/dlogits of (lse - logit[target]) + z * lse^2
+            slope = logits.sub_(lse).exp_().mul_(1 + 2 * z_weight * lse)
+            slope = slope.scatter_add_(1, target, torch.full_like(lse, -1)).to(h.dtype)
+            if wants_hidden:
+                grad_hidden[rows] = slope @ weight
+            if wants_weight:
+                grad_weight += slope.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(sums)
+        return sums[0] + z_weight * sums[1], sums
+
+    @staticmethod
+    def backward(ctx, grad_total, _):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def linear_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, z_weight: float, masked: range | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of the words that `hidden @ weight.T` predicts.
+
+    hidden is (N, C), weight (V, C), targets (N,) word ids. Returns the sum over positions of
+    cross-entropy + z_weight * logsumexp^2, which carries the gradient, and a (2,) tensor of the two sums,
+    cross-entropy and unweighted logsumexp^2, which does not. `masked` words get the dtype's minimum as logit.
+    """
+    return _LinearLoss.apply(hidden, weight, targets, z_weight, masked)
