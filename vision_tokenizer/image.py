@@ -14,7 +14,7 @@ from vision_tokenizer.resolution import Placement, model_size, place
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs; also of what a resize may allocate
 # what Pillow's decoders are known to raise on damaged files
-_DECODE_ERRORS = (
+_DAMAGE = (
     OSError,
     ValueError,
     SyntaxError,
@@ -25,12 +25,12 @@ _DECODE_ERRORS = (
     struct.error,
     zlib.error,
 )
+_DEEP_MODES = ("I", "F")  # Pillow's conversion to RGB clips them to white instead of scaling
 
 
-class Prepared(NamedTuple):
-    """An image ready for a batch: uint8 pixels (3, H, W), and what is recorded of it."""
+class ImageInfo(NamedTuple):
+    """What the output records of an image."""
 
-    pixels: torch.Tensor
     size: tuple[int, int]  # (h, w) of the file
     anchor: tuple[int, int]  # (h, w) it was matched to
 
@@ -52,7 +52,7 @@ def read_image(path: Path) -> Image.Image:
         raise Failed("image too large", f"{path}: {error}") from error
     except UnidentifiedImageError as error:
         raise Failed("image unreadable", f"{path}: not an image file") from error
-    except _DECODE_ERRORS as error:
+    except _DAMAGE as error:
         raise Failed("image unreadable", f"{path}: {error}") from error
     if image.mode.startswith(_DEEP_MODES):
         raise Failed("more than 8 bits", f"{path}: mode {image.mode} would be clipped; convert it to 8 bits first")
@@ -84,8 +84,10 @@ def to_model_size(image: Image.Image) -> Image.Image:
     return image if (image.height, image.width) == (h, w) else image.resize((w, h), Image.Resampling.BICUBIC)
 
 
-def prepare(path: Path, choices: tuple[tuple[int, int], ...], crop_percent_thresh: float) -> Prepared:
-    """Image file -> pixels at its anchor, as DualViTok was trained on them.
+def prepare(
+    path: Path, choices: tuple[tuple[int, int], ...], crop_percent_thresh: float
+) -> tuple[torch.Tensor, ImageInfo]:
+    """Image file -> uint8 pixels (3, H, W) at its anchor, as DualViTok was trained on them.
 
     Raises `Rejected` where the crop would lose more than `crop_percent_thresh` (if that is above 0), `Failed` where
     the file cannot be read.
@@ -98,4 +100,4 @@ def prepare(path: Path, choices: tuple[tuple[int, int], ...], crop_percent_thres
             f"{path}: {image.width} x {image.height} loses {placement.crop_share:.3f} at {placement.anchor} (h, w)",
         )
     pixels = to_pixels(to_model_size(fit(image.convert("RGB"), placement)))
-    return Prepared(pixels, (image.height, image.width), placement.anchor)
+    return pixels, ImageInfo((image.height, image.width), placement.anchor)

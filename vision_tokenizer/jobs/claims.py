@@ -8,7 +8,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 
 _FOREVER = timedelta(days=30)
@@ -21,6 +21,10 @@ class Solo:
 
     def __init__(self) -> None:
         self._tallies: Counter[str] = Counter()
+
+    def lead(self, step: Callable[[], None]) -> None:
+        """Run `step` on the first rank while the others wait for it."""
+        step()
 
     def claim(self, total: int) -> Iterator[int]:
         """Chunk numbers in [0, total) that this process is to do."""
@@ -62,6 +66,14 @@ class Torchrun:
         store, self.rank, self.world_size = next(iter(rendezvous("env://", timeout=_FOREVER)))
         # after an elastic restart the counters begin anew; finished chunks are known from the disk
         self._store = PrefixStore(f"vistoken/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        self._led = 0
+
+    def lead(self, step: Callable[[], None]) -> None:
+        self._led += 1
+        if self.rank == 0:
+            step()
+            self._store.set(f"led/{self._led}", b"")
+        self._store.wait([f"led/{self._led}"], _FOREVER)
 
     def claim(self, total: int) -> Iterator[int]:
         while (number := self._store.add("claimed", 1) - 1) < total:

@@ -2,7 +2,9 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -64,15 +66,23 @@ class Progress:
 
 
 class Stopwatch:
-    """Seconds by stage, e.g. `with watch("encode"): ...`; stages in a pool add up over its threads."""
+    """Seconds by stage: `with watch("encode"): ...`."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self._seconds: Counter[str] = Counter()
 
     def add(self, stage: str, seconds: float) -> None:
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self._seconds[stage] += seconds
 
-    def take(self) -> Mapping[str, float]:
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, time.perf_counter() - began)
+
+    def take(self) -> Counter[str]:
         """What was measured since the last call."""
-        taken, self.seconds = self.seconds, {}
+        taken, self._seconds = self._seconds, Counter()
         return taken

@@ -1,0 +1,170 @@
+"""Where codebook inference writes, and how its files come to be.
+
+Per data set, in `{root}/{output_dirname}/{tokenizer_version}/{fixed_256 | fixed_512 | fixed_anchors}/`:
+`{name}.jsonl` (the annotations with `image_sizes`, `image_embed_inds` and `matched_ratios` added, in input order),
+`{name}.rejected.jsonl` (the items that have no codes, and why), `manifest.json`, `run_summary.json`; and
+`{root}/{output_dirname}/{tag}_data_statistic.json`. `.work/` beside them holds what an unfinished run has done, and
+stays while items have failed, so that a rerun need only try those.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from vision_tokenizer.annotations import Dataset
+from vision_tokenizer.codes import ImageTokenizer
+from vision_tokenizer.errors import UserError
+from vision_tokenizer.jobs.chunks import chunk_table
+from vision_tokenizer.jobs.files import atomic_write, write_bytes
+from vision_tokenizer.jobs.ledger import Account
+from vision_tokenizer.jobs.manifest import MANIFEST
+from vision_tokenizer.jobs.parts import Parts
+from vision_tokenizer.jobs.run import Source
+from vision_tokenizer.jobs.summary import SUMMARY, write_summary
+from vision_tokenizer.resolution import job_tag
+
+CHUNK_ITEMS = 64
+WORK = ".work"
+RATIO = "ratio_"  # counts of an account that go into the statistics file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the codes, besides the tokenizer, and where they go."""
+
+    resolution_type: str = "fixed_anchors"
+    resolution: int = 512
+    crop_percent_thresh: float = 0.2
+    torch_dtype: str = "fp32"
+    batch_size: int = 4
+    compile: bool = False
+    tokenizer_version: str = "dualvitok"
+    output_dirname: str = "jsonl_after_tokenizer"
+
+    @property
+    def tag(self) -> str:
+        return job_tag(self.resolution_type, self.resolution)
+
+    def folder(self, dataset: Dataset) -> Path:
+        return dataset.root / self.output_dirname / self.tokenizer_version / self.tag
+
+    def statistics_file(self, dataset: Dataset) -> Path:
+        return dataset.root / self.output_dirname / f"{self.tag}_data_statistic.json"
+
+
+@dataclass(frozen=True)
+class AnnotationFile(Source):
+    """One annotation file on its way to `output`."""
+
+    dataset: Dataset
+    output: Path
+
+    @property
+    def rejected(self) -> Path:
+        return self.output.with_suffix(".rejected.jsonl")
+
+    @property
+    def _mark(self) -> Path:
+        """Exists once `output` is complete; holds its account and size."""
+        return self.output.parent / WORK / f"{self.output.stem}.done.json"
+
+    def finished(self) -> Account | None:
+        """The account of a finished file in which nothing failed, else None: there is work to do."""
+        if not self._mark.exists():
+            return None
+        stored = orjson.loads(self._mark.read_bytes())
+        account = Account.from_dict(stored["account"])
+        if account.failed:
+            return None
+        if not self.output.exists() or self.output.stat().st_size != stored["bytes"]:
+            raise UserError(
+                f"{self.output}: finished earlier, but this is not what was written then. "
+                "Restore the file, or run with --no-resume to make it anew."
+            )
+        return account
+
+    def finish(self) -> Account:
+        """Join the parts into `output` and `rejected`; drop them unless a rerun may retry what failed."""
+        if account := self.finished():
+            return account
+        account = Account()
+        with atomic_write(self.output) as lines, atomic_write(self.rejected) as rejected:
+            for index, part in enumerate(self.parts.read_all(len(self.table))):
+                account.add(part.account)
+                with self.parts.path(index, ".jsonl").open("rb") as done:
+                    shutil.copyfileobj(done, lines)
+                rejected.writelines(orjson.dumps(asdict(problem)) + b"\n" for problem in part.problems)
+        if not account.rejected + account.failed:
+            self.rejected.unlink()
+        account.check(str(self.output))
+        write_bytes(self._mark, orjson.dumps({"account": account.as_dict(), "bytes": self.output.stat().st_size}))
+        if not account.failed:
+            self.parts.remove()
+        return account
+
+
+def open_files(dataset: Dataset, settings: Settings) -> list[AnnotationFile]:
+    """The annotation files of a data set with their chunk tables. Raises `UserError` for what is missing or empty."""
+    folder = settings.folder(dataset)
+    return [
+        AnnotationFile(
+            table=chunk_table(path, CHUNK_ITEMS, folder / WORK / f"{path.stem}.chunks.json"),
+            parts=Parts(folder / WORK / path.stem),
+            dataset=dataset,
+            output=folder / f"{path.stem}.jsonl",
+        )
+        for path in dataset.annotation_files()
+    ]
+
+
+def make_manifest(tokenizer: ImageTokenizer, settings: Settings, files: Sequence[AnnotationFile]) -> dict[str, Any]:
+    """Everything that decides the bytes of the output."""
+    return {
+        "format": "vistoken-codebook-1",
+        "tokenizer": {
+            "name": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint,
+            "branches": list(tokenizer.branches),
+            "codebook_sizes": list(tokenizer.codebook_sizes),
+        },
+        "settings": asdict(settings),
+        "device": tokenizer.device.type,
+        "chunk_items": CHUNK_ITEMS,
+        "inputs": {file.table.path.name: file.table.sha256 for file in files},
+        "versions": {name: version(name) for name in ("vistoken", "torch", "pillow")},
+    }
+
+
+def remove_output(dataset: Dataset, settings: Settings) -> None:
+    """Delete all that earlier runs of these settings' folder made, but for chunk tables and locks."""
+    folder = settings.folder(dataset)
+    for path in (*folder.glob("*.jsonl"), folder / MANIFEST, folder / SUMMARY, settings.statistics_file(dataset)):
+        path.unlink(missing_ok=True)
+    for path in (folder / WORK).glob("*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name.endswith(".done.json"):
+            path.unlink()
+
+
+def finish_dataset(dataset: Dataset, settings: Settings, files: Sequence[AnnotationFile]) -> Account:
+    """Write a data set's output, statistics and summary from the parts of its `files`."""
+    total, per_file = Account(), {}
+    for file in files:
+        per_file[file.table.path.name] = account = file.finish()
+        total.add(account)
+    total.check(f"data set {dataset.name}")
+    statistics = {name: n for name, n in sorted(total.counts.items()) if name.startswith(RATIO) and n}
+    write_bytes(settings.statistics_file(dataset), orjson.dumps(statistics, option=orjson.OPT_INDENT_2))
+    write_summary(
+        settings.folder(dataset) / SUMMARY,
+        dataset=dataset.name,
+        total=total.as_dict(),
+        files={name: account.as_dict() for name, account in per_file.items()},
+    )
+    return total

@@ -1,0 +1,176 @@
+"""Images to codes at full speed: decode pool -> one bucket per resolution -> batches of one fixed shape.
+
+Images come in groups (the chunks of a job) and leave with their group, but batches are filled across groups, so that
+only the last batch of a resolution is ever padded. A batch always has `batch_size` slots: an image's codes then
+depend neither on its neighbours nor on its place among them.
+"""
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from vision_tokenizer.codes import ImageTokenizer
+from vision_tokenizer.errors import ItemError, UserError
+from vision_tokenizer.image import normalize
+from vision_tokenizer.jobs.progress import Stopwatch
+
+MAX_OPEN_GROUPS = 16  # a rare resolution's bucket may hold a group back this long, then it is encoded as it is
+
+Ref = TypeVar("Ref", bound=Hashable)  # what names an image, e.g. its path
+Tag = TypeVar("Tag")  # what names a group
+Prepare = Callable[[Ref], tuple[torch.Tensor, Any]]  # -> pixels (3, H, W), uint8 or float32 in [-1, 1], and its info
+
+
+class Encoded(NamedTuple):
+    """An image's codes per branch, each an (h, w) int32 array, with what `prepare` said of the image."""
+
+    codes: tuple[np.ndarray, ...]
+    info: Any
+
+
+@dataclass(eq=False)
+class _Group(Generic[Tag]):
+    tag: Tag
+    waiting: int
+    results: dict[Hashable, Encoded | ItemError] = field(default_factory=dict)
+
+    def finish(self, ref: Hashable, result: Encoded | ItemError) -> None:
+        self.results[ref] = result
+        self.waiting -= 1
+
+
+class _Slot(NamedTuple):
+    group: _Group
+    ref: Hashable
+    info: Any
+    pixels: torch.Tensor
+
+
+class Engine:
+    """Encodes groups of images with `tokenizer`; `prepare` runs in `num_workers` threads.
+
+    Pillow and torch release the interpreter lock while they decode, resize and compute, so threads overlap.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        prepare: Prepare,
+        *,
+        batch_size: int,
+        num_workers: int,
+        on_images: Callable[[int], None] = lambda count: None,
+    ):
+        self._tokenizer, self._prepare = tokenizer, prepare
+        self._batch_size, self._num_workers = batch_size, num_workers
+        self._on_images = on_images
+        self._window = 2 * (batch_size + num_workers)  # images decoded or being decoded, ahead of the encoder
+        self._on_cuda = tokenizer.device.type == "cuda"
+        self._buckets: dict[tuple[torch.dtype, torch.Size], list[_Slot]] = defaultdict(list)
+        self._launched: deque[tuple[list[_Slot], list[torch.Tensor], Any]] = deque()
+        self.watch = Stopwatch()
+
+    def encode(
+        self, groups: Iterable[tuple[Tag, Iterable[Ref]]]
+    ) -> Iterator[tuple[Tag, dict[Ref, Encoded | ItemError]]]:
+        """Yield every group once all of its images are done, with one result per image, codes or error.
+
+        `groups` is drawn from only as the pipeline has room. Within a group an image named twice is encoded once.
+        """
+        open_groups: deque[_Group] = deque()
+        decoding: deque[tuple[_Group, Ref, Future]] = deque()
+        pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="decode")
+        try:
+            for tag, refs in groups:
+                distinct = list(dict.fromkeys(refs))
+                group = _Group(tag, len(distinct))
+                open_groups.append(group)
+                for ref in distinct:
+                    decoding.append((group, ref, pool.submit(self._timed_prepare, ref)))
+                    if len(decoding) > self._window:
+                        self._fill(*decoding.popleft())
+                if len(open_groups) > MAX_OPEN_GROUPS:
+                    while decoding and decoding[0][0] is open_groups[0]:
+                        self._fill(*decoding.popleft())
+                    self._flush(open_groups[0])
+                yield from self._finished(open_groups)
+            while decoding:
+                self._fill(*decoding.popleft())
+            self._flush()
+            yield from self._finished(open_groups)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    @staticmethod
+    def _finished(open_groups: deque[_Group]) -> Iterator[tuple[Any, dict]]:
+        for group in [group for group in open_groups if not group.waiting]:
+            open_groups.remove(group)
+            yield group.tag, group.results
+
+    def _timed_prepare(self, ref: Ref) -> tuple[torch.Tensor, Any, float]:
+        began = time.perf_counter()
+        pixels, info = self._prepare(ref)
+        return pixels, info, time.perf_counter() - began
+
+    def _fill(self, group: _Group, ref: Ref, decoded: Future) -> None:
+        """Put a decoded image into its bucket, and encode the bucket when it is full."""
+        with self.watch("wait for decode"):
+            error = decoded.exception()
+        if isinstance(error, ItemError):
+            group.finish(ref, error)
+            return
+        pixels, info, seconds = decoded.result()
+        self.watch.add("decode", seconds)
+        bucket = self._buckets[pixels.dtype, pixels.shape]
+        bucket.append(_Slot(group, ref, info, pixels))
+        if len(bucket) == self._batch_size:
+            self._launch(bucket)
+
+    def _flush(self, group: _Group | None = None) -> None:
+        """Encode the buckets that hold images of `group` (of any, if None) and collect all results."""
+        for bucket in self._buckets.values():
+            if any(group is None or slot.group is group for slot in bucket):
+                self._launch(bucket)
+        while self._launched:
+            self._collect()
+
+    def _launch(self, bucket: list[_Slot]) -> None:
+        """Start a batch and empty its bucket; on a GPU the results are collected while the next batch runs."""
+        slots = bucket.copy()
+        bucket.clear()
+        with self.watch("encode"):
+            first = slots[0].pixels
+            batch = torch.zeros((self._batch_size, *first.shape), dtype=first.dtype, pin_memory=self._on_cuda)
+            for row, slot in zip(batch, slots, strict=False):
+                row.copy_(slot.pixels)
+            try:
+                codes = self._tokenizer.encode(normalize(batch.to(self._tokenizer.device, non_blocking=True)))
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"{self._tokenizer.device} has too little memory for batches of {self._batch_size} images of "
+                    f"{first.shape[1]} x {first.shape[2]}: choose a smaller --batch_size"
+                ) from error
+            host = [torch.empty(c.shape, dtype=torch.int32, pin_memory=self._on_cuda) for c in codes]
+            for kept, computed in zip(host, codes, strict=True):
+                kept.copy_(computed, non_blocking=True)
+            copied = torch.cuda.current_stream(self._tokenizer.device).record_event() if self._on_cuda else None
+        self._launched.append((slots, host, copied))
+        while len(self._launched) > int(self._on_cuda):
+            self._collect()
+
+    def _collect(self) -> None:
+        """Hand the oldest launched batch's codes to their groups."""
+        slots, host, copied = self._launched.popleft()
+        if copied is not None:
+            with self.watch("encode"):
+                copied.synchronize()
+        branches = [grid.numpy() for grid in host]
+        for row, slot in enumerate(slots):
+            slot.group.finish(slot.ref, Encoded(tuple(grid[row] for grid in branches), slot.info))
+        self._on_images(len(slots))
