@@ -1,0 +1,248 @@
+"""Join the sub-records of all ranks into the one record file that training reads.
+
+    python -u pre_tokenize/concat_record.py --sub_record_dir /path/to/out_dir --save_path /path/to/out_dir/record.json
+
+Every rank must have finished, every item must be accounted for exactly once (tokenised, or listed with its reason in
+the rank's `*.rejected.jsonl`), and every token file named must exist and belong to this run; otherwise nothing is
+written, and the message names what is missing. `--allow_partial` goes on with what there is.
+
+Beside the record it writes `*.rejected.jsonl`, the items that are not in it, and `*.summary.json`. Sub-records in the
+published form (pickles, no manifest) are joined, too. Memory does not grow with the number of items.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: its folder comes first, and hides the package of the same name
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+import argparse
+import heapq
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from operator import itemgetter
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import orjson
+from tqdm import tqdm
+
+from pre_tokenize.record import Lengths, companions, entry_line, manifest_id, read_entries
+from pre_tokenize.token_file import shard_manifest
+from vision_tokenizer.cli import run_command
+from vision_tokenizer.errors import UserError
+from vision_tokenizer.jobs.files import atomic_write, write_bytes
+from vision_tokenizer.jobs.manifest import read_manifest
+
+_NAME = re.compile(r"(\d+)-of-(\d+)-record\.jsonl")
+_PIECE = 1 << 18  # entries sorted in memory at a time
+_SHOWN = 10  # ids named in a message
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _arguments(argv)
+    if args.save_path.suffix not in (".json", ".jsonl"):
+        raise UserError(f"--save_path {args.save_path}: name it .json or .jsonl")
+    complaints = Complaints(args.allow_partial)
+    sub_records = find_sub_records(args.sub_record_dir, complaints)
+    manifest = read_manifest(args.sub_record_dir)
+    if manifest is not None:
+        check_manifests(sub_records, manifest)
+    lengths = concat(sub_records, args.save_path, manifest, complaints)
+    print(f"{args.save_path}: {lengths}")
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sub_record_dir", type=Path, required=True, help="the --out_dir of pre_tokenize.py")
+    parser.add_argument("--save_path", type=Path, required=True, help="the record to write, .json or .jsonl")
+    parser.add_argument(
+        "--allow_partial", action="store_true", help="warn of missing ranks and items instead of ending"
+    )
+    return parser.parse_args(argv)
+
+
+@dataclass
+class Complaints:
+    """What is wrong with the data: the end, or with `--allow_partial` a warning."""
+
+    allowed: bool
+
+    def of(self, message: str) -> None:
+        if not self.allowed:
+            raise UserError(
+                f"{message}. Run pre_tokenize.py again to finish, or go on regardless with --allow_partial."
+            )
+        print(f"warning: {message}", flush=True)
+
+
+def find_sub_records(folder: Path, complaints: Complaints) -> list[Path]:
+    """The sub-records in `folder`, by rank. Raises `UserError` for none, or for those of several runs."""
+    ranks: dict[int, dict[int, Path]] = {}
+    for path in folder.glob("*-of-*-record.jsonl"):
+        if match := _NAME.fullmatch(path.name):
+            ranks.setdefault(int(match[2]), {})[int(match[1])] = path
+    if not ranks:
+        raise UserError(
+            f"{folder}: no sub-record here ({{rank}}-of-{{splits}}-record.jsonl). Run pre_tokenize.py first."
+        )
+    if len(ranks) > 1:
+        names = " and ".join(f"*-of-{splits}" for splits in sorted(ranks))
+        raise UserError(f"{folder}: sub-records of several runs, {names}. Delete those that are out of date.")
+    splits, found = ranks.popitem()
+    if missing := [rank for rank in range(splits) if rank not in found]:
+        complaints.of(f"{folder}: no sub-record of rank {_listed(missing)} of {splits}: not started, or not finished")
+    return [found[rank] for rank in sorted(found)]
+
+
+def check_manifests(sub_records: Sequence[Path], manifest: dict[str, Any]) -> None:
+    """Every sub-record must come from the run whose manifest lies beside it."""
+    for path in sub_records:
+        summary = companions(path)[1]
+        try:
+            stored = orjson.loads(summary.read_bytes())["manifest"]
+        except (OSError, orjson.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{summary}: {path.name} has no readable summary. Run its rank again.") from error
+        if stored != manifest_id(manifest):
+            raise UserError(
+                f"{path}: made by another run (manifest {stored}, the one here is {manifest_id(manifest)}). "
+                "Delete the sub-record, or put it where it belongs."
+            )
+
+
+def concat(
+    sub_records: Sequence[Path], save_path: Path, manifest: dict[str, Any] | None, complaints: Complaints
+) -> Lengths:
+    """Write `save_path` and its companions, and return the lengths of its items.
+
+    Raises `UserError`, and leaves what was there before, unless every item occurs once and every file is sound.
+    """
+    rejected_path, summary_path = companions(save_path)
+    folder = sub_records[0].parent
+    files = TokenFileCheck(folder, save_path.parent, manifest)
+    order, lengths = Order(manifest["input"]["items"] if manifest else None), Lengths()
+    opening, separator, closing = (b"[\n", b",\n", b"\n]\n") if save_path.suffix == ".json" else (b"", b"\n", b"\n")
+    with TemporaryDirectory() as spill, atomic_write(save_path) as out, atomic_write(rejected_path) as rejected:
+        out.write(opening)
+        for item, content in tqdm(_merged(sub_records, Path(spill)), unit="item", mininterval=1.0):
+            if not order.take(item):
+                continue
+            if isinstance(content, bytes):
+                rejected.write(content)
+            else:
+                out.write(separator if lengths.items else b"")
+                out.write(files.placed(content))
+                lengths.add(content["len"])
+        out.write(closing if lengths.items else closing.lstrip())
+        for problem in order.problems():
+            complaints.of(f"{folder}: {problem}")
+    write_bytes(summary_path, orjson.dumps(lengths.as_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    return lengths
+
+
+class Order:
+    """Items as they come by, which must be 0, 1, 2, ... each exactly once."""
+
+    def __init__(self, items: int | None):
+        self._items = items
+        self._next = 0
+        self._missing: list[str] = []
+        self._doubled: list[str] = []
+
+    def take(self, item: int) -> bool:
+        """Whether `item` is new."""
+        if item < self._next:
+            self._doubled.append(str(item))
+            del self._doubled[_SHOWN + 1 :]
+            return False
+        self._skip_to(item)
+        self._next = item + 1
+        return True
+
+    def problems(self) -> Iterator[str]:
+        if self._items is not None:
+            if self._next > self._items:
+                yield f"items up to {self._next - 1}, but the input has only {self._items}"
+            self._skip_to(self._items)
+        if self._missing:
+            yield f"items missing: {_listed(self._missing)}"
+        if self._doubled:
+            yield f"items that occur more than once: {_listed(self._doubled)}"
+
+    def _skip_to(self, item: int) -> None:
+        if item > self._next and len(self._missing) <= _SHOWN:
+            self._missing.append(f"{self._next}" if item == self._next + 1 else f"{self._next}-{item - 1}")
+
+
+class TokenFileCheck:
+    """Entries as they must stand in the record, their token files checked on the way."""
+
+    def __init__(self, folder: Path, record_folder: Path, manifest: dict[str, Any] | None):
+        self._folder, self._manifest = folder, manifest
+        self._way = os.path.relpath(folder, record_folder)
+        self._file, self._path, self._rows = "", Path(), 0  # the file looked at last: entries of one come together
+
+    def placed(self, entry: dict[str, Any]) -> bytes:
+        """`entry` with its file relative to the record. Raises `UserError` where the file is missing or foreign."""
+        if entry["file"] != self._file:
+            self._open(entry["file"])
+        if entry.get("row", 0) >= self._rows:
+            raise UserError(f"{self._path}: the sub-record names row {entry['row']}, the file has {self._rows}")
+        return entry_line(self._name, entry.get("row"), entry["len"], entry["id"])
+
+    def _open(self, file: str) -> None:
+        path = self._folder / file
+        self._name = file if self._way == "." else str(Path(self._way, file))
+        if not path.exists():  # the published tool names files from where it was started
+            path = Path(file).absolute()
+            self._name = str(path)
+        if not path.exists():
+            raise UserError(f"{self._folder / file}: named by a sub-record, but there is no such token file")
+        self._file, self._path, self._rows = file, path, 1
+        if path.suffix == ".arrow":
+            manifest, self._rows = shard_manifest(path)
+            if manifest != self._manifest:
+                raise UserError(f"{path}: a token file of another run: its manifest is not that of {self._folder}")
+
+
+def _merged(sub_records: Sequence[Path], spill: Path) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
+    """(item, its entry, or its line in the rank's `*.rejected.jsonl`) of all ranks, ordered by item."""
+    streams: list[Iterable] = []
+    for path in sub_records:
+        streams += _ascending(path, spill)
+        streams.append(_rejected(companions(path)[0]))
+    return heapq.merge(*streams, key=itemgetter(0))
+
+
+def _rejected(path: Path) -> Iterator[tuple[int, bytes]]:
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                yield orjson.loads(line)["item"], line
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for entry in read_entries(path):
+        yield entry["id"], entry
+
+
+def _ascending(path: Path, spill: Path) -> list[Iterator[tuple[int, dict[str, Any]]]]:
+    """The rows of a sub-record as streams that ascend: itself, as a rule, else sorted pieces in `spill`."""
+    if all(before <= after for before, after in pairwise(item for item, _ in _rows(path))):
+        return [_rows(path)]
+    rows, pieces = _rows(path), []
+    while piece := sorted(islice(rows, _PIECE), key=itemgetter(0)):
+        pieces.append(spill / f"{path.stem}-{len(pieces)}.jsonl")
+        pieces[-1].write_bytes(b"".join(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE) for _, entry in piece))
+    return [_rows(piece) for piece in pieces]
+
+
+def _listed(things: Sequence[Any]) -> str:
+    return ", ".join(map(str, things[:_SHOWN])) + (", ..." if len(things) > _SHOWN else "")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,156 @@
+"""Record files: which token file holds which item.
+
+One entry an item, `{"file": "files/0-1024.arrow", "row": 17, "len": 1094, "id": 17}`; pickles have no `row`. `file`
+is relative to the record's folder, so that a data set can be moved, or absolute. A record is a `.jsonl`, or a
+`.json` list; ours has an entry on each line, which is what lets it be read without holding it.
+"""
+
+import hashlib
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+
+from vision_tokenizer.errors import UserError
+
+
+class Entry(NamedTuple):
+    file: Path
+    row: int  # -1 in a pickle
+    length: int
+    id: int
+
+
+class Record:
+    """A record in memory: 20 bytes an item, plus each file's name once.
+
+    `ids` (N,) int64, `lengths` (N,) int32, `rows` (N,) int32, `file_numbers` (N,) int32 into `files`.
+    """
+
+    def __init__(self, path: Path, files: list[str], columns: np.ndarray):
+        self.path = path
+        self.files = files
+        self.file_numbers, self.rows, self.lengths = (columns[:, i].astype(np.int32) for i in range(3))
+        self.ids = columns[:, 3].copy()
+
+    @classmethod
+    def load(cls, path: Path) -> "Record":
+        """Read a record of ours or a published one. Raises `UserError` naming the line that is not an entry."""
+        numbers: dict[str, int] = {}
+        blocks, block = [], []
+        for entry in read_entries(path):
+            number = numbers.setdefault(entry["file"], len(numbers))
+            block.append((number, entry.get("row", -1), entry["len"], entry["id"]))
+            if len(block) == 1 << 16:  # as arrays, entries take a twentieth of the memory
+                blocks.append(np.array(block, np.int64))
+                block = []
+        blocks.append(np.array(block, np.int64).reshape(-1, 4))
+        return cls(path, list(numbers), np.concatenate(blocks))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Entry:
+        file = self.path.parent / self.files[self.file_numbers[index]]
+        return Entry(file, int(self.rows[index]), int(self.lengths[index]), int(self.ids[index]))
+
+
+def read_entries(path: Path) -> Iterator[dict[str, Any]]:
+    """Checked entries of a record, one at a time. Only a list that is written on one line is held as a whole."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline()
+            listed = first.lstrip().startswith(b"[")
+            if listed and first.strip() != b"[":
+                yield from (_checked(entry, path, f"entry {i}") for i, entry in enumerate(_whole(path)))
+                return
+            if not listed:
+                file.seek(0)
+            closed = not listed
+            for number, line in enumerate(file, start=2 if listed else 1):
+                content = line.strip().removesuffix(b",") if listed else line.strip()
+                if listed and content == b"]":
+                    closed = True
+                elif content:
+                    yield _checked(_parsed(content, path, number), path, f"line {number}")
+            if not closed:
+                raise UserError(f"{path}: the list is not closed: the file was cut off. Run concat_record.py again.")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the record ({error.strerror})") from error
+
+
+def entry_line(file: str, row: int | None, length: int, item: int) -> bytes:
+    """An entry as JSON, without a line end."""
+    where = {"file": file} if row is None else {"file": file, "row": row}
+    return orjson.dumps({**where, "len": length, "id": item})
+
+
+def _whole(path: Path) -> list[Any]:
+    entries = _parsed(path.read_bytes(), path, 1)
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: not a record: expected a list of entries")
+    return entries
+
+
+def _parsed(content: bytes, path: Path, line: int) -> Any:
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path}, line {line}: not a record entry ({error})") from error
+
+
+def _checked(entry: Any, path: Path, where: str) -> dict[str, Any]:
+    numbers = (entry.get("len"), entry.get("id"), entry.get("row", 0)) if isinstance(entry, dict) else (None,)
+    if not all(type(number) is int and number >= 0 for number in numbers) or not isinstance(entry.get("file"), str):
+        raise UserError(f'{path}, {where}: expected {{"file", "len", "id"}} and perhaps "row", found {entry!r:.80}')
+    return entry
+
+
+class Lengths:
+    """The distribution of sequence lengths, exact and in bounded memory (one counter per distinct length)."""
+
+    def __init__(self) -> None:
+        self.items = 0
+        self._counts: Counter[int] = Counter()
+
+    def add(self, length: int) -> None:
+        self.items += 1
+        self._counts[length] += 1
+
+    def longer_than(self, limit: int) -> int:
+        return sum(count for length, count in self._counts.items() if length > limit)
+
+    def as_dict(self) -> dict[str, int | float]:
+        """Items, tokens, and the lengths at the usual shares of the items."""
+        lengths = sorted(self._counts)
+        counts = [self._counts[length] for length in lengths]
+        tokens = sum(length * count for length, count in zip(lengths, counts, strict=True))
+        if not self.items:
+            return {"items": 0, "tokens": 0}
+        reached = list(accumulate(counts))
+        shares = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+        at = {name: lengths[bisect_left(reached, max(share * self.items, 1))] for name, share in shares.items()}
+        return {"items": self.items, "tokens": tokens, "mean": round(tokens / self.items, 1), **at}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:,}" for name, value in self.as_dict().items())
+
+
+def sub_record(folder: Path, rank: int, splits: int) -> Path:
+    """Where rank `rank` of `splits` lists its items, under the published name."""
+    return folder / f"{rank}-of-{splits}-record.jsonl"
+
+
+def companions(record: Path) -> tuple[Path, Path]:
+    """Beside a record: the items that are not in it (`*.rejected.jsonl`), and its summary (`*.summary.json`)."""
+    return record.with_suffix(".rejected.jsonl"), record.with_suffix(".summary.json")
+
+
+def manifest_id(manifest: Mapping[str, Any]) -> str:
+    """A short name for a manifest, by content."""
+    return hashlib.sha256(orjson.dumps(manifest, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
