@@ -124,6 +124,31 @@ def image_names(item: Any) -> list[str]:
     return names
 
 
+def check_conversations(item: dict[str, Any]) -> None:
+    """The document's rules for `conversations`. Raises `Failed` for an item that breaks one.
+
+    Turns of human and gpt, the last one gpt's, with an `<image>` for each of the item's images.
+    """
+    turns = item.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise Failed("no conversations", f"expected a list of turns, found {json.dumps(turns)[:80]}")
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise Failed(
+                "turn of wrong type", f'conversations[{number}]: expected {{"from", "value"}}, found {turn!r:.80}'
+            )
+        if turn.get("from") not in ("human", "gpt"):
+            raise Failed(
+                "unknown speaker", f"conversations[{number}]: from must be human or gpt, is {turn.get('from')!r}"
+            )
+    if turns[-1]["from"] != "gpt":
+        raise Failed("nothing to learn", "the conversation does not end on a turn of gpt")
+    names = item.get("images", [])
+    symbols, images = sum(turn["value"].count("<image>") for turn in turns), 1 if isinstance(names, str) else len(names)
+    if symbols != images:
+        raise Failed("<image> does not match", f"{symbols} x <image> in the conversations for {images} images")
+
+
 def image_path(image_dir: Path, name: str) -> Path:
     """Where `name` lies. Raises `Failed` for one that leaves `image_dir` or cannot be a path."""
     inside = PurePosixPath(os.path.normpath(name)) if name else PurePosixPath("..")

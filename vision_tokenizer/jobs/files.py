@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,7 +33,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             "make room or fix the permissions, then run the same command again."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # after success it is gone already
+            temporary.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -83,10 +83,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     datasets = select_datasets(args.data_config, args.datasets)
 
-    from vision_tokenizer import load_tokenizer
     from vision_tokenizer.codebook import report, run_codebook_inference
     from vision_tokenizer.codebook_output import Settings
     from vision_tokenizer.device import default_workers, local_device
+    from vision_tokenizer.dualvitok.model import load_dualvitok
     from vision_tokenizer.jobs.claims import crew
 
     device = local_device(args.device)
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer_version=args.tokenizer_version,
         output_dirname=args.output_dirname,
     )
-    tokenizer = load_tokenizer(
+    tokenizer = load_dualvitok(
         args.model_config,
         args.tokenizer_checkpoint,
         device=device,

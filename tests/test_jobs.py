@@ -1,0 +1,146 @@
+"""Parts, locks, manifests and claims: what a job's exactness rests on."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from vision_tokenizer.errors import Failed, UserError
+from vision_tokenizer.jobs.chunks import chunk_table
+from vision_tokenizer.jobs.claims import Solo, Split
+from vision_tokenizer.jobs.files import atomic_write, remove_leftovers, write_bytes
+from vision_tokenizer.jobs.ledger import Account, Problem
+from vision_tokenizer.jobs.lock import run_lock
+from vision_tokenizer.jobs.manifest import check_manifest, read_manifest
+from vision_tokenizer.jobs.parts import Part, Parts
+from vision_tokenizer.jobs.progress import Progress
+from vision_tokenizer.jobs.run import Source, run_chunks
+from vision_tokenizer.jobs.summary import accounts_table
+
+PROBLEM = Problem.of(Failed("image not found", "x.png"), "a.jsonl", "line 3", 2, id="x")
+
+
+def account(items: int, failed: int = 0) -> Account:
+    reasons = Counter({("failed", "image not found"): failed}) if failed else Counter()
+    return Account(items=items, done=items - failed, reasons=reasons)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a"
+    write_bytes(path, b"old")
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
+        file.write(b"new")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_refuses_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot write"):
+        write_bytes(tmp_path / "file" / "below", b"")
+
+
+def test_leftovers_of_the_dead_go_and_of_the_living_stay(tmp_path):
+    host = os.uname().nodename
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getpid()):
+        (tmp_path / f"a.jsonl.{host}-{pid}.tmp").touch()
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"a.jsonl.{host}-{os.getpid()}.tmp"]
+
+
+def test_a_part_comes_back_and_must_add_up(tmp_path):
+    parts = Parts(tmp_path / "parts")
+    assert parts.read(0) is None
+    parts.write(0, Part(account(3, failed=1), [PROBLEM], {parts.path(0, ".jsonl"): b"lines"}))
+    back = parts.read(0)
+    assert (back.account, back.problems) == (account(3, failed=1), [PROBLEM])
+    with pytest.raises(AssertionError, match="3 items in, but 2 done"):
+        parts.write(1, Part(Account(items=3, done=2)))
+
+
+def test_one_crew_at_a_time(tmp_path):
+    holder = (
+        "import sys, time; from pathlib import Path; from vision_tokenizer.jobs.lock import run_lock\n"
+        f"with run_lock(Path({str(tmp_path)!r}), 1, 3): print('held', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    with run_lock(tmp_path, 0, 3):
+        pass  # another seat of the same crew
+    with pytest.raises(UserError, match=f"process {process.pid} on"), run_lock(tmp_path, 1, 3):
+        pass
+    with pytest.raises(UserError, match=f"process {process.pid} on"), run_lock(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    with run_lock(tmp_path):
+        pass  # the kernel freed the lock of the killed one
+
+
+def test_a_manifest_refuses_another_value_and_takes_new_inputs(tmp_path):
+    first = {"settings": {"resolution": 256}, "inputs": {"a.jsonl": "1"}}
+    check_manifest(tmp_path, first)
+    check_manifest(tmp_path, first)
+    with pytest.raises(UserError, match=r"settings.resolution = 256, now it is 512"):
+        check_manifest(tmp_path, {**first, "settings": {"resolution": 512}})
+    with pytest.raises(UserError, match=r"inputs.a.jsonl = '1', now it is '2'"):
+        check_manifest(tmp_path, {**first, "inputs": {"a.jsonl": "2"}})
+    check_manifest(tmp_path, {**first, "inputs": {"b.jsonl": "2"}})
+    assert read_manifest(tmp_path)["inputs"] == {"a.jsonl": "1", "b.jsonl": "2"}
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, 20])
+def test_splits_share_out_every_chunk_once(splits):
+    claimed = [number for rank in range(splits) for number in Split(rank, splits).claim(10)]
+    assert sorted(claimed) == list(range(10))
+
+
+def sources(tmp_path: Path) -> list[Source]:
+    made = []
+    for name, items in (("a", 5), ("b", 3)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(f'{{"id": {n}}}\n' for n in range(items)))
+        table = chunk_table(path, 2, tmp_path / "work" / f"{name}.chunks.json")
+        made.append(Source(table, Parts(tmp_path / "work" / name)))
+    return made
+
+
+def run_job(tmp_path: Path, fail: bool) -> list[tuple[str, int, bool]]:
+    seen = []
+
+    def process(tasks):
+        held = None  # hand the chunks back one late, as a job that fills batches across chunks does
+        for task in tasks:
+            seen.append((task.source.table.path.stem, task.chunk.index, task.previous is not None))
+            failed = int(fail and task.chunk.index == 1)
+            part = Part(account(task.chunk.items, failed), [PROBLEM] * failed)
+            if held:
+                yield held
+            held = task, part
+        if held:
+            yield held
+
+    claims = Solo()
+    run_chunks(sources(tmp_path), claims, process, Progress(claims, 8, "test"))
+    return seen
+
+
+def test_a_rerun_does_what_failed_and_nothing_else(tmp_path):
+    assert [(name, index) for name, index, _ in run_job(tmp_path, fail=True)] == [
+        *(("a", 0), ("a", 1), ("a", 2)),
+        *(("b", 0), ("b", 1)),
+    ]
+    assert run_job(tmp_path, fail=False) == [("a", 1, True), ("b", 1, True)]
+    assert run_job(tmp_path, fail=False) == []
+
+
+def test_the_table_shows_that_items_add_up():
+    text = accounts_table({"birds": account(1200, failed=3)})
+    assert text.splitlines()[2].split() == ["birds", "1,200", "1,197", "0", "3"]
+    assert "failed: image not found: 3" in text
