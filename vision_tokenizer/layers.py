@@ -150,7 +150,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, z, h, w) -> (B, 3, H, W); every level but 0, which comes last, is followed by `upsample`, which doubles H and W."""
+    """(B, z, h, w) -> (B, 3, H, W); every level but 0, the last, is followed by `upsample`, which doubles H and W."""
 
     def __init__(self, sizes: ConvSizes, upsample: Resample, norm: Norm):
         super().__init__()
