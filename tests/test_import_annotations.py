@@ -1,0 +1,327 @@
+"""Each format from small real files of it; every record accounted for; interrupted and damaged imports."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vision_tokenizer.annotations import image_names, image_path, read_data_config
+from vision_tokenizer.errors import UserError
+from vision_tokenizer.importers import job
+from vision_tokenizer.jobs.parts import Parts
+from vision_tokenizer.tokenizer.import_annotations import main
+
+
+@pytest.fixture
+def pictures(tmp_path, golden) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("photo.jpg", "gray.png", "palette.png"):
+        shutil.copy(golden / "images" / name, folder)
+    return folder
+
+
+def run(tmp_path, kind, source, *more, task="generation"):
+    """Import; returns (exit code, items, problems, data set)."""
+    root = tmp_path / "imported"
+    code = main(["--format", kind, "--source", str(source), "--root", str(root), "--task", task, *map(str, more)])
+    (dataset,) = read_data_config(root / "data_config.json")
+    items = [json.loads(line) for file in dataset.annotation_files() for line in file.read_text("utf-8").splitlines()]
+    rejected = sorted((root / "import").glob("*.rejected.jsonl"))
+    problems = [json.loads(line) for file in rejected for line in file.read_text("utf-8").splitlines()]
+    for item in items:
+        assert all(image_path(dataset.image_dir, name).is_file() for name in image_names(item))
+    return code, items, problems, dataset
+
+
+def reasons(problems):
+    return [problem["reason"] for problem in problems]
+
+
+def test_llava(tmp_path, pictures):
+    talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "一只猫"}]
+    source = tmp_path / "llava_instruct.json"
+    source.write_text(
+        json.dumps(
+            [
+                {"id": "a", "image": "photo.jpg", "conversations": talk, "source": {"kept": True}},
+                {"id": "b", "image": "nowhere.jpg", "conversations": talk},
+                {"id": "c", "image": "../photo.jpg", "conversations": talk},
+                {"id": "d", "image": ["photo.jpg", "gray.png"], "conversations": talk},
+                {"id": "e", "image": 7, "conversations": talk},
+                {"id": "f", "image": "photo.jpg", "conversations": [{"from": "user", "value": "<image>"}]},
+                "no object",
+            ]
+        )
+    )
+    code, items, problems, dataset = run(tmp_path, "llava", source, "--image_source", pictures, task="understanding")
+    assert code == 1  # more than one in a hundred failed
+    assert items == [{"images": ["photo.jpg"], "id": "a", "conversations": talk, "source": {"kept": True}}]
+    assert reasons(problems) == [
+        "image not found",
+        "image outside image_dir",
+        "<image> does not match",
+        "images of wrong type",
+        "unknown speaker",
+        "not an object",
+    ]
+    assert problems[0]["where"] == "item 1" and problems[0]["id"] == "b"
+    assert dataset.image_dir == pictures and not dataset.tokenizer_inference
+
+
+def test_llava_text_only(tmp_path, pictures):
+    item = {"id": 0, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]}
+    source = tmp_path / "chat.jsonl"
+    source.write_text(json.dumps(item) + "\n")
+    root = tmp_path / "imported"
+    arguments = ["--format", "llava", "--source", str(source), "--root", str(root), "--task", "understanding"]
+    assert main([*arguments, "--image_source", str(pictures)]) == 0
+    assert json.loads((root / "annotations" / "chat.jsonl").read_text()) == item
+
+
+def test_coco_captions_of_an_image_stand_together(tmp_path, pictures):
+    source = tmp_path / "captions_val.json"
+    images = [{"id": 9, "file_name": "photo.jpg"}, {"id": 5, "file_name": "gray.png"}, {"id": 6, "file_name": "x.png"}]
+    captions = [(100, 5, "A camera man. "), (101, 9, "A cup."), (102, 5, "A\ncoast"), (103, 77, "?"), (104, 6, "No")]
+    annotations = [{"id": i, "image_id": image, "caption": caption} for i, image, caption in captions]
+    source.write_text(json.dumps({"images": images, "annotations": [*annotations, {"id": 105, "image_id": 9}]}))
+    code, items, problems, dataset = run(tmp_path, "coco", source, "--image_source", pictures)
+    assert code == 1
+    assert [(item["images"], item["id"]) for item in items] == [
+        (["photo.jpg"], 101),
+        (["gray.png"], 100),
+        (["gray.png"], 102),
+    ]
+    assert items[1]["conversations"] == [
+        {
+            "from": "human",
+            "value": "Generate an image of {resolution_tag}, the content of image is A camera man.\n",
+        },
+        {"from": "gpt", "value": "<image>"},
+    ]
+    assert [(p["where"], p["reason"]) for p in problems] == [
+        ("annotations[5]", "no caption"),
+        ("annotations[4]", "image not found"),
+        ("annotations[3]", "unknown image_id"),
+    ]
+    assert dataset.tokenizer_inference
+
+
+def test_pairs(tmp_path, pictures):
+    (pictures / "deep").mkdir()
+    shutil.copy(pictures / "photo.jpg", pictures / "deep" / "one.JPG")
+    (pictures / "deep" / "one.txt").write_text("\ufeffEin Becher Kaffee", encoding="utf-8")
+    (pictures / "photo.txt").write_text("A cup")
+    (pictures / "gray.txt").write_text("  \n")
+    (pictures / "lonely.txt").write_text("No picture")
+    code, items, problems, dataset = run(tmp_path, "pairs", pictures, task="understanding")
+    assert code == 1
+    assert [(item["images"], item["conversations"][1]["value"]) for item in items] == [
+        (["deep/one.JPG"], "Ein Becher Kaffee"),
+        (["photo.jpg"], "A cup"),
+    ]
+    assert [(p["where"], p["reason"]) for p in problems] == [
+        ("gray.png", "no text"),
+        ("lonely.txt", "no image"),
+        ("palette.png", "no text"),
+    ]
+    assert dataset.image_dir == pictures
+
+
+def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_webdataset(tmp_path, pictures):
+    photo, gray = (pictures / "photo.jpg").read_bytes(), (pictures / "gray.png").read_bytes()
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    tar_of(
+        shards / "00000.tar",
+        [
+            ("./a/001.jpg", photo),
+            ("./a/001.txt", b"A cup"),
+            ("002.json", json.dumps({"caption": "Grey", "width": 512}).encode()),
+            ("002.png", gray),
+            ("003.txt", b"no image"),
+            ("004.jpg", b"not an image"),
+            ("004.txt", b"text"),
+            ("../005.png", gray),
+            ("../005.txt", b"escapes"),
+            ("006.jpg", photo),
+            ("006.json", b"{"),
+            ("007.jpg", photo),
+            ("007.json", b"[1]"),
+        ],
+    )
+    tar_of(shards / "00001.tar.gz", [("x.jpg", photo), ("x.txt", b"Again")])
+    code, items, problems, dataset = run(tmp_path, "webdataset", shards)
+    assert code == 1
+    assert [(item["images"], item["id"]) for item in items] == [
+        (["00000/a/001.jpg"], "a/001"),
+        (["00000/002.png"], "002"),
+        (["00001/x.jpg"], "x"),
+    ]
+    assert (dataset.image_dir / "00000" / "a" / "001.jpg").read_bytes() == photo
+    assert reasons(problems) == ["no image", "not an image", "image outside image_dir", "not JSON", "no text"]
+    assert problems[0]["where"] == "sample 003"
+
+
+def test_a_truncated_tar_keeps_what_can_be_read_and_says_so(tmp_path, pictures):
+    photo = (pictures / "photo.jpg").read_bytes()
+    shard = tar_of(
+        tmp_path / "s.tar", [(f"{i}.{kind}", c) for i in range(3) for kind, c in (("jpg", photo), ("txt", b"t"))]
+    )
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(photo) + 4096])
+    code, items, problems, _ = run(tmp_path, "webdataset", shard)
+    assert code == 1 and len(items) == 1
+    assert reasons(problems) == ["tar file damaged"] and str(shard) in problems[0]["detail"]
+
+
+def parquet_of(path: Path, columns: dict, rows: int) -> Path:
+    pq.write_table(pa.table(columns), path, row_group_size=rows)
+    return path
+
+
+def test_parquet_with_hugging_face_images(tmp_path, pictures):
+    photo, gray = (pictures / "photo.jpg").read_bytes(), (pictures / "gray.png").read_bytes()
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = [
+        {"bytes": photo, "path": "p.jpg"},
+        {"bytes": gray, "path": None},
+        None,
+        {"bytes": None, "path": "far.jpg"},
+    ]
+    columns = {"image": pa.array([*images, images[0]], kind), "text": ["A cup", "Grey", "none", "far", None]}
+    folder = tmp_path / "data"
+    folder.mkdir()
+    parquet_of(folder / "train-00000-of-00001.parquet", columns, rows=2)
+    code, items, problems, dataset = run(tmp_path, "parquet", folder)
+    assert code == 1
+    assert [item["images"] for item in items] == [
+        ["train-00000-of-00001/00000000.jpg"],
+        ["train-00000-of-00001/00000001.png"],
+    ]
+    assert image_path(dataset.image_dir, items[1]["images"][0]).read_bytes() == gray
+    assert [(p["where"], p["reason"]) for p in problems] == [
+        ("row 2", "no image"),
+        ("row 3", "no image"),
+        ("row 4", "no text"),
+    ]
+    assert "far.jpg" in problems[1]["detail"]
+
+
+def test_parquet_with_conversations_and_several_images(tmp_path, pictures):
+    photo, gray = (pictures / "photo.jpg").read_bytes(), (pictures / "gray.png").read_bytes()
+    talk = [{"from": "human", "value": "<image><image>\nCompare."}, {"from": "gpt", "value": "One is grey."}]
+    columns = {"pics": [[photo, gray]], "conversations": [talk], "id": [17]}
+    file = parquet_of(tmp_path / "p.parquet", columns, rows=1)
+    code, items, problems, _ = run(tmp_path, "parquet", file, "--image_field", "pics", task="understanding")
+    assert code == 0 and not problems
+    assert items == [{"images": ["p/00000000_0.jpg", "p/00000000_1.png"], "conversations": talk, "id": 17}]
+
+
+def test_an_interrupted_import_goes_on_and_gives_the_same_files(tmp_path, pictures, monkeypatch):
+    photo = (pictures / "photo.jpg").read_bytes()
+    file = parquet_of(tmp_path / "p.parquet", {"image": [photo] * 9, "text": [f"text {i}" for i in range(9)]}, rows=2)
+    _, whole, _, dataset = run(tmp_path, "parquet", file)
+    expected = (dataset.annotation_dir / "p.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "imported")
+
+    write, written = Parts.write, []
+
+    def write_three(parts, index, part):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(index)
+        write(parts, index, part)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Parts, "write", write_three)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "parquet", file)
+    assert not (dataset.annotation_dir / "p.jsonl").exists()
+    with monkeypatch.context() as patched:
+        read = []
+        part = job._part
+        patched.setattr(job, "_part", lambda file, chunk: read.append(chunk.index) or part(file, chunk))
+        code, items, _, _ = run(tmp_path, "parquet", file)
+    assert read == [3, 4] and code == 0
+    assert (dataset.annotation_dir / "p.jsonl").read_bytes() == expected and items == whole
+
+
+def test_a_rerun_does_again_what_failed(tmp_path, pictures):
+    for name in ("photo", "gray"):
+        (pictures / f"{name}.txt").write_text(name)
+    code, items, problems, _ = run(tmp_path, "pairs", pictures)
+    assert (code, len(items), reasons(problems)) == (1, 2, ["no text"])
+    (pictures / "palette.txt").write_text("palette")
+    code, items, problems, _ = run(tmp_path, "pairs", pictures)
+    assert (code, len(items), problems) == (0, 3, [])
+
+
+def test_another_import_in_the_same_folder_is_refused(tmp_path, pictures):
+    for name in ("photo", "gray", "palette"):
+        (pictures / f"{name}.txt").write_text(name)
+    run(tmp_path, "pairs", pictures)
+    with pytest.raises(UserError, match=r"settings\.task = 'generation', now it is 'understanding'"):
+        run(tmp_path, "pairs", pictures, task="understanding")
+    _, items, _, dataset = run(tmp_path, "pairs", pictures, "--overwrite", task="understanding")
+    assert items[0]["conversations"][1]["value"] == "gray" and not dataset.tokenizer_inference
+
+
+def test_the_entry_joins_a_config_that_is_there(tmp_path, pictures):
+    (pictures / "photo.txt").write_text("A cup")
+    config = tmp_path / "meta.json"
+    other = {"root": "r", "image_dir": "i", "annotation_dir": "a", "tokenizer_inference": False}
+    config.write_text(json.dumps({"other": other}))
+    arguments = ["--format", "pairs", "--source", str(pictures), "--task", "generation", "--max_failed", "1"]
+    more = ["--root", str(tmp_path / "new"), "--data_config", str(config)]
+    assert main([*arguments, *more]) == 0
+    assert [dataset.name for dataset in read_data_config(config)] == ["other", "new"]
+    assert json.loads(config.read_text())["other"] == other
+    with pytest.raises(UserError, match="another data set 'other'"):
+        main([*arguments, *more, "--name", "other"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("llava", "{}", r"line 1: expected a JSON list"),
+        ("coco", "[]", "not a COCO captions file"),
+        ("coco", '{"images": [{"id": 1}], "annotations": []}', r"images\[0\]: expected id and file_name"),
+        ("coco", "{", "not valid JSON"),
+    ],
+)
+def test_a_file_of_another_format_is_named(tmp_path, pictures, kind, content, message):
+    source = tmp_path / "a.json"
+    source.write_text(content)
+    with pytest.raises(UserError, match=message) as raised:
+        run(tmp_path, kind, source, "--image_source", pictures)
+    assert str(source) in str(raised.value)
+
+
+def test_arguments_that_do_not_fit(tmp_path, pictures):
+    with pytest.raises(UserError, match="needs --image_source"):
+        run(tmp_path, "coco", pictures)
+    with pytest.raises(UserError, match="does not exist"):
+        run(tmp_path, "pairs", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no file in it ends in \.parquet"):
+        run(tmp_path, "parquet", pictures)
+    file = parquet_of(tmp_path / "p.parquet", {"img": [b""], "text": ["x"]}, rows=1)
+    with pytest.raises(UserError, match=r"found \['img', 'text'\]. Name yours with --image_field"):
+        run(tmp_path, "parquet", file)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"bad\.parquet: not a parquet file"):
+        run(tmp_path, "parquet", tmp_path / "bad.parquet", "--overwrite")

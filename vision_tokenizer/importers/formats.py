@@ -1,0 +1,212 @@
+"""Sources whose images lie in a folder: there they stay, and are only referred to.
+
+A format lists its files, cuts each into chunks, and reads a chunk. Those with the images inside are in `archives`.
+"""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+import orjson
+
+from vision_tokenizer.annotations import check_conversations, image_names
+from vision_tokenizer.errors import Failed, UserError
+from vision_tokenizer.importers.items import (
+    IMAGE_SUFFIXES,
+    Record,
+    build_item,
+    existing_image,
+)
+from vision_tokenizer.jobs.chunks import Chunk, ChunkTable, chunk_table
+
+CHUNK_ITEMS = 1000
+
+
+@dataclass(frozen=True)
+class Format:
+    """A source to import.
+
+    Args:
+        source: the file or folder.
+        image_dir: where its images lie, or are written to by formats that embed them.
+        task: "understanding" or "generation"; decides how a caption becomes a conversation.
+        text_field, image_field: names of the source's own, where it has such.
+        cache: a folder for chunk tables.
+    """
+
+    source: Path
+    image_dir: Path
+    task: str
+    text_field: str | None
+    image_field: str
+    cache: Path
+
+    embeds_images: ClassVar[bool] = False
+
+    def files(self) -> list[Path]:
+        """The files of the source; each becomes one annotation file."""
+        return [self.source]
+
+    def fingerprint(self, file: Path) -> str:
+        """Changes with the content of `file`. Size and time of change: a hash would read terabytes of images."""
+        stat = file.stat()
+        return f"{stat.st_size} bytes, {stat.st_mtime_ns}"
+
+    def chunks(self, file: Path) -> Sequence[Chunk]:
+        """`file` in chunks that are done, and after an interruption done again, as a whole."""
+        raise NotImplementedError
+
+    def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
+        raise NotImplementedError
+
+    def _build(self, images: Callable[[], list[str]], text: Any, item_id: Any = None) -> dict[str, Any] | Failed:
+        try:
+            return build_item(images(), text, self.task, item_id)
+        except Failed as error:
+            return error
+
+
+def file_stem(file: Path) -> str:
+    """`a` of `a.tar.gz`, `a.parquet` or a folder `a`."""
+    return file.name.removesuffix(".gz").rpartition(".")[0] or file.name
+
+
+def _ranges(items: int) -> list[Chunk]:
+    starts = range(0, items, CHUNK_ITEMS)
+    return [Chunk(i, first, min(CHUNK_ITEMS, items - first), 0, 0, 0) for i, first in enumerate(starts)]
+
+
+class Llava(Format):
+    """A `.json` list or `.jsonl` of `{"id", "image": name or names, "conversations": [...]}`; other fields are kept."""
+
+    def chunks(self, file: Path) -> ChunkTable:
+        return chunk_table(file, CHUNK_ITEMS, self.cache / f"{file.stem}.chunks.json")
+
+    def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
+        for item in self.chunks(file).read(chunk):
+            item_id = item.value.get("id") if isinstance(item.value, dict) else None
+            yield Record(item.index, item.where, item_id, self._item(item.value, item.error))
+
+    def _item(self, value: Any, error: str | None) -> dict[str, Any] | Failed:
+        if error:
+            return Failed("not JSON", error)
+        if not isinstance(value, dict):
+            return Failed("not an object", f"expected a JSON object, found {type(value).__name__}")
+        rest = {key: content for key, content in value.items() if key not in ("image", "images")}
+        given = value.get("images", value.get("image"))
+        item = rest if given is None or given == [] else {"images": given, **rest}
+        try:
+            if "images" in item:
+                item["images"] = [existing_image(self.image_dir, name) for name in image_names(item)]
+            check_conversations(item)
+        except Failed as problem:
+            return problem
+        return item
+
+
+class Coco(Format):
+    """A COCO captions file: `images` with `id` and `file_name`, `annotations` with `image_id` and `caption`.
+
+    Every caption becomes an item; those of one image follow each other, so that it is encoded once.
+    """
+
+    def chunks(self, file: Path) -> list[Chunk]:
+        return _ranges(len(self._captions))
+
+    def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
+        for index in range(chunk.first_item, chunk.first_item + chunk.items):
+            where, image, annotation = self._captions[index]
+            yield Record(index, where, annotation.get("id"), self._item(image, annotation))
+
+    def _item(self, image: dict[str, Any] | None, annotation: dict[str, Any]) -> dict[str, Any] | Failed:
+        if image is None:
+            return Failed("unknown image_id", f"image_id {annotation.get('image_id')!r} is not among the images")
+        if not annotation:
+            return Failed("no caption", f"no annotation has image_id {image['id']!r}")
+        if not isinstance(annotation.get("caption"), str):
+            return Failed("no caption", "the annotation has no caption; is this a captions_*.json file?")
+        return self._build(
+            lambda: [existing_image(self.image_dir, image["file_name"])], annotation["caption"], annotation.get("id")
+        )
+
+    @cached_property
+    def _captions(self) -> list[tuple[str, dict[str, Any] | None, dict[str, Any]]]:
+        """(where, image, annotation): by image, an image without captions once, then the annotations of no image."""
+        content = _load_json(self.source)
+        images, annotations = (_objects(self.source, content, field) for field in ("images", "annotations"))
+        for index, image in enumerate(images):
+            if "id" not in image or not isinstance(image.get("file_name"), str):
+                raise UserError(f"{self.source}: images[{index}]: expected id and file_name, found {sorted(image)}")
+        of_image = defaultdict(list)
+        for index, annotation in enumerate(annotations):
+            of_image[str(annotation.get("image_id"))].append((f"annotations[{index}]", annotation))
+        captions = []
+        for index, image in enumerate(images):
+            found = of_image.pop(str(image["id"]), [(f"images[{index}]", {})])
+            captions += [(where, image, annotation) for where, annotation in found]
+        return captions + [(where, None, annotation) for rest in of_image.values() for where, annotation in rest]
+
+
+def _load_json(file: Path) -> Any:
+    try:
+        return orjson.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: cannot read it ({error.strerror})") from error
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from error
+
+
+def _objects(file: Path, content: Any, field: str) -> list[dict[str, Any]]:
+    objects = content.get(field) if isinstance(content, dict) else None
+    if not isinstance(objects, list) or not all(isinstance(entry, dict) for entry in objects):
+        raise UserError(f"{file}: not a COCO captions file: expected an object with a list of objects as {field!r}")
+    return objects
+
+
+class Pairs(Format):
+    """A folder, with folders in it or not, of images that each have a `.txt` of the same name beside them."""
+
+    def fingerprint(self, file: Path) -> str:
+        return hashlib.sha256("\n".join(self._names).encode()).hexdigest()
+
+    def chunks(self, file: Path) -> list[Chunk]:
+        return _ranges(len(self._names))
+
+    def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
+        for index in range(chunk.first_item, chunk.first_item + chunk.items):
+            name = self._names[index]
+            yield Record(index, name, str(PurePosixPath(name).with_suffix("")), self._item(name))
+
+    def _item(self, name: str) -> dict[str, Any] | Failed:
+        text = self.source / PurePosixPath(name).with_suffix(".txt")
+        if name.endswith(".txt"):
+            return Failed("no image", f"{text}: no image of that name beside it")
+        try:
+            caption = text.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            return Failed("no text", f"{text} does not exist")
+        except (OSError, UnicodeDecodeError) as error:
+            return Failed("text unreadable", f"{text}: {error}")
+        return self._build(lambda: [name], caption, str(PurePosixPath(name).with_suffix("")))
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """Images, and texts without one, relative to the folder, in name order."""
+        images, texts = [], []
+        for folder, _, files in os.walk(self.source):
+            inside = PurePosixPath(Path(folder).relative_to(self.source))
+            for file in files:
+                kind = PurePosixPath(file).suffix.lower()
+                if kind in IMAGE_SUFFIXES:
+                    images.append(str(inside / file))
+                elif kind == ".txt":
+                    texts.append(str(inside / file))
+        pictured = {PurePosixPath(name).with_suffix(".txt").as_posix() for name in images}
+        if not pictured:
+            raise UserError(f"{self.source}: no image in it ({', '.join(IMAGE_SUFFIXES)})")
+        return sorted(images + [name for name in texts if name not in pictured])

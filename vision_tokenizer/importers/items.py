@@ -1,0 +1,90 @@
+"""What an imported item looks like, whatever it came from: the annotation lines of the document's STEP 1."""
+
+import io
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, UnidentifiedImageError
+
+from vision_tokenizer.annotations import check_conversations, image_path
+from vision_tokenizer.errors import Failed
+from vision_tokenizer.jobs.files import write_bytes
+
+TEXT_FIELDS = ("conversations", "caption", "text")  # looked for in this order where none is named
+_SUFFIXES = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+class Record(NamedTuple):
+    """One record of the source: the item it becomes, or why it does not."""
+
+    index: int  # among the records of its file, from 0
+    where: str  # for messages: "line 18", "row 17", "member a/b.jpg"
+    id: Any
+    item: dict[str, Any] | Failed
+
+
+def build_item(images: list[str], text: Any, task: str, item_id: Any = None) -> dict[str, Any]:
+    """An annotation of images and a caption, or of images and conversations that are there already.
+
+    Raises `Failed` for an empty caption or conversations that break the format's rules.
+    """
+    if isinstance(text, str):
+        conversations = _captioned(text, task)
+    elif isinstance(text, list):
+        conversations = text
+    else:
+        found = "nothing" if text is None else type(text).__name__
+        raise Failed("no text", f"expected a caption or a list of conversations, found {found}")
+    item = {"images": images, "conversations": conversations}
+    check_conversations(item)
+    return item if item_id is None else {**item, "id": item_id}
+
+
+def _captioned(caption: str, task: str) -> list[dict[str, str]]:
+    caption = " ".join(caption.split())
+    if not caption:
+        raise Failed("no text", "the caption is empty")
+    if task == "understanding":
+        human, gpt = "<image>\nDescribe the image.", caption
+    else:
+        human = f"Generate an image of {{resolution_tag}}, the content of image is {caption.rstrip('.')}.\n"
+        gpt = "<image>"
+    return [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
+
+
+def store_image(image_dir: Path, stem: str, content: bytes) -> str:
+    """Write an embedded image as `{image_dir}/{stem}{its format's suffix}`, whole or not at all; returns the name.
+
+    One that is there already, from an interrupted run, is kept. Raises `Failed` for bytes that are no image.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            kind = image.format
+    except UnidentifiedImageError as error:
+        raise Failed("not an image", f"{stem}: {len(content):,} bytes that no image decoder knows") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Failed("not an image", f"{stem}: {error}") from error
+    if kind not in _SUFFIXES:
+        raise Failed("not an image", f"{stem}: {kind} images are not taken; convert to one of {', '.join(_SUFFIXES)}")
+    name = stem + _SUFFIXES[kind]
+    path = image_path(image_dir, name)
+    if not path.exists() or path.stat().st_size != len(content):
+        write_bytes(path, content)
+    return name
+
+
+def existing_image(image_dir: Path, name: str) -> str:
+    """`name` itself, if that image lies in `image_dir`. Raises `Failed` if not."""
+    path = image_path(image_dir, name)
+    if not path.is_file():
+        raise Failed("image not found", str(path))
+    return name

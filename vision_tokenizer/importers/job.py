@@ -1,0 +1,143 @@
+"""The import as a job: chunks of the source become parts, parts become annotation files, every record is accounted for.
+
+{root}/annotations/{name}.jsonl      the annotations, one file for each of the source's
+{root}/images/...                    only where the source has them inside its files
+{root}/import/                       manifest.json, {name}.rejected.jsonl, run_summary.json, parts/
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from vision_tokenizer.annotations import read_data_config
+from vision_tokenizer.errors import Failed, UserError
+from vision_tokenizer.importers.archives import Parquet, WebDataset
+from vision_tokenizer.importers.formats import Coco, Format, Llava, Pairs, file_stem
+from vision_tokenizer.jobs.chunks import Chunk
+from vision_tokenizer.jobs.claims import Claims
+from vision_tokenizer.jobs.files import atomic_write, write_bytes
+from vision_tokenizer.jobs.ledger import Account, Problem
+from vision_tokenizer.jobs.lock import run_lock
+from vision_tokenizer.jobs.manifest import MANIFEST, check_manifest
+from vision_tokenizer.jobs.parts import Part, Parts
+from vision_tokenizer.jobs.progress import Progress
+from vision_tokenizer.jobs.run import Source, Task, run_chunks
+from vision_tokenizer.jobs.summary import SUMMARY, write_summary
+
+FORMATS: dict[str, type[Format]] = {
+    "llava": Llava,
+    "coco": Coco,
+    "pairs": Pairs,
+    "webdataset": WebDataset,
+    "parquet": Parquet,
+}
+
+
+@dataclass(frozen=True)
+class _File(Source):
+    """One file of the source; `table` is the list of its chunks."""
+
+    path: Path
+    format: Format
+
+    @property
+    def name(self) -> str:
+        return self.parts.folder.name
+
+
+def run_import(kind: str, source: Format, root: Path, claims: Claims, overwrite: bool) -> dict[str, Account]:
+    """Import `source` into `root`; returns the account of each annotation file written.
+
+    Raises `UserError` if `root` holds another import, unless it is to be overwritten.
+    """
+    work = root / "import"
+    settings = {
+        "format": f"vistoken-import-{kind}",
+        "settings": {k: str(v) for k, v in asdict(source).items() if k != "cache"},
+    }
+    with run_lock(work / "locks", claims.rank, claims.world_size):
+        files = source.files()
+        claims.lead(lambda: _begin(work, root, settings, source, files, overwrite))
+        opened = [_File(source.chunks(file), Parts(work / "parts" / file_stem(file)), file, source) for file in files]
+        total = sum(sum(chunk.items for chunk in file.table) for file in opened)
+        run_chunks(opened, claims, _process, Progress(claims, total or None, "importing", rates=()))
+        accounts: dict[str, Account] = {}
+        claims.lead(lambda: accounts.update({file.name: _finish(file, root) for file in opened}))
+        if claims.rank == 0:
+            write_summary(work / SUMMARY, files={name: account.as_dict() for name, account in accounts.items()})
+    return accounts
+
+
+def _begin(work: Path, root: Path, settings: dict, source: Format, files: Sequence[Path], overwrite: bool) -> None:
+    if overwrite:
+        written = [work / "parts", root / "annotations", *([source.image_dir] if source.embeds_images else [])]
+        for folder in written:
+            shutil.rmtree(folder, ignore_errors=True)
+        (work / MANIFEST).unlink(missing_ok=True)
+    if source.embeds_images:
+        source.image_dir.mkdir(parents=True, exist_ok=True)
+    check_manifest(work, {**settings, "inputs": {file.name: source.fingerprint(file) for file in files}})
+
+
+def _process(tasks: Iterator[Task]) -> Iterator[tuple[Task, Part]]:
+    for task in tasks:
+        yield task, _part(task.source, task.chunk)
+
+
+def _part(file: _File, chunk: Chunk) -> Part:
+    lines, problems = [], []
+    for record in file.format.records(file.path, chunk):
+        if isinstance(record.item, Failed):
+            problems.append(Problem.of(record.item, str(file.path), record.where, record.index, record.id))
+        else:
+            lines.append(orjson.dumps(record.item, option=orjson.OPT_APPEND_NEWLINE))
+    account = Account(items=len(lines) + len(problems), done=len(lines))
+    account.reasons.update((problem.kind, problem.reason) for problem in problems)
+    return Part(account, problems, {file.parts.path(chunk.index, ".jsonl"): b"".join(lines)})
+
+
+def _finish(file: _File, root: Path) -> Account:
+    """Join the parts of a file. They stay where they are: a rerun reads them, and does again only what failed."""
+    account = Account()
+    rejected = root / "import" / f"{file.name}.rejected.jsonl"
+    with atomic_write(root / "annotations" / f"{file.name}.jsonl") as output, atomic_write(rejected) as problems:
+        for index, part in enumerate(file.parts.read_all(len(file.table))):
+            account.add(part.account)
+            with file.parts.path(index, ".jsonl").open("rb") as lines:
+                shutil.copyfileobj(lines, output)
+            for problem in part.problems:
+                problems.write(orjson.dumps(asdict(problem), option=orjson.OPT_APPEND_NEWLINE))
+    account.check(str(file.path))
+    return account
+
+
+def config_entry(root: Path, image_dir: Path, task: str) -> dict[str, Any]:
+    """The metadata config entry of an imported data set. Paths are absolute, so that it can be pasted anywhere."""
+    return {
+        "root": str(root.resolve()),
+        "image_dir": str(image_dir.resolve()),
+        "annotation_dir": str((root / "annotations").resolve()),
+        "tokenizer_inference": task == "generation",
+    }
+
+
+def write_entry(config: Path, name: str, entry: dict[str, Any], overwrite: bool) -> None:
+    """Add the entry to the metadata config `config`, which is made if it is missing.
+
+    Raises `UserError` where the config has another data set of that name, unless it is to be overwritten.
+    """
+    stored: dict[str, Any] = {}
+    if config.exists():
+        read_data_config(config)  # a broken config is not made worse
+        stored = orjson.loads(config.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    if stored.get(name, entry) != entry and not overwrite:
+        raise UserError(
+            f"{config}: has another data set {name!r}. Choose another --name, or replace it by --overwrite."
+        )
+    if stored.get(name) != entry:
+        content = orjson.dumps({**stored, name: entry}, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        write_bytes(config, content)

@@ -1,0 +1,100 @@
+"""Turn a data set of a common format into the annotations and image folder that codebook inference reads.
+
+    python vision_tokenizer/tokenizer/import_annotations.py --format coco --source captions_train2017.json \\
+        --image_source train2017 --root datasets/coco --task generation --data_config configs/my_data.json
+
+Formats (`--source` is a file or a folder, as said):
+    llava       a .json list or .jsonl of {"id", "image", "conversations"}     images in the folder --image_source
+    coco        a captions_*.json                                              images in the folder --image_source
+    pairs       a folder of images, each with a .txt of the same name          images stay in that folder
+    webdataset  a .tar file or a folder of them, images with .txt or .json     images are written to {root}/images
+    parquet     a .parquet file or a folder of them, the image bytes inside    images are written to {root}/images
+
+Captions become conversations: to describe the image (`--task understanding`) or to generate it (`--task generation`,
+whose data sets codebook inference encodes). Conversations that are there already are kept as they are.
+
+Every record ends in {root}/annotations/*.jsonl or, with its reason, in {root}/import/*.rejected.jsonl. The same
+command goes on where it was interrupted and tries again what failed. Under torchrun, ranks share the work.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from vision_tokenizer.cli import run_command
+from vision_tokenizer.errors import UserError
+
+FORMAT_NAMES = ("llava", "coco", "pairs", "webdataset", "parquet")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--format", choices=FORMAT_NAMES, required=True)
+    add("--source", type=Path, required=True, help="the annotation file, or the folder")
+    add("--image_source", type=Path, help="folder of the images (llava, coco)")
+    add("--root", type=Path, required=True, help="folder of the new data set")
+    add("--name", help="of the data set in the metadata config (default: the name of --root)")
+    add("--task", choices=("understanding", "generation"), required=True, help="what the captions are made into")
+    add("--data_config", type=Path, help="metadata config to add the data set to (default: {root}/data_config.json)")
+    add("--text_field", help="field or column of the text (default: the first of conversations, caption, text)")
+    add("--image_field", default="image", help="parquet column of the images (default: %(default)s)")
+    add("--max_failed", type=float, default=0.01, help="exit with 1 above this share (default: %(default)s)")
+    add("--overwrite", action="store_true", help="import anew over another import in --root")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    import orjson
+
+    from vision_tokenizer.importers.job import FORMATS, config_entry, run_import, write_entry
+    from vision_tokenizer.jobs.claims import crew
+    from vision_tokenizer.jobs.ledger import Account
+    from vision_tokenizer.jobs.summary import accounts_table
+
+    image_dir = image_folder(args)
+    kind = FORMATS[args.format]
+    source = kind(args.source, image_dir, args.task, args.text_field, args.image_field, args.root / "import" / "chunks")
+    claims = crew()
+    accounts = run_import(args.format, source, args.root, claims, args.overwrite)
+    if claims.rank:
+        return 0
+
+    entry = config_entry(args.root, image_dir, args.task)
+    name, config = args.name or args.root.resolve().name, args.data_config or args.root / "data_config.json"
+    write_entry(config, name, entry, args.overwrite)
+    print(accounts_table(accounts, "file"))
+    print(f"annotations: {args.root / 'annotations'}   what was left out, and why: {args.root / 'import'}")
+    print(f"in {config}:\n{orjson.dumps({name: entry}, option=orjson.OPT_INDENT_2).decode()}")
+    total = Account()
+    for account in accounts.values():
+        total.add(account)
+    if total.failed_share > args.max_failed:
+        print(
+            f"{total.failed_share:.1%} of the records failed, more than --max_failed {args.max_failed:g}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def image_folder(args: argparse.Namespace) -> Path:
+    """Where the images lie, or will be written. Raises `UserError` for arguments that do not fit the format."""
+    in_a_folder = args.format in ("llava", "coco")
+    if in_a_folder != (args.image_source is not None):
+        raise UserError(f"--format {args.format} {'needs' if in_a_folder else 'does not take'} --image_source")
+    for given in filter(None, (args.source, args.image_source)):
+        if not given.exists():
+            raise UserError(f"{given} does not exist")
+    if args.image_source and not args.image_source.is_dir():
+        raise UserError(f"--image_source {args.image_source} is not a folder")
+    if args.source.is_dir() if in_a_folder else args.format == "pairs" and args.source.is_file():
+        raise UserError(f"--source {args.source}: --format {args.format} takes a {'file' if in_a_folder else 'folder'}")
+    if args.format == "pairs":
+        return args.source
+    return args.image_source or args.root / "images"
+
+
+if __name__ == "__main__":
+    run_command(main)
