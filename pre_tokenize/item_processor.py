@@ -1,23 +1,93 @@
 """One item to one sequence: text ids, image blocks in their places, and the mask of what is learned."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pre_tokenize.text import END, IMAGE
-from vision_tokenizer.errors import Failed
+from pre_tokenize.conversation import Conversation, parse_conversation
+from pre_tokenize.text import END, IMAGE, TextTokenizer
+from pre_tokenize.token_file import TokenSample
+from vision_tokenizer.chameleon.vocabulary import ChameleonVocabulary
+from vision_tokenizer.engine import Encoded
+from vision_tokenizer.errors import Failed, ItemError
+from vision_tokenizer.jobs.chunks import Item
+
+ProcessItem = Callable[[dict[str, Any]], dict[str, Any]]  # somebody's own format -> the document's
+
+# what code that takes an item apart raises when the item is not as it expects
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError)
 
 
-class TokenizedItem(NamedTuple):
-    tokens: np.ndarray  # (L,) int32
-    loss_mask: np.ndarray  # (L,) bool: the label is the token itself where true, -100 elsewhere
+@dataclass(frozen=True)
+class Draft:
+    """An item whose text is ids already, while its images are still files."""
+
+    item: int
+    marked: np.ndarray  # (N,) ids, END after each turn and IMAGE in the place of each image
+    learned: tuple[bool, ...]  # per turn
+    images: tuple[str, ...]  # as the item names them
+    paths: tuple[Path, ...]  # where they are
+
+
+class ChameleonSequences:
+    """Items to Chameleon sequences, in two steps around the encoding of their images.
+
+    Args:
+        text: the text tokenizer of a Chameleon release.
+        process_item: brings an item to the document's format.
+        image_dir: where relative image paths begin.
+    """
+
+    def __init__(self, text: TextTokenizer, process_item: ProcessItem, image_dir: Path):
+        self._text, self._process_item, self._image_dir = text, process_item, image_dir
+        self.vocabulary = ChameleonVocabulary(text.ids, str(text.path))
+        text.forbid(self.vocabulary.image_ids)
+
+    def drafts(self, items: Sequence[Item]) -> Iterator[Draft | ItemError]:
+        """Each item with its text tokenised, all texts in one batch, or why it cannot be done."""
+        parsed = [self._parsed(item) for item in items]
+        ids = iter(self._text.encode_batch([found.text for found in parsed if isinstance(found, Conversation)]))
+        for item, found in zip(items, parsed, strict=True):
+            marked = next(ids) if isinstance(found, Conversation) else found
+            if isinstance(marked, ItemError):
+                yield marked
+                continue
+            paths = tuple(self._image_dir / image for image in found.images)
+            yield Draft(item.index, marked, found.learned, found.images, paths)
+
+    def sample(self, draft: Draft, images: Mapping[Path, Encoded | ItemError]) -> TokenSample:
+        """The finished sequence. Raises the error of the first image that has one."""
+        blocks = []
+        for path in draft.paths:
+            result = images[path]
+            if isinstance(result, ItemError):
+                raise result
+            blocks.append(self.vocabulary.image_block(result.codes[0]))
+        tokens, loss_mask = assemble(
+            draft.marked, draft.learned, blocks, self.vocabulary.begin, self.vocabulary.end_of_turn
+        )
+        return TokenSample(draft.item, tokens, loss_mask, draft.images)
+
+    def _parsed(self, item: Item) -> Conversation | ItemError:
+        if item.error is not None:
+            return Failed("not JSON", item.error)
+        if not isinstance(item.value, dict):
+            return Failed("not an object", f"expected a JSON object, found {type(item.value).__name__}")
+        try:
+            return parse_conversation(self._process_item(item.value))
+        except ItemError as error:
+            return error
+        except _MALFORMED as error:
+            return Failed("process_item", f"{type(error).__name__}: {error}")
 
 
 def assemble(
     marked: np.ndarray, learned: Sequence[bool], blocks: Sequence[np.ndarray], begin: int, end_of_turn: int
-) -> TokenizedItem:
-    """Join a conversation's parts.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Join a conversation's parts -> ids (L,) int32 and loss mask (L,) bool.
 
     Args:
         marked: (N,) ids of the whole text, END after each turn and IMAGE in the place of each image.
@@ -42,4 +112,4 @@ def assemble(
     for place, block in zip(places, blocks, strict=True):
         tokens[starts[place] : starts[place] + len(block)] = block
     loss_mask = np.concatenate([[False], np.repeat(np.asarray(learned)[turns], lengths)])
-    return TokenizedItem(tokens, loss_mask)
+    return tokens, loss_mask

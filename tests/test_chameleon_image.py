@@ -2,9 +2,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from vision_tokenizer.chameleon.image import best_crop, crop_image, crop_sizes, to_pixels
+from vision_tokenizer.chameleon.image import best_crop, crop_image, crop_sizes, prepare
+from vision_tokenizer.errors import Failed
+from vision_tokenizer.image import normalize
 
 SQUARE = [(64, 64)]
 
@@ -78,9 +81,20 @@ def test_a_transparent_palette_colour_becomes_white():
     assert colours(crop_image(image, SQUARE)) == {(255, 255, 255)}
 
 
-def test_pixels_are_channels_first_in_unit_range():
-    pixels = to_pixels(Image.new("RGB", (32, 64), (0, 255, 51)), [(32, 64)])
-    assert pixels.shape == (3, 64, 32) and pixels.dtype == np.float32
-    np.testing.assert_array_equal(np.unique(pixels[0]), [-1])
-    np.testing.assert_array_equal(np.unique(pixels[1]), [1])
-    np.testing.assert_array_equal(np.unique(pixels[2]), np.float32(51 / 255 * 2 - 1))
+def test_a_file_becomes_pixels_channels_first(tmp_path):
+    Image.new("RGB", (40, 64), (0, 255, 51)).save(tmp_path / "a.png")
+    pixels, info = prepare(tmp_path / "a.png", [(32, 64)])
+    assert info == ((64, 40), (64, 32))
+    assert pixels.shape == (3, 64, 32) and pixels.dtype == torch.uint8
+    assert [set(channel.flatten().tolist()) for channel in pixels] == [{0}, {255}, {51}]
+
+
+def test_every_pixel_value_is_scaled_as_published():
+    """x / 255 * 2 - 1 there; the engine's order of operations may differ in the last bit only."""
+    values = torch.arange(256, dtype=torch.uint8)
+    np.testing.assert_allclose(normalize(values), np.arange(256) / 255.0 * 2.0 - 1.0, atol=1.2e-7)
+
+
+def test_a_hair_thin_image_fails_instead_of_filling_the_memory():
+    with pytest.raises(Failed, match="too narrow"):
+        crop_image(Image.new("1", (1, 100_000)), [(512, 512)])

@@ -60,8 +60,8 @@ def test_golden_sequences(golden, text, vocabulary, items, expected, crop, index
     tokens = np.array(wanted["token"], np.int32)
     blocks = [tokens[start:end] for start, end in vocabulary.image_spans(tokens)]
     result = tokenize(item, blocks, text, vocabulary)
-    np.testing.assert_array_equal(result.tokens, tokens)
-    np.testing.assert_array_equal(np.where(result.loss_mask, result.tokens, -100), wanted["label"])
+    np.testing.assert_array_equal(result[0], tokens)
+    np.testing.assert_array_equal(np.where(result[1], result[0], -100), wanted["label"])
 
 
 def turns(*values):

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from vision_tokenizer.chameleon.image import crop_sizes, to_pixels
+from vision_tokenizer.chameleon.image import crop_image, crop_sizes
 from vision_tokenizer.chameleon.vocabulary import ChameleonVocabulary
 from vision_tokenizer.chameleon.vqgan import load_chameleon
 from vision_tokenizer.codes import ImageTokenizer
 from vision_tokenizer.errors import UserError
+from vision_tokenizer.image import normalize, to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def block_of(tokens, vocabulary):
 
 def pixels_of(golden, name, crop):
     with Image.open(golden / "images" / name) as image:
-        return torch.from_numpy(to_pixels(image, crop_sizes(512, crop)))[None]
+        return normalize(to_pixels(crop_image(image, crop_sizes(512, crop))))[None]
 
 
 def is_one_image(item):
@@ -75,7 +76,7 @@ def test_attention_levels_are_given_by_resolution(chameleon_attn_folder, arrays,
     vqgan = load_chameleon(chameleon_attn_folder, device="cpu")
     with Image.open(golden / "images" / "sq_gray.png") as image:
         image = image.convert("RGB").resize((256, 256), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(to_pixels(image, [(256, 256)]))[None]
+    pixels = normalize(to_pixels(image))[None]
     assert np.abs(pixels[0, :, :4, :4].numpy() - arrays["attn_input"]).max() < 1e-6
     assert np.array_equal(vqgan.encode(pixels)[0][0].numpy(), arrays["attn_codes"])
 

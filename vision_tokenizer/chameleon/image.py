@@ -3,14 +3,17 @@
 Sizes are (w, h) here, as in Pillow and in the published lists. Pure functions of an opened image.
 """
 
+from pathlib import Path
+
 import numpy as np
+import torch
 from PIL import Image
+
+from vision_tokenizer.errors import Failed
+from vision_tokenizer.image import MAX_PIXELS, ImageInfo, read_image, to_pixels
 
 PATCH = 32  # crop sides are multiples of it, and the block of an image spells its sides in it
 MAX_RATIO = 4.0
-
-# float64 first, as published; then one rounding to float32
-_SCALED = (np.arange(256) / 255.0 * 2.0 - 1.0).astype(np.float32)
 
 
 def crop_sizes(target_size: int, crop: str = "square") -> list[tuple[int, int]]:
@@ -49,22 +52,27 @@ def best_crop(width: int, height: int, sizes: list[tuple[int, int]]) -> tuple[in
 def crop_image(image: Image.Image, sizes: list[tuple[int, int]]) -> Image.Image:
     """Resize `image` to cover its best crop and cut out the centre -> RGB of exactly that size.
 
-    The published code cuts at a random place; the centre gives the same tokens in every run.
+    The published code cuts at a random place; the centre gives the same tokens in every run. Raises `Failed` for an
+    image so thin that covering the crop would take gigabytes.
     """
     image = _with_colour(image)
     crop_w, crop_h = best_crop(*image.size, sizes)
     while image.width >= 2 * crop_w and image.height >= 2 * crop_h:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(crop_w / image.width, crop_h / image.height)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    covering = (round(image.width * scale), round(image.height * scale))
+    if covering[0] * covering[1] > MAX_PIXELS:
+        raise Failed("image too narrow", f"{image.width} x {image.height} is too thin for a {crop_w} x {crop_h} crop")
+    image = image.resize(covering, Image.Resampling.BICUBIC)
     left, top = (image.width - crop_w) // 2, (image.height - crop_h) // 2
     return _over_white(image.crop((left, top, left + crop_w, top + crop_h)))
 
 
-def to_pixels(image: Image.Image, sizes: list[tuple[int, int]]) -> np.ndarray:
-    """An image of any mode and size -> (3, H, W) float32 in [-1, 1], H and W those of its best crop."""
-    pixels = np.asarray(crop_image(image, sizes))  # (H, W, 3) uint8
-    return np.ascontiguousarray(_SCALED[pixels].transpose(2, 0, 1))
+def prepare(path: Path, sizes: list[tuple[int, int]]) -> tuple[torch.Tensor, ImageInfo]:
+    """Image file -> uint8 pixels of its best crop. Raises `Failed` where the file cannot be read."""
+    image = read_image(path)
+    cropped = crop_image(image, sizes)
+    return to_pixels(cropped), ImageInfo((image.height, image.width), (cropped.height, cropped.width))
 
 
 def _with_colour(image: Image.Image) -> Image.Image:
