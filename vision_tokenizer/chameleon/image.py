@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from vision_tokenizer.errors import Failed
-from vision_tokenizer.image import MAX_PIXELS, ImageInfo, read_image, to_pixels
+from vision_tokenizer.image import ImageInfo, to_pixels
+from vision_tokenizer.image_file import MAX_PIXELS, read_image
 
 PATCH = 32  # crop sides are multiples of it, and the block of an image spells its sides in it
 MAX_RATIO = 4.0

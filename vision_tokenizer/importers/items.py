@@ -78,7 +78,7 @@ def store_image(image_dir: Path, stem: str, content: bytes) -> str:
     name = stem + _SUFFIXES[kind]
     path = image_path(image_dir, name)
     if not path.exists() or path.stat().st_size != len(content):
-        write_bytes(path, content)
+        write_bytes(path, content, sync=False)  # the job syncs once a chunk: a sync an image takes milliseconds
     return name
 
 

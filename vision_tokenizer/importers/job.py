@@ -5,6 +5,7 @@
 {root}/import/                       manifest.json, {name}.rejected.jsonl, run_summary.json, parts/
 """
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -95,6 +96,8 @@ def _part(file: _File, chunk: Chunk) -> Part:
             problems.append(Problem.of(record.item, str(file.path), record.where, record.index, record.id))
         else:
             lines.append(orjson.dumps(record.item, option=orjson.OPT_APPEND_NEWLINE))
+    if file.format.embeds_images:
+        os.sync()  # the part says that its images are there, even after a power cut
     account = Account(items=len(lines) + len(problems), done=len(lines))
     account.reasons.update((problem.kind, problem.reason) for problem in problems)
     return Part(account, problems, {file.parts.path(chunk.index, ".jsonl"): b"".join(lines)})

@@ -13,9 +13,10 @@ _OWNER = f"{socket.gethostname()}-{os.getpid()}"  # two writers of one file neve
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of `path`; leaving the block gives it the name, an exception removes it.
 
+    Without `sync` the file survives a killed process, but a power cut only once the caller has called `os.sync`.
     Raises `UserError` where the disk is full or not writable; nothing is left under the final name.
     """
     temporary = path.with_name(f"{path.name}.{_OWNER}.tmp")
@@ -24,9 +25,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         temporary.replace(path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except OSError as error:
         raise UserError(
             f"{path}: cannot write ({error.strerror or error}). What was finished before is kept: "
@@ -37,8 +40,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    with atomic_write(path) as file:
+def write_bytes(path: Path, content: bytes, sync: bool = True) -> None:
+    with atomic_write(path, sync) as file:
         file.write(content)
 
 
