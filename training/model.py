@@ -36,6 +36,10 @@ class UniToken(nn.Module):
         )
         self.vit = VisionTower(vision, checkpointing)
 
+    def units(self) -> list[nn.Module]:
+        """What is sharded and compiled on its own."""
+        return [*self.model.layers, *self.vit.encoder.layers]
+
     def embed(self, batch: Batch) -> torch.Tensor:
         """(T, C) input: token embeddings with the images' features in their places."""
         features = self.adapter(self.vit(batch.tiles)).flatten(0, 1)  # (N * P, C)

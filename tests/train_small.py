@@ -1,0 +1,132 @@
+"""A small training set-up on disk, and the trainer run on it in this process or in others."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from conftest import GOLDEN
+from safetensors.torch import save_file
+from unitoken_small import IMAGES, ITEMS, LLM_JSON, synthetic_state, tokens_and_labels
+
+from pre_tokenize.record import entry_line
+from pre_tokenize.token_file import TokenSample, pickle_bytes, shard_bytes
+from training.train import main
+
+VISION_JSON = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+FLAGS = {
+    "epochs": 5,
+    "batch_size": 4,
+    "lr": 1e-3,
+    "vit_lr_scale": 1,
+    "dropout": 0,
+    "precision": "fp32",
+    "num_workers": 0,
+    "log_interval": 1,
+}
+
+
+def write_model(folder: Path, parts: Sequence[str] = ("model.", "lm_head.", "adapter.", "vit.")) -> Path:
+    """The golden model, or some parts of it, as a model folder."""
+    folder.mkdir(parents=True)
+    tensors = {name: tensor for name, tensor in synthetic_state().items() if name.startswith(tuple(parts))}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {**LLM_JSON, "model_type": "chameleon"}
+    if "vit." in parts:
+        config["vision_config"] = VISION_JSON
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(GOLDEN / "chameleon_small" / "text_tokenizer.json", folder / "tokenizer.json")
+    return folder
+
+
+def write_tower(folder: Path) -> Path:
+    """The golden tower as SigLIP is released, text half included."""
+    folder.mkdir(parents=True)
+    tower = {
+        name.replace("vit.", "vision_model.", 1): tensor
+        for name, tensor in synthetic_state().items()
+        if name.startswith("vit.")
+    }
+    save_file({**tower, "text_model.final_layer_norm.weight": torch.ones(3)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": VISION_JSON}))
+    return folder
+
+
+def golden_samples(kinds: Sequence[str] = ("caption", "text", "t2i", "wide")) -> list[TokenSample]:
+    samples = []
+    for number, kind in enumerate(kinds):
+        tokens, labels = tokens_and_labels(kind)
+        image = ITEMS[kind][1]
+        images = (str(IMAGES / image),) if image else ()
+        samples.append(TokenSample(number, tokens.astype(np.int32), labels >= 0, images))
+    return samples
+
+
+def text_samples(count: int, seed: int = 0) -> list[TokenSample]:
+    """Cheap samples of different lengths and contents, without images."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(8, 40, count)
+    return [
+        TokenSample(i, random.integers(8900, 10000, length).astype(np.int32), np.arange(length) >= length // 2, ())
+        for i, length in enumerate(lengths)
+    ]
+
+
+def write_record(folder: Path, samples: Sequence[TokenSample], *, pickles: bool = False, manifest=None) -> Path:
+    """Token files and their record."""
+    (folder / "files").mkdir(parents=True)
+    lines = []
+    if pickles:
+        for sample in samples:
+            (folder / f"files/{sample.id}.pkl").write_bytes(pickle_bytes(sample))
+            lines.append(entry_line(f"files/{sample.id}.pkl", None, len(sample.tokens), sample.id))
+    else:
+        (folder / "files/0.arrow").write_bytes(shard_bytes(samples, manifest or {}))
+        lines += [entry_line("files/0.arrow", row, len(s.tokens), s.id) for row, s in enumerate(samples)]
+    (folder / "record.jsonl").write_bytes(b"".join(line.rstrip() + b"\n" for line in lines))
+    return folder / "record.jsonl"
+
+
+def write_data_config(path: Path, *records: Path, **fields) -> Path:
+    path.write_text(yaml.safe_dump({"META": [{"path": str(record), **fields} for record in records]}))
+    return path
+
+
+def flags(model: Path, data: Path, output: Path, **settings) -> list[str]:
+    chosen = FLAGS | {"init_from": model, "data_config": data, "output_dir": output, "unmask_image_logits": True}
+    arguments = []
+    for name, value in (chosen | settings).items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif value is not False:
+            arguments += [f"--{name}", str(value)]
+    return arguments
+
+
+def train(model: Path, data: Path, output: Path, **settings) -> list[dict]:
+    """Run the command in this process; gives its metrics."""
+    assert main(flags(model, data, output, **settings)) == 0
+    return metrics(output)
+
+
+def train_processes(count: int, arguments: list[str]) -> subprocess.Popen:
+    """Start the command under torchrun, on CPU."""
+    return subprocess.Popen(
+        [*TORCHRUN, f"--nproc_per_node={count}", "training/train.py", *arguments],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,127 @@
+"""From a configuration to its model, optimizer and data, each checked as far as the CPU can."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import AdamW
+
+from pre_tokenize.text import TOKENIZER_FILES
+from pre_tokenize.token_file import TokenFiles
+from training.config import ALWAYS_FROZEN, TrainConfig
+from training.data import Batches, Entry, ImageReader, SampleRules, check_manifest
+from training.folder import ModelFolder
+from training.index import RecordIndex, ensure_index, fingerprint
+from training.model import UniToken
+from training.sampler import Pool, Sampler
+from training.sequence import IMAGE_TOKENS, pack
+from vision_tokenizer.checkpoint import load_strict
+from vision_tokenizer.errors import UserError
+
+
+def build_model(config: TrainConfig, folder: ModelFolder) -> UniToken:
+    """The model on the meta device, with its frozen parts frozen. Raises `UserError` where the weights do not fit."""
+    with torch.device("meta"):
+        model, twin = (
+            UniToken(
+                folder.llm,
+                folder.vision,
+                z_weight=config.z_loss_weight,
+                masked=masked_words(config),
+                dropout=config.dropout,
+                checkpointing=config.checkpointing,
+            )
+            for _ in range(2)
+        )
+    load_strict(twin, folder.tensors, source=folder.path)  # checks names and shapes, reads nothing
+    freeze(model, config.trainable_params.split(","))
+    return model
+
+
+def masked_words(config: TrainConfig) -> range | None:
+    return None if config.unmask_image_logits else IMAGE_TOKENS
+
+
+def freeze(model: nn.Module, trainable: list[str]) -> None:
+    """Train the tensors whose name contains one of `trainable`, but never those of ALWAYS_FROZEN."""
+    wanted = [part.strip() for part in trainable]
+    names = [name for name, _ in model.named_parameters()]
+    for part in wanted:
+        if not part or not any(part in name for name in names):
+            known = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+            raise UserError(f"--trainable_params: no tensor's name contains {part!r}; the model's parts are {known}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in wanted) and not name.startswith(ALWAYS_FROZEN))
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> AdamW:
+    """AdamW over what is trained; the tower's tensors get their own share of the learning rate."""
+    tower, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (tower if name.startswith("vit.") else rest).append(parameter)
+    groups = [{"params": tower, "lr_scale": config.vit_lr_scale}, {"params": rest, "lr_scale": 1.0}]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=config.wd,
+        fused=device.type == "cuda",
+    )
+
+
+@dataclass(frozen=True)
+class Data:
+    """The samples of a run and their order."""
+
+    dataset: Batches
+    sampler: Sampler
+    identity: list  # of each record: fingerprint, ratio, type
+
+
+def open_data(config: TrainConfig, entries: list[Entry], folder: ModelFolder, step_size: int, local_rank: int) -> Data:
+    """Raises `UserError` for a damaged or empty record, tokens of another model, or too few samples for a step."""
+    digests = _shared([fingerprint(entry.path) for entry in entries] if dist.get_rank() == 0 else None)
+    own = Path(config.output_dir) / "index"
+    plan = [
+        (entry.path, digest, entry.path.parent if config.cache_ann_on_disk else own)
+        for entry, digest in zip(entries, digests, strict=True)
+    ]
+    if local_rank == 0:  # one process of each node
+        for one in plan:
+            ensure_index(*one)
+    dist.barrier()
+    sources = [TokenFiles(RecordIndex(one[0], ensure_index(*one))) for one in plan]
+    pools = [Pool(files.lengths, entry.ratio, entry.type) for entry, files in zip(entries, sources, strict=True)]
+    sampler = Sampler(pools, step_size, config.seed)
+    if len(sampler) == 0:
+        raise UserError(f"{config.data_config}: too few samples of any type for one step of {step_size}")
+    identity = [[digest, entry.ratio, entry.type] for digest, entry in zip(digests, entries, strict=True)]
+    return Data(build_dataset(sources, config, folder), sampler, identity)
+
+
+def _shared(value: object) -> object:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
+def build_dataset(sources: list[TokenFiles], config: TrainConfig, folder: ModelFolder) -> Batches:
+    file = next((folder.path / name for name in TOKENIZER_FILES if (folder.path / name).is_file()), None)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file else None
+    for source in sources:
+        check_manifest(source.manifest(), source.record.path, sha256, folder.llm.vocab_size)
+    vision = folder.vision
+    rules = SampleRules(
+        folder.llm.vocab_size,
+        config.max_seq_len,
+        masked_words(config),
+        ImageReader(vision.image_size, vision.grid, config.variant == "anyres"),
+    )
+    return Batches(sources, rules, partial(pack, side=vision.image_size))

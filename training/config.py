@@ -1,0 +1,166 @@
+"""What a run is made of: defaults of its stage, then a YAML file, then flags, each overriding the one before."""
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vision_tokenizer.errors import UserError
+
+STAGES = {
+    "I": {"trainable_params": "vit,adapter", "lr": 1e-3, "vit_lr_scale": 1e-2},
+    "II": {"trainable_params": "vit,adapter,model,lm_head", "lr": 1e-5, "vit_lr_scale": 1.0},
+}
+ALWAYS_FROZEN = ("vit.embeddings.patch_embedding", "vit.embeddings.position_embedding", "vit.head")
+CONFIG_FILE = "config.yaml"
+
+
+def option(
+    default: Any, text: str, *, choices: Sequence[str] = (), low: float | None = None, above: float | None = None
+):
+    """A field with its help; numbers must be at least `low`, or greater than `above`."""
+    return field(default=default, metadata={"help": text, "choices": choices, "low": low, "above": above})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # what and where
+    init_from: str = option(
+        "", "model folder to start from: config.json, weights, tokenizer; or a finished run's output"
+    )
+    vit_from: str = option("ckpts/SigLIP", "SigLIP folder, read when init_from holds no vision tower")
+    data_config: str = option("", "YAML file with META: a list of path, ratio, type")
+    output_dir: str = option("", "checkpoints, logs and the final model; running again with the same one goes on")
+    stage: str = option("II", "defaults for trainable_params, lr and vit_lr_scale", choices=("I", "II"))
+    variant: str = option("base", "continuous tokens of one view, or of a tiled image too", choices=("base", "anyres"))
+    # optimisation
+    trainable_params: str = option("", "train tensors whose name contains one of these, separated by commas")
+    lr: float = option(0.0, "peak learning rate", above=0)
+    vit_lr_scale: float = option(0.0, "the vision tower's share of the learning rate", low=0)
+    min_lr: float = option(0.0, "learning rate at the end", low=0)
+    wd: float = option(0.1, "weight decay", low=0)
+    clip_grad: float = option(4.0, "largest norm of the gradient", above=0)
+    epochs: int = option(1, "passes over the data; also the length of the learning-rate schedule", low=1)
+    warmup_epochs: float = option(0.01, "share of an epoch over which the learning rate rises", low=0)
+    batch_size: int = option(4, "samples a process takes at a time", low=1)
+    accum_iter: int | None = option(
+        None, "batches per optimizer step; default: what global_batch_size needs, or 1", low=1
+    )
+    global_batch_size: int | None = option(None, "samples per optimizer step over all processes", low=1)
+    dropout: float = option(0.05, "of attention and MLP outputs in the language model", low=0)
+    z_loss_weight: float = option(1e-5, "weight of the squared log-partition", low=0)
+    unmask_image_logits: bool = option(False, "let image tokens compete; needed to learn to generate images")
+    max_seq_len: int = option(4096, "cut discrete tokens here; continuous ones come on top", low=2)
+    max_steps: int | None = option(None, "stop after so many optimizer steps, the schedule staying as it is", low=1)
+    seed: int = option(0, "of the data order, dropout and a fresh adapter", low=0)
+    # how it runs
+    precision: str = option("bf16", "of computation; master weights are fp32", choices=("bf16", "fp16", "tf32", "fp32"))
+    data_parallel: str = option("fsdp", "shard weights throughout, or gather them once a step", choices=("fsdp", "sdp"))
+    checkpointing: bool = option(False, "recompute activations in the backward pass instead of storing them")
+    compile: bool = option(False, "compile each layer")
+    num_workers: int = option(4, "data-loader processes", low=0)
+    cache_ann_on_disk: bool = option(False, "keep the records' indexes beside them, for other runs, not in output_dir")
+    max_failed: float = option(0.01, "stop when a greater share of samples had to be replaced", low=0)
+    # checkpoints and logs
+    save_iteration_interval: int = option(1000, "iterations (batches of a process) between checkpoints", low=1)
+    ckpt_max_keep: int = option(2, "newest checkpoints kept", low=1)
+    auto_resume: bool = option(True, "go on from the newest checkpoint in output_dir")
+    resume_path: str = option("", "go on from this checkpoint")
+    log_interval: int = option(10, "steps between log lines; metrics.jsonl has every step", low=1)
+
+    def __post_init__(self) -> None:
+        for name in ("init_from", "data_config", "output_dir"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing: {_FIELDS[name].metadata['help']}")
+        for one in _FIELDS.values():
+            _check(one, getattr(self, one.name))
+        if self.dropout >= 1:
+            raise UserError(f"--dropout must be below 1, found {self.dropout}")
+        if self.min_lr > self.lr:
+            raise UserError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(f"--warmup_epochs {self.warmup_epochs} must be below --epochs {self.epochs}")
+
+    def accumulation(self, world: int) -> int:
+        """Batches per optimizer step on each of `world` processes."""
+        at_once = self.batch_size * world
+        if self.global_batch_size is None:
+            return self.accum_iter or 1
+        wanted = at_once * (self.accum_iter or max(self.global_batch_size // at_once, 1))
+        if wanted != self.global_batch_size:
+            given = f" x {self.accum_iter} (accum_iter)" if self.accum_iter else ""
+            raise UserError(
+                f"--global_batch_size {self.global_batch_size} cannot be made of {self.batch_size} (batch_size) x "
+                f"{world} (processes){given}. Change one of them, or leave --accum_iter out."
+            )
+        return wanted // at_once
+
+    def dump(self, path: Path) -> None:
+        """Write a file that `--config` reads."""
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+
+_FIELDS = {one.name: one for one in dataclasses.fields(TrainConfig)}
+_TYPES = typing.get_type_hints(TrainConfig)
+
+
+def _check(one: dataclasses.Field, value: Any) -> None:
+    """Type and range of a value, wherever it came from."""
+    kinds = typing.get_args(_TYPES[one.name]) or (_TYPES[one.name],)
+    right = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+    if not right and not (float in kinds and type(value) is int):
+        raise UserError(f"--{one.name}: expected {' or '.join(k.__name__ for k in kinds)}, found {value!r}")
+    if one.metadata["choices"] and value not in one.metadata["choices"]:
+        raise UserError(f"--{one.name}: {value!r} is none of {', '.join(one.metadata['choices'])}")
+    low, above = one.metadata["low"], one.metadata["above"]
+    if value is not None and ((low is not None and not value >= low) or (above is not None and not value > above)):
+        raise UserError(
+            f"--{one.name} must be {f'at least {low}' if above is None else f'above {above}'}, found {value}"
+        )
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--config", type=Path, help=f"YAML file of any of the flags below, such as a run's {CONFIG_FILE}"
+    )
+    for one in _FIELDS.values():
+        kinds = typing.get_args(_TYPES[one.name]) or (_TYPES[one.name],)
+        default = "the stage's" if one.name in STAGES["I"] else one.default
+        text = one.metadata["help"] + ("" if default in (None, "", False) else f" (default: {default})")
+        if kinds == (bool,):
+            parser.add_argument(f"--{one.name}", action="store_true", help=text)
+        else:
+            parser.add_argument(f"--{one.name}", type=kinds[0], choices=one.metadata["choices"] or None, help=text)
+    parser.add_argument("--no_auto_resume", dest="auto_resume", action="store_false", help="start anew")
+    return parser
+
+
+def resolve(arguments: dict[str, Any]) -> TrainConfig:
+    """Parsed flags -> the whole configuration. Raises `UserError` naming the field that is wrong."""
+    flags = dict(arguments)
+    from_file = _read_yaml(flags.pop("config")) if "config" in flags else {}
+    chosen = from_file | flags
+    stage = chosen.get("stage", _FIELDS["stage"].default)
+    return TrainConfig(**(STAGES.get(stage, {}) | chosen))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot read this configuration ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected fields such as `lr: 1.0e-5`, found {type(content).__name__}")
+    if unknown := [name for name in content if name not in _FIELDS]:
+        raise UserError(f"{path}: unknown field {unknown[0]!r}; the fields are {', '.join(_FIELDS)}")
+    return content

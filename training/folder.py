@@ -1,0 +1,180 @@
+"""Model folders: `config.json`, weights and tokenizer files, read into a plan and written in the same layout.
+
+Opening one reads names and shapes only (tensors are memory-mapped), so that what does not fit is refused before any
+GPU memory is taken.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from training.llm import LLMConfig
+from training.siglip import VisionConfig
+from vision_tokenizer.checkpoint import read_state_dict
+from vision_tokenizer.errors import UserError
+
+FINAL = "final"  # where a finished run leaves its model, inside its output folder
+SHARD_BYTES = 5 * 2**30
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+NOT_MODEL = ("model.vqmodel.",)  # the image tokenizer that releases carry along
+Sizes = TypeVar("Sizes", LLMConfig, VisionConfig)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """An opened model: everything needed to build, fill and save it."""
+
+    path: Path
+    config: dict[str, Any]  # its config.json, completed
+    llm: LLMConfig
+    vision: VisionConfig
+    tensors: dict[str, Tensor]  # by name in the model; mapped, not yet read
+    origins: dict[str, str]  # part of the model -> where its weights come from
+
+
+def open_unitoken(init_from: Path, vit_from: Path, seed: int) -> ModelFolder:
+    """A language model with its tower and adapter; those it lacks come from `vit_from` and from `seed`.
+
+    Raises `UserError` that names what a folder lacks.
+    """
+    path, config = read_config(init_from)
+    llm = _language_sizes(config, path)
+    tensors = {name: tensor for name, tensor in read_state_dict(path).items() if not name.startswith(NOT_MODEL)}
+    origins = dict.fromkeys(("model", "lm_head"), str(path))
+    if any(name.startswith("vit.") for name in tensors):
+        vision = _sizes(VisionConfig, config.get("vision_config", {}), path)
+        origins["vit"] = str(path)
+    else:
+        tower_config, tower = read_tower(vit_from)
+        config["vision_config"] = tower_config
+        vision = _sizes(VisionConfig, tower_config, vit_from)
+        tensors |= tower
+        origins["vit"] = str(vit_from)
+    if any(name.startswith("adapter.") for name in tensors):
+        origins["adapter"] = str(path)
+    else:
+        tensors |= fresh_adapter(vision.hidden_size, llm.hidden_size, seed)
+        origins["adapter"] = f"fresh (seed {seed})"
+    return ModelFolder(path, config, llm, vision, tensors, origins)
+
+
+def read_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder that holds the model, which may be `final/` in a training run's output, and its config.json."""
+    path = folder / FINAL if (folder / FINAL / "config.json").is_file() else folder
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except FileNotFoundError as error:
+        raise UserError(_no_model(folder)) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'config.json'}: not a model's configuration ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path / 'config.json'}: not a model's configuration, but a {type(config).__name__}")
+    return path, config
+
+
+def _no_model(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: no such folder; a model folder with config.json and weights is needed"
+    if (folder / "checkpoints").is_dir():
+        return (
+            f"{folder}: this training run has not finished, there is no {FINAL}/ in it. "
+            "Run its script again to go on, or export a checkpoint: python training/export_checkpoint.py --help"
+        )
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    return f"{folder}: no config.json, so this is no model folder; it holds {found}"
+
+
+def _language_sizes(config: dict[str, Any], path: Path) -> LLMConfig:
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if lacking := [name for name in needed if name not in config]:
+        raise UserError(f"{path / 'config.json'}: no Chameleon language model, {', '.join(lacking)} missing")
+    for name, supported in (("swin_norm", False), ("model_parallel_size", 1)):
+        if config.get(name, supported) != supported:
+            raise UserError(f"{path / 'config.json'}: {name} is {config[name]}; this trainer supports {supported}")
+    return _sizes(LLMConfig, {"num_key_value_heads": config["num_attention_heads"]} | config, path)
+
+
+def _sizes(kind: type[Sizes], config: dict[str, Any], source: Path) -> Sizes:
+    known = {field.name: config[field.name] for field in fields(kind) if field.name in config}
+    for name, value in known.items():
+        if not isinstance(value, int | float) or value <= 0:
+            raise UserError(f"{source / 'config.json'}: {name} must be a positive number, found {value!r}")
+    return kind(**known)
+
+
+def read_tower(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(vision_config, tensors named `vit.*`) of a SigLIP folder, its text half left out."""
+    path, config = read_config(folder)
+    prefix = "vision_model."
+    tower = read_state_dict(path, keep=(prefix,))
+    if not tower:
+        raise UserError(f"{path}: no tensors named {prefix}*, so this is no SigLIP folder")
+    return config.get("vision_config", config), {f"vit.{name.removeprefix(prefix)}": t for name, t in tower.items()}
+
+
+def fresh_adapter(width: int, hidden_size: int, seed: int) -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = {"0": nn.Linear(width, hidden_size), "2": nn.Linear(hidden_size, hidden_size)}
+    return {f"adapter.{i}.{name}": p.detach() for i, layer in layers.items() for name, p in layer.named_parameters()}
+
+
+def save_folder(
+    target: Path, tensors: Iterable[tuple[str, Tensor]], total_bytes: int, config: dict[str, Any], source: Path
+) -> None:
+    """Write a model folder, whole or not at all: weights in safetensors shards, and `source`'s tokenizer files.
+
+    `tensors` are consumed one by one, so that no more than a shard is in memory; `total_bytes` is their sum.
+    """
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    shards = list(_write_shards(temporary, tensors, total_bytes))
+    if len(shards) == 1:
+        (temporary / "shard-00001.safetensors").replace(temporary / "model.safetensors")
+    else:
+        weight_map = {}
+        for number, names in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            (temporary / f"shard-{number:05d}.safetensors").replace(temporary / name)
+            weight_map |= dict.fromkeys(names, name)
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in tokenizer_files(source):
+        shutil.copy(file, temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.replace(target)
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], total_bytes: int) -> Iterator[list[str]]:
+    """Write shard-0000i.safetensors files; yields the names in each."""
+    shard, size, number = {}, 0, 1
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            save_file(shard, folder / f"shard-{number:05d}.safetensors", metadata={"format": "pt"})
+            yield list(shard)
+            shard, size, number = {}, 0, number + 1
+        shard[name] = tensor.contiguous()
+        size += tensor.nbytes
+    save_file(shard, folder / f"shard-{number:05d}.safetensors", metadata={"format": "pt"})
+    yield list(shard)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """What belongs to a model beside its weights and config.json."""
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+        and file.suffix in (".json", ".txt", ".model", ".jinja")
+        and file.name != "config.json"
+        and not file.name.endswith(".index.json")
+    ]

@@ -1,0 +1,69 @@
+"""One model over many processes: FSDP2 sharding, weights in, weights out. One process is the smallest mesh.
+
+Master weights are fp32 and sharded on their first dimension; computation is in the chosen precision.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join torchrun's processes, or be the only one; gives the device of this one."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: nn.Module, device: torch.device, precision: str, reshard: bool) -> None:
+    """Shard a model that is on the meta device: each of its `units()` on its own, then what is left.
+
+    With `reshard` a unit's weights are gathered again for the backward pass (ZeRO-3), without they stay (ZeRO-2).
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    dtype = COMPUTE_DTYPES[precision]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for unit in model.units():
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give a sharded meta model its weights. Every process maps the files and copies only its own shard."""
+    model.to_empty(device=device)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for name, parameter in model.named_parameters():
+        own = tensors[name].chunk(world)  # what Shard(0) means
+        if rank < len(own):
+            parameter.to_local().copy_(own[rank])
+
+
+@torch.no_grad()
+def gather(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole fp32 CPU tensor) of each weight, one at a time; all processes must iterate together."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.full_tensor().cpu()
+
+
+def total(values: list[float], device: torch.device) -> list[float]:
+    """The sum of each value over all processes."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()

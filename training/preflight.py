@@ -1,0 +1,103 @@
+"""What is printed before the first step, so that a wrong setting is seen before it costs GPU hours."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from pre_tokenize.text import TOKENIZER_FILES
+from training.assemble import Data
+from training.config import TrainConfig
+from training.llm import LLMConfig
+from training.sequence import IMAGE_END, Sample
+from vision_tokenizer.errors import Failed, UserError
+
+IMAGE_START = 8197  # <racm3:break>
+SHOWN = 60  # tokens of a run of text that are printed
+
+
+def parts_table(model: nn.Module, origins: dict[str, str]) -> str:
+    """Parameters trained and frozen by part, and where each part's weights come from."""
+    trained, frozen = Counter(), Counter()
+    for name, parameter in model.named_parameters():
+        (trained if parameter.requires_grad else frozen)[name.split(".")[0]] += parameter.numel()
+    lines = [f"{'part':<10}{'trained':>16}{'frozen':>16}  weights from"]
+    lines += [f"{part:<10}{trained[part]:>16,}{frozen[part]:>16,}  {origin}" for part, origin in origins.items()]
+    return "\n".join([*lines, f"{'all':<10}{trained.total():>16,}{frozen.total():>16,}"])
+
+
+def memory_line(model: nn.Module, config: TrainConfig, sizes: LLMConfig, world: int) -> str:
+    """Bytes a process will need, roughly: weights and optimizer exactly, activations for the longest batch."""
+    parameters = list(model.parameters())
+    weights = sum(p.numel() for p in parameters) * 4 / world
+    training = sum(p.numel() for p in parameters if p.requires_grad) * 12 / world  # gradient and two moments
+    width = 4 if config.precision in ("fp32", "tf32") else 2
+    gathered = 2 * sizes.vocab_size * sizes.hidden_size * width
+    if config.data_parallel == "sdp":
+        gathered += sum(p.numel() for p in parameters) * width
+    tokens = config.batch_size * config.max_seq_len
+    per_token = sizes.hidden_size if config.checkpointing else 14 * sizes.hidden_size + 4 * sizes.intermediate_size
+    activations = tokens * per_token * sizes.num_hidden_layers * width
+    total = weights + training + gathered + activations
+    gib = [f"{value / 2**30:.1f}" for value in (total, weights, training, gathered, activations)]
+    return (
+        f"memory a process: about {gib[0]} GiB = weights {gib[1]} + gradients and optimizer {gib[2]} "
+        f"+ gathered weights {gib[3]} + activations of {tokens:,} discrete tokens {gib[4]}"
+    )
+
+
+def data_lines(data: Data) -> str:
+    """Samples, lengths and steps by record."""
+    lines, sampler = [], data.sampler
+    for files, pool in zip(data.dataset.sources, sampler.pools, strict=True):
+        some = np.asarray(pool.lengths[:: max(len(pool.lengths) // 100_000, 1)])
+        low, middle, high = np.quantile(some, (0, 0.5, 1)).astype(int)
+        lines.append(
+            f"{files.record.path}: {len(pool.lengths):,} samples, {pool.drawn:,} an epoch as {pool.type!r}; "
+            f"discrete tokens {low} / {middle} / {high} (least / median / most)"
+        )
+    return "\n".join([*lines, f"{len(sampler):,} steps of {sampler.step_size} samples an epoch"])
+
+
+def sample_text(data: Data, model_folder: Path) -> str:
+    """The first sample as the model sees it: images as their token counts, what is learned in [[ ]]."""
+    sample = _first_usable(data)
+    file = next((model_folder / name for name in TOKENIZER_FILES if (model_folder / name).is_file()), None)
+    tokenizer = Tokenizer.from_file(str(file)) if file else None
+    return f"{sample.name}, {len(sample)} tokens, learned parts in [[ ]]:\n  " + "".join(_runs(sample, tokenizer))
+
+
+def _first_usable(data: Data) -> Sample:
+    for key in reversed(next(data.sampler.epoch(0))):  # the longest shows most
+        try:
+            return data.dataset.sample(key)
+        except Failed as failure:
+            reason = failure
+    raise UserError(f"no sample of the first step can be used; the last one: {reason}")
+
+
+def _runs(sample: Sample, tokenizer: Tokenizer | None):
+    kind = np.where(sample.features >= 0, 2, 0)  # 0 text, 1 discrete image token, 2 continuous token
+    starts, ends = (np.flatnonzero(sample.tokens == token) for token in (IMAGE_START, IMAGE_END))
+    for start, end in zip(starts, ends, strict=False):
+        kind[start : end + 1] = np.maximum(kind[start : end + 1], 1)
+    learned = sample.labels >= 0
+    borders = np.flatnonzero((np.diff(kind) != 0) | (np.diff(learned) != 0)) + 1
+    for run in np.split(np.arange(len(sample)), borders):
+        ids = sample.tokens[run]
+        if kind[run[0]]:
+            text = f"<{len(ids)} {'continuous' if kind[run[0]] == 2 else 'image'} tokens>"
+        elif tokenizer:
+            text = tokenizer.decode(ids[:SHOWN].tolist(), skip_special_tokens=False)
+        else:
+            text = " ".join(map(str, ids[:SHOWN])) + " "
+        text += f"... {len(ids) - SHOWN} more" if not kind[run[0]] and len(ids) > SHOWN else ""
+        yield f"[[{text}]]" if learned[run[0]] else text
+
+
+def device_line(device: torch.device, world: int) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return f"{world} process{'es' if world > 1 else ''} on {name}, PyTorch {torch.__version__}"

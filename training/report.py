@@ -1,0 +1,145 @@
+"""What a run tells: a line per interval, metrics.jsonl, TensorBoard, loss.png."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.data import Skipped
+from training.llm import LLMConfig
+from training.sequence import Batch
+from training.siglip import VisionConfig
+from vision_tokenizer.errors import UserError
+from vision_tokenizer.jobs.files import write_bytes
+
+METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
+# dense bf16 matrix products, in 10^12 operations a second, by a part of the device's name; from the data sheets
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A800": 312, "H800": 989, "L40S": 362}
+
+
+class Report:
+    """Rank 0's log. The other ranks have none."""
+
+    def __init__(self, output: Path, step: int, total_steps: int, interval: int, world: int):
+        """`step` is where the run goes on: what an interrupted one logged beyond it is dropped."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("tensorboard is not installed: pip install 'vistoken[train]'") from error
+        self.output, self.total_steps, self.interval = output, total_steps, interval
+        self.peak = peak_flops() * world
+        _drop_after(output / METRICS, step)
+        _drop_after(output / SKIPPED, step)
+        self._metrics = (output / METRICS).open("a", buffering=1)
+        self._skipped = (output / SKIPPED).open("a", buffering=1)
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+        self._since, self._tokens, self._flops, self._steps = time.monotonic(), 0, 0.0, 0
+
+    def step(self, metrics: dict[str, Any], skipped: list[Skipped], flops: float) -> None:
+        """Log a step. `metrics` has epoch, iter, step, c_loss, z_loss, grad_norm, lr, vit_lr, tokens."""
+        self._metrics.write(json.dumps(metrics) + "\n")
+        for one in skipped:
+            self._skipped.write(json.dumps({"step": metrics["step"], **one._asdict()}) + "\n")
+            print(f"replaced {one.name} by {one.instead}: {one.reason}", flush=True)
+        self._tokens += metrics["tokens"]
+        self._flops += flops
+        self._steps += 1
+        if metrics["step"] % self.interval == 0 or metrics["step"] in (1, self.total_steps):
+            self._line(metrics)
+
+    def _line(self, metrics: dict[str, Any]) -> None:
+        elapsed = time.monotonic() - self._since
+        rate = self._tokens / elapsed
+        left = (self.total_steps - metrics["step"]) * elapsed / self._steps
+        mfu = f" | MFU {self._flops / elapsed / self.peak:.1%}" if self.peak else ""
+        print(
+            f"step {metrics['step']}/{self.total_steps} | epoch {metrics['epoch']} | loss {metrics['c_loss']:.4f} | "
+            f"z {metrics['z_loss']:.3f} | norm {metrics['grad_norm']:.3f} | lr {metrics['lr']:.2e} | "
+            f"{rate:,.0f} tok/s{mfu} | {memory_used() / 2**30:.1f} GiB | {duration(left)} left",
+            flush=True,
+        )
+        for name, value in (metrics | {"tokens_per_second": rate}).items():
+            self._board.add_scalar(name, value, metrics["step"])
+        self._since, self._tokens, self._flops, self._steps = time.monotonic(), 0, 0.0, 0
+
+    def plot(self) -> None:
+        """Draw loss.png; left out where matplotlib, an extra, is not installed."""
+        if find_spec("matplotlib") is None:
+            return
+        from matplotlib.figure import Figure
+
+        lines = list(read_metrics(self.output / METRICS))
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.add_subplot(xlabel="optimizer step", ylabel="cross-entropy")
+        axes.plot([line["step"] for line in lines], [line["c_loss"] for line in lines], linewidth=1)
+        axes.grid(alpha=0.3)
+        figure.savefig(self.output / "loss.png", dpi=120)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._skipped.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The steps in a metrics file. A line that was cut off by a kill ends it."""
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+
+def _drop_after(path: Path, step: int) -> None:
+    kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
+    write_bytes(path, "".join(kept).encode())
+
+
+def duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def memory_used() -> int:
+    """Bytes at the peak: of the GPU, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_flops() -> float:
+    """The device's peak in operations a second, 0 where it is not known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
+
+
+class Flops:
+    """Operations that a batch needs: 2 per weight and token forward, 2 for the gradient that flows on and 2 for the
+    weight's own where it is trained; attention's products besides. Recomputation does not count as useful.
+    """
+
+    def __init__(self, model: nn.Module, llm: LLMConfig, vision: VisionConfig):
+        self.features_per_tile = vision.grid**2
+        self.attention = 6 * llm.hidden_size * llm.num_hidden_layers  # causal: half of 12
+        self.parts: Counter[str] = Counter()
+        for name, parameter in model.named_parameters():
+            if "embed" not in name:
+                self.parts[name.split(".")[0]] += parameter.numel() * (6 if parameter.requires_grad else 4)
+
+    def of(self, batch: Batch) -> float:
+        features = len(batch.tiles) * self.features_per_tile
+        return (
+            self.parts["model"] * len(batch.tokens)
+            + self.parts["lm_head"] * batch.label_count
+            + (self.parts["vit"] + self.parts["adapter"]) * features
+            + self.attention * batch.lengths.double().square().sum().item()
+        )

@@ -1,0 +1,129 @@
+"""A whole run, in order: check everything that can be checked on the CPU, then take the device and train."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from training import preflight, state
+from training.assemble import Data, build_model, build_optimizer, open_data
+from training.config import CONFIG_FILE, TrainConfig
+from training.data import make_loader, read_data_config
+from training.folder import FINAL, ModelFolder, open_unitoken, save_folder
+from training.loop import Run, train
+from training.model import UniToken
+from training.parallel import fill, gather, process_group, shard
+from training.report import Flops, Report
+from training.sampler import RankBatches
+from training.state import Progress
+from vision_tokenizer.errors import UserError
+
+
+def run(config: TrainConfig, world: int, local_rank: int) -> None:
+    """Train as `config` says, from the newest checkpoint if there is one, and save the model."""
+    accumulation = config.accumulation(world)
+    entries = read_data_config(Path(config.data_config))
+    folder = open_unitoken(Path(config.init_from), Path(config.vit_from), config.seed)
+    model = build_model(config, folder)
+    with process_group() as device:
+        data = open_data(config, entries, folder, config.batch_size * world * accumulation, local_rank)
+        checkpoint, progress = starting_point(config, data)
+        if dist.get_rank() == 0:
+            begin_output(config, data, folder, model, device)
+        job = start(config, model, folder, data, accumulation, device, checkpoint, progress)
+        report = None
+        if dist.get_rank() == 0:
+            report = Report(Path(config.output_dir), progress.step, job.total_steps, config.log_interval, world)
+        train(job, progress, report)
+        finish(config, model, folder)
+        if report:
+            report.close()
+
+
+def starting_point(config: TrainConfig, data: Data) -> tuple[Path | None, Progress]:
+    """The checkpoint to go on from, if there is one, and where it stands."""
+    found = state.checkpoints(Path(config.output_dir))
+    if found and not config.auto_resume and not config.resume_path:
+        raise UserError(f"{found[-1]}: with --no_auto_resume, give an --output_dir without checkpoints")
+    if config.resume_path:
+        checkpoint = Path(config.resume_path)
+    elif found:
+        checkpoint = found[-1]
+    else:
+        return None, Progress()
+    return checkpoint, state.read_progress(checkpoint, fixed(config, data))
+
+
+def fixed(config: TrainConfig, data: Data) -> dict:
+    """What cannot change between a checkpoint and what goes on from it."""
+    return {
+        "samples per step": data.sampler.step_size,
+        "seed": config.seed,
+        "variant": config.variant,
+        "trainable_params": config.trainable_params,
+        "data (fingerprint, ratio, type)": data.identity,
+    }
+
+
+def begin_output(config: TrainConfig, data: Data, folder: ModelFolder, model: UniToken, device: torch.device) -> None:
+    """Rank 0's preflight: what will happen, in print and in config.yaml."""
+    output, world = Path(config.output_dir), dist.get_world_size()
+    output.mkdir(parents=True, exist_ok=True)
+    config.dump(output / CONFIG_FILE)
+    print(preflight.device_line(device, world))
+    print(preflight.parts_table(model, folder.origins))
+    print(preflight.memory_line(model, config, folder.llm, world))
+    print(preflight.data_lines(data))
+    print(preflight.sample_text(data, folder.path), flush=True)
+
+
+def start(
+    config: TrainConfig,
+    model: UniToken,
+    folder: ModelFolder,
+    data: Data,
+    accumulation: int,
+    device: torch.device,
+    checkpoint: Path | None,
+    progress: Progress,
+) -> Run:
+    """Take the device: shard the model, fill it with its first weights or the checkpoint's, start the loader."""
+    if config.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    flops = Flops(model, folder.llm, folder.vision)
+    shard(model, device, config.precision, reshard=config.data_parallel == "fsdp")
+    fill(model, folder.tensors, device)
+    if config.compile:
+        for unit in model.units():
+            unit.compile(dynamic=True)
+    optimizer = build_optimizer(model, config, device)
+    if checkpoint:
+        state.load(checkpoint, model, optimizer)
+        if dist.get_rank() == 0:
+            print(f"going on from {checkpoint}", flush=True)
+    scaler = torch.amp.GradScaler(device.type, progress.loss_scale, enabled=config.precision == "fp16")
+    order = RankBatches(
+        data.sampler,
+        config.epochs,
+        accumulation,
+        dist.get_rank(),
+        dist.get_world_size(),
+        position=(progress.epoch, progress.epoch_step),
+    )
+    loader = make_loader(data.dataset, order, config.num_workers, pin=device.type == "cuda")
+    return Run(
+        config, model, optimizer, scaler, loader, len(data.sampler), accumulation, device, flops, fixed(config, data)
+    )
+
+
+def finish(config: TrainConfig, model: UniToken, folder: ModelFolder) -> None:
+    """Save the model as a folder that the next stage, or any other tool, starts from."""
+    target = Path(config.output_dir) / FINAL
+    tensors = gather(model)
+    if dist.get_rank() == 0:
+        total_bytes = sum(parameter.numel() for parameter in model.parameters()) * 4
+        save_folder(target, tensors, total_bytes, folder.config, folder.path)
+        print(f"the model is in {target}", flush=True)
+    else:
+        for _ in tensors:  # gathering takes every process
+            pass

@@ -1,0 +1,133 @@
+"""The order of training: which samples make up which step.
+
+Everything is a function of the seed, the epoch and the number of the step, so a position is two integers and nothing
+has to be kept or stored: records are shuffled by a keyed permutation that is computed where it is needed.
+Steps are global. Processes and accumulated batches only share one out, so the order does not depend on how many
+there are.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+WINDOW = 1 << 16  # samples among which those of similar length are gathered
+
+
+class Pool(NamedTuple):
+    """One record as the sampler sees it."""
+
+    lengths: np.ndarray  # (n,) may be memory-mapped
+    ratio: float  # share drawn in an epoch; above 1 repeats
+    type: str  # batches hold one type only
+
+    @property
+    def drawn(self) -> int:
+        return round(len(self.lengths) * self.ratio)
+
+
+class Key(NamedTuple):
+    pool: int
+    row: int
+
+
+def permute(positions: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:
+    """Where `positions` (int64, below `size`) go under the permutation of range(size) that `key` names.
+
+    A Feistel network over the next power of four, walked again where it leaves the range (Black and Rogaway, 2002):
+    no table, so a permutation of any size costs nothing to make.
+    """
+    half = np.uint64(max((size - 1).bit_length() + 1, 2) // 2)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    rounds = np.random.SeedSequence([size, *key]).generate_state(6, np.uint64)
+    values = positions.astype(np.uint64)
+    outside = np.ones(len(values), bool)
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & mask
+        for round_key in rounds:
+            left, right = right, left ^ (_mix(right + round_key) & mask)
+        values[outside] = (left << half) | right
+        outside = values >= size
+    return values.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64; products wrap around, as they should."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class Sampler:
+    """Global steps of `step_size` samples of one type and of similar length."""
+
+    def __init__(self, pools: Sequence[Pool], step_size: int, seed: int, window: int = WINDOW):
+        self.pools, self.step_size, self.seed = pools, step_size, seed
+        self.window = max(window // step_size, 1)  # in steps
+        self.types = sorted({pool.type for pool in pools})
+        self._members = [[i for i, pool in enumerate(pools) if pool.type == name] for name in self.types]
+        self._drawn = [np.array([pools[i].drawn for i in members]) for members in self._members]
+        self.type_steps = [int(drawn.sum()) // step_size for drawn in self._drawn]
+
+    def __len__(self) -> int:
+        """Steps in an epoch; what does not fill one is left out, other samples in every epoch."""
+        return sum(self.type_steps)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Key]]:
+        """The steps of an epoch from number `start` on, each sorted by length."""
+        order = np.repeat(np.arange(len(self.types)), self.type_steps)
+        np.random.default_rng([self.seed, epoch, 0]).shuffle(order)
+        done = np.bincount(order[:start], minlength=len(self.types))
+        streams = [self._type_steps(kind, epoch, int(done[kind])) for kind in range(len(self.types))]
+        for kind in order[start:]:
+            yield next(streams[kind])
+
+    def _type_steps(self, kind: int, epoch: int, start: int) -> Iterator[list[Key]]:
+        for window in range(start // self.window, -(-self.type_steps[kind] // self.window)):
+            first = window * self.window
+            last = min(first + self.window, self.type_steps[kind])
+            pools, rows, lengths = self._draw(kind, epoch, np.arange(first * self.step_size, last * self.step_size))
+            by_length = np.argsort(lengths, kind="stable").reshape(-1, self.step_size)
+            np.random.default_rng([self.seed, epoch, 1, kind, window]).shuffle(by_length)
+            for step in by_length[max(start - first, 0) :]:
+                yield [Key(int(pools[i]), int(rows[i])) for i in step]
+
+    def _draw(self, kind: int, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pool, row and length of the samples at `positions` of a type's shuffled epoch."""
+        drawn = self._drawn[kind]
+        shuffled = permute(positions, int(drawn.sum()), (self.seed, epoch, 2, kind))
+        ends = np.cumsum(drawn)
+        member = np.searchsorted(ends, shuffled, side="right")
+        place = shuffled - (ends - drawn)[member]
+        pools, rows, lengths = (np.empty(len(positions), np.int64) for _ in range(3))
+        for number, pool in enumerate(self._members[kind]):
+            of_pool = member == number
+            size = len(self.pools[pool].lengths)
+            turns = place[of_pool] // max(size, 1)  # above ratio 1, the record is gone through again
+            for turn in np.unique(turns):
+                chosen = np.flatnonzero(of_pool)[turns == turn]
+                rows[chosen] = permute(place[chosen] % size, size, (self.seed, epoch, 3, pool, int(turn)))
+            pools[of_pool] = pool
+            lengths[of_pool] = self.pools[pool].lengths[rows[of_pool]]
+        return pools, rows, lengths
+
+
+class RankBatches:
+    """What one process loads: its share of each step, batch by batch, from a position until the last epoch's end.
+
+    Neighbours in length go to different processes, so that these take about the same time.
+    """
+
+    def __init__(
+        self, sampler: Sampler, epochs: int, accumulation: int, rank: int, world: int, position: tuple[int, int]
+    ):
+        self.sampler, self.epochs, self.accumulation = sampler, epochs, accumulation
+        self.rank, self.world, self.position = rank, world, position
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        first, step = self.position
+        size = self.sampler.step_size // self.accumulation
+        for epoch in range(first, self.epochs):
+            for keys in self.sampler.epoch(epoch, step if epoch == first else 0):
+                for start in range(0, len(keys), size):
+                    yield keys[start : start + size][self.rank :: self.world]

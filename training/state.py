@@ -1,0 +1,92 @@
+"""Checkpoints of a run: complete or absent, the newest few kept, readable by any number of processes.
+
+`checkpoints/step_00001000/` holds the tensors in PyTorch's distributed format and `progress.json`. Dropout is seeded
+by the step and the order of the data is a function of the position, so no state of either has to be kept.
+"""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+from vision_tokenizer.errors import UserError
+from vision_tokenizer.jobs.files import sync_folder, write_bytes
+
+FOLDER, PROGRESS = "checkpoints", "progress.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0
+    epoch_step: int = 0  # steps done in this epoch
+    samples: int = 0
+    tokens: int = 0
+    skipped: int = 0  # samples that were replaced
+    loss_scale: float = 65536.0  # of fp16
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path.parent for path in (output / FOLDER).glob(f"step_*[0-9]/{PROGRESS}"))
+
+
+def read_progress(checkpoint: Path, fixed: dict[str, Any]) -> Progress:
+    """Where `checkpoint` stands. `fixed` is what must not have changed since; raises `UserError` naming what has."""
+    path = checkpoint / PROGRESS
+    try:
+        content = json.loads(path.read_text())
+        stored, progress = content["fixed"], Progress(**content["progress"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a complete checkpoint of this trainer ({error})") from error
+    for name, value in fixed.items():
+        if stored.get(name) != value:
+            raise UserError(
+                f"{checkpoint}: was trained with {name} = {stored.get(name)!r}, now it is {value!r}. Go on with the "
+                "former value, or start anew in another --output_dir."
+            )
+    return progress
+
+
+def save(
+    output: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, fixed: dict[str, Any], keep: int
+) -> None:
+    """Write a checkpoint; all processes take part. It gets its name when everything in it is on disk."""
+    target = output / FOLDER / f"step_{progress.step:08d}"
+    temporary = target.with_name(f"{target.name}.tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(_state(model, optimizer), checkpoint_id=temporary)
+    if dist.get_rank() == 0:
+        content = {"progress": dataclasses.asdict(progress), "fixed": fixed}
+        write_bytes(temporary / PROGRESS, json.dumps(content, indent=2).encode())
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        sync_folder(target.parent)
+        for old in checkpoints(output)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Fill a sharded model and its optimizer, whatever the number of processes that wrote the checkpoint."""
+    state = _state(model, optimizer)
+    dcp.load(state, checkpoint_id=checkpoint)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}

@@ -1,0 +1,32 @@
+"""Train UniToken on token files: stage I (tower and adapter) and stage II (everything).
+
+One process, on a GPU or without one:
+    python training/train.py --stage I --variant anyres --init_from ckpts/Lumina-mGPT-7B-512 --vit_from ckpts/SigLIP \\
+        --data_config configs/data/stage1.yaml --output_dir output/stage1 --unmask_image_logits --checkpointing
+All GPUs of a node (several nodes: add --nnodes, --node_rank, --master_addr, --master_port):
+    torchrun --nproc_per_node 8 training/train.py ... --batch_size 4 --global_batch_size 128
+On CPU, add --precision fp32.
+
+Stage II starts from stage I's --output_dir. Running the same command again goes on from the newest checkpoint, with
+any number of processes as long as --global_batch_size stays. The output folder gets config.yaml (the whole
+configuration; --config reads it), metrics.jsonl, skipped.jsonl, tensorboard/, loss.png, checkpoints/ and, at the end,
+final/: a model folder with config.json, safetensors and tokenizer files.
+"""
+
+import os
+
+from vision_tokenizer.cli import run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    from training.config import build_parser, resolve
+
+    config = resolve(vars(build_parser(__doc__).parse_args(argv)))
+    from training.run import run  # PyTorch comes in here
+
+    run(config, int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
