@@ -38,13 +38,13 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self.ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         special = [token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special]
-        self._atoms_from = max(self.ids.values()) + 1
-        self._control = np.zeros(self._atoms_from + 2, bool)
+        self.size = max(self.ids.values()) + 1  # of the vocabulary
+        self._control = np.zeros(self.size + 2, bool)
         self.forbid(special)
         marks = [AddedToken(mark, normalized=False, special=False) for mark in (IMAGE_MARK, END_MARK)]
         if self._tokenizer.add_tokens(marks) != 2:
             raise UserError(f"{self.path}: has a token for U+FDD0 or U+FDD1, which this toolkit needs for itself")
-        self._final = np.arange(self._atoms_from + 2, dtype=np.int32)  # id of the tokenizer -> our id
+        self._final = np.arange(self.size + 2, dtype=np.int32)  # id of the tokenizer -> our id
         self._final[[self._tokenizer.token_to_id(mark) for mark in (IMAGE_MARK, END_MARK)]] = IMAGE, END
         self._tokenizer.encode_special_tokens = True  # special tokens in a text are words
 

@@ -15,12 +15,19 @@ from vision_tokenizer.jobs.ledger import Account
 class Progress:
     """Items done and to do, time left, and the crew's rates and losses.
 
-    `rates` are tallies shown per second (images, tokens); `Account`s bring the items.
+    `rates` are tallies shown per second, `totals` tallies shown as they are; `Account`s bring the items.
     """
 
-    def __init__(self, claims: Claims, total: int, description: str, rates: tuple[str, ...] = ("images",)):
-        self._claims, self._rates = claims, rates
-        self._names = ("items", "found", "rejected", "failed", *rates)
+    def __init__(
+        self,
+        claims: Claims,
+        total: int,
+        description: str,
+        rates: tuple[str, ...] = ("images",),
+        totals: tuple[str, ...] = (),
+    ):
+        self._claims, self._rates, self._totals = claims, rates, totals
+        self._names = ("items", "found", "rejected", "failed", *rates, *totals)
         self._began = time.monotonic()
         # a log file gets a line now and then, a terminal a live bar
         interval = 0.2 if sys.stderr.isatty() else 10.0
@@ -31,7 +38,7 @@ class Progress:
         self._found = 0
 
     def count(self, **tallies: int) -> None:
-        """Add to the tallies shown as rates."""
+        """Add to the tallies shown as rates or totals."""
         self._claims.tally(tallies)
         self.refresh()
 
@@ -53,6 +60,7 @@ class Progress:
         now = self._claims.tallies(self._names)
         elapsed = max(time.monotonic() - self._began, 1e-9)
         shown = {f"{name}/s": f"{now[name] / elapsed:.3g}" for name in self._rates}
+        shown |= {name: tqdm.format_sizeof(now[name]) for name in self._totals}
         self._bar.set_postfix({**shown, "rejected": now["rejected"], "failed": now["failed"]}, refresh=False)
         if now["found"] != self._found:  # moves the bar and the origin of its rate
             self._bar.initial += now["found"] - self._found

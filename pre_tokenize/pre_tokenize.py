@@ -1,0 +1,181 @@
+"""Conversations with images become token files, on any number of GPUs.
+
+One process, on a GPU if there is one:
+    python -u pre_tokenize/pre_tokenize.py --in_filename data.json --out_dir tokens --target_size 512
+Eight processes that share the work as they go (`--nnodes` and a shared folder for more machines):
+    torchrun --nproc_per_node=8 pre_tokenize/pre_tokenize.py --in_filename data.json --out_dir tokens --target_size 512
+Eight processes of a shell loop, each with its own share (`--splits=8 --rank=0` ... `--rank=7`):
+    CUDA_VISIBLE_DEVICES=0 python -u pre_tokenize/pre_tokenize.py --splits=8 --rank=0 --in_filename data.json ...
+Without a GPU: add `--device cpu`.
+
+Stop it whenever you like: the same command, with any number of processes or splits, goes on from there, and tries items
+that failed again. Then join the records: `python -u pre_tokenize/concat_record.py --sub_record_dir tokens --save_path
+tokens/record.json`. The exit code is 0 if at most `--max_failed` of the items failed, 1 if more did, 2 for a mistake in
+the call.
+
+The input is a `.json` list, or a `.jsonl`, of objects `{"conversations": [{"from": "human", "value": "<|image|> What is
+this?"}, {"from": "gpt", "value": "A cat."}], "image": ["cat.png"]}`. Data in a format of your own: see `ItemProcessor`.
+Special tokens that somebody wrote in a text are tokenised as the words they are.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: its folder comes first, and this file hides the package of its name
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+import argparse
+import hashlib
+import importlib.util
+import inspect
+import os
+from functools import partial
+from typing import Any
+
+from vision_tokenizer.cli import run_command
+from vision_tokenizer.errors import UserError
+
+
+class ItemProcessor:
+    """Brings data points of your own format to the document's: change `process_item` here, or put a class of this
+    kind into a file of your own and name it, `--item_processor my_data.py:LlavaItems`.
+
+    A LLaVA-style item has `<image>` where the document has `<|image|>`, and may have `system` turns:
+
+        class LlavaItems:
+            def process_item(self, item):
+                if item["image"].endswith(".gif"):
+                    raise Rejected("animation", item["image"])  # from vision_tokenizer.errors import Rejected
+                turns = [turn for turn in item["conversations"] if turn["from"] != "system"]
+                for turn in turns:
+                    turn["value"] = turn["value"].replace("<image>", "<|image|>")
+                return {"conversations": turns, "image": item["image"]}
+
+    The class is built once, without arguments. `Rejected` leaves an item out on purpose; a KeyError, TypeError and the
+    like fail this item and no other.
+    """
+
+    def process_item(self, item: dict[str, Any]) -> dict[str, Any]:
+        """One object of the input file -> `{"conversations": [...], "image": [...]}`."""
+        return item
+
+
+def load_item_processor(spec: str | None) -> tuple[Any, str]:
+    """`FILE.py:Class` (None: the one above) -> an instance, and the hash of its source for the manifest."""
+    if spec is None:
+        return ItemProcessor(), _sha256(inspect.getsource(ItemProcessor.process_item))
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"--item_processor {spec}: expected FILE.py:Class, and {file or 'a file'} does not exist")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if not hasattr(found, "process_item"):
+        classes = [key for key, value in vars(module).items() if hasattr(value, "process_item")]
+        raise UserError(
+            f"--item_processor {spec}: no class {name} with a `process_item` in {path}; "
+            f"it has {', '.join(classes) or 'none at all'}"
+        )
+    return found(), _sha256(path.read_text())
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--in_filename", type=Path, required=True, help="conversations, .json or .jsonl")
+    data.add_argument("--out_dir", type=Path, required=True, help="folder of the token files and records")
+    data.add_argument("--image_dir", type=Path, help="where relative image paths begin (default: the current folder)")
+    data.add_argument("--item_processor", metavar="FILE.py:Class", help="your own `ItemProcessor`")
+    data.add_argument("--format", choices=("arrow", "pkl"), default="arrow", help="pkl: the published form")
+    data.add_argument("--items_per_file", type=int, default=512, help="items of one Arrow file, done at a time")
+    data.add_argument("--max_seq_len", type=int, default=4096, help="only counts longer sequences; nothing is cut")
+    model = parser.add_argument_group("tokenizers")
+    model.add_argument(
+        "--tokenizer_dir", default="ckpts/chameleon/tokenizer", help="text_tokenizer.json, vqgan.yaml, vqgan.ckpt"
+    )
+    model.add_argument("--text_tokenizer", help="another folder, file or hub id for the text (default: as above)")
+    model.add_argument("--target_size", type=int, default=512, help="crops have the area of this square, in pixels")
+    model.add_argument("--crop", choices=("square", "variable"), default="square", help="variable: keep the shape")
+    model.add_argument("--torch_dtype", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32", help="fp32 is IEEE")
+    model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    job = parser.add_argument_group("job")
+    job.add_argument("--splits", type=int, default=1, help="number of processes of a shell loop")
+    job.add_argument("--rank", type=int, default=0, help="which of them this is, from 0")
+    job.add_argument("--batch_size", type=int, help="images per batch (default: 4 on CPU, 32 on a GPU)")
+    job.add_argument("--num_workers", type=int, help="decoding threads per process (default: the cores, at most 16)")
+    job.add_argument("--max_failed", type=float, default=0.01, help="share of failed items up to which we exit with 0")
+    job.add_argument("--overwrite", action="store_true", help="delete what is in --out_dir and begin anew")
+    args = parser.parse_args(argv)
+    _check(args, parser)
+    return args
+
+
+def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    for name in ("splits", "batch_size", "num_workers", "items_per_file", "max_seq_len"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if not 0 <= args.rank < args.splits:
+        parser.error(f"--rank {args.rank} is outside of 0 to {args.splits - 1}, given --splits {args.splits}")
+    if args.splits > 1 and args.overwrite:
+        parser.error(f"--overwrite would delete what other ranks are writing: delete {args.out_dir} before the loop")
+    if args.splits > 1 and "RANK" in os.environ:
+        parser.error("--splits is for shell loops; under torchrun the processes share the work by themselves")
+    if args.target_size < 32 or args.target_size % 32 or args.target_size > 1024:
+        parser.error(f"--target_size must be a multiple of 32 from 32 to 1024, not {args.target_size}")
+    if not 0 <= args.max_failed <= 1:
+        parser.error(f"--max_failed is a share from 0 to 1, not {args.max_failed}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    processor, processor_hash = load_item_processor(args.item_processor)
+
+    from pre_tokenize.chameleon import Settings, load_tokenizers, make_engine, make_manifest, report
+    from pre_tokenize.item_processor import ChameleonSequences
+    from pre_tokenize.job import run_job
+    from pre_tokenize.output import Output, open_source
+    from vision_tokenizer.device import default_workers, local_device
+    from vision_tokenizer.jobs.claims import Split, crew
+
+    num_workers = args.num_workers or default_workers()
+    os.environ.setdefault("RAYON_NUM_THREADS", str(num_workers))  # of the text tokenizer
+    device = local_device(args.device)
+    settings = Settings(
+        target_size=args.target_size,
+        crop=args.crop,
+        torch_dtype=args.torch_dtype,
+        batch_size=args.batch_size or (32 if device.type == "cuda" else 4),
+        items_per_file=args.items_per_file,
+    )
+    image_dir = args.image_dir.absolute() if args.image_dir else Path()
+    text, vqgan = load_tokenizers(args.text_tokenizer, args.tokenizer_dir, device, settings)
+    sequences = ChameleonSequences(text, processor.process_item, image_dir)
+    source = open_source(args.in_filename, args.out_dir, settings.items_per_file)
+    manifest = make_manifest(settings, source.table, text, vqgan)
+    manifest |= {"token_files": args.format, "image_dir": str(image_dir), "item_processor": processor_hash}
+    finished = run_job(
+        source,
+        Output(args.out_dir, manifest),
+        sequences,
+        partial(make_engine, vqgan, settings, num_workers),
+        Split(args.rank, args.splits) if args.splits > 1 else crew(),
+        overwrite=args.overwrite,
+    )
+    if finished is None:
+        return 0
+    record, account, lengths = finished
+    print(report(args.in_filename, record, account, lengths, args.max_seq_len))
+    if account.failed_share > args.max_failed:
+        print(f"more than --max_failed {args.max_failed:g} of the items failed", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
