@@ -1,8 +1,36 @@
-"""Training through the command line."""
+"""Training through the command line: the published curve, any number of processes, interruption, and bad input."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
 
 import pytest
-from train_small import golden_samples, train, write_data_config, write_model, write_record
-from unitoken_small import golden
+import torch
+from safetensors.torch import load_file, save_file
+from train_small import (
+    flags,
+    golden_samples,
+    metrics,
+    text_samples,
+    train,
+    train_processes,
+    write_data_config,
+    write_model,
+    write_record,
+    write_tower,
+)
+from unitoken_small import golden, synthetic_state
+
+from training import loop
+from training.config import build_parser, resolve
+from training.loop import learning_rate
+from training.train import main
+from vision_tokenizer.errors import UserError
+
+TEXT = {"batch_size": 2, "epochs": 2, "save_iteration_interval": 3}
 
 
 @pytest.fixture(scope="module")
@@ -11,15 +39,232 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
+def images(tmp_path_factory):
+    """The four golden samples."""
+    folder = tmp_path_factory.mktemp("images")
     return write_data_config(folder / "data.yaml", write_record(folder / "tokens", golden_samples()))
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Twenty short samples of text: ten steps of two an epoch."""
+    folder = tmp_path_factory.mktemp("text")
+    return write_data_config(folder / "data.yaml", write_record(folder / "tokens", text_samples(20)))
+
+
+def assert_curve(found, expected, rel):
+    for one, other in zip(found, expected, strict=True):
+        for name in ("c_loss", "z_loss", "grad_norm", "lr", "vit_lr"):
+            assert one[name] == pytest.approx(other[name], rel=rel), (one, other)
+
+
 @pytest.mark.parametrize("variant", ["base", "anyres"])
-def test_stage2_trajectory(tmp_path, model, data, variant):
-    expected = golden("training/stage2_trajectory.json")[f"stage2_{variant}"]
-    found = train(model, data, tmp_path, variant=variant, checkpointing=True)
-    for step, (one, other) in enumerate(zip(found, expected, strict=True)):
-        for name, value in other.items():
-            assert one[name] == pytest.approx(value, rel=1e-4), (step, name)
+def test_stage2_trajectory(tmp_path, model, images, variant):
+    found = train(model, images, tmp_path, variant=variant, checkpointing=True)
+    assert_curve(found, golden("training/stage2_trajectory.json")[f"stage2_{variant}"], 1e-4)
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_two_processes_give_the_curve_of_one(tmp_path, model, images):
+    """Accumulating too; in each first batch one process has text only, the other an image."""
+    settings = {"batch_size": 1, "global_batch_size": 4, "num_workers": 1, "data_parallel": "sdp"}
+    process = train_processes(2, flags(model, images, tmp_path, **settings))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert_curve(metrics(tmp_path), golden("training/stage2_trajectory.json")["stage2_base"], 1e-4)
+    assert "in [[ ]]" in output and "step 5/5" in output
+
+
+def test_killed_at_any_point_a_run_goes_on_as_if_nothing_had_happened(tmp_path, model, text):
+    """Dropout included: the same losses to the last bit."""
+    whole = train(model, text, tmp_path / "whole", **TEXT, dropout=0.1)
+    process = train_processes(1, flags(model, text, tmp_path / "killed", **TEXT, dropout=0.1))
+    seen = tmp_path / "killed" / "metrics.jsonl"
+    while not seen.exists() or len(seen.read_text().splitlines()) < 7:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # torchrun first, so that it cannot tell its worker to end well
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    process.kill()
+    process.communicate()
+    resumed = train(model, text, tmp_path / "killed", **TEXT, dropout=0.1)
+    assert resumed == whole
+    final = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "killed")]
+    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, model, text):
+    whole = train(model, text, tmp_path / "whole", **TEXT)
+    train(model, text, tmp_path / "parts", **TEXT, max_steps=5)
+    process = train_processes(2, flags(model, text, tmp_path / "parts", **TEXT | {"batch_size": 1}))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "going on from" in output, output
+    assert_curve(metrics(tmp_path / "parts"), whole, 1e-5)
+
+
+def test_checkpoints_are_pruned_and_a_half_written_one_is_ignored(tmp_path, model, text):
+    train(model, text, tmp_path, **TEXT)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step_00000018", "step_00000020"]
+    (tmp_path / "checkpoints" / "step_00000020" / "progress.json").unlink()
+    again = train(model, text, tmp_path, **TEXT)
+    assert [line["step"] for line in again] == list(range(1, 21))
+
+
+def test_a_changed_setting_is_refused_on_resume(tmp_path, model, text):
+    train(model, text, tmp_path, **TEXT, max_steps=3)
+    for changed in ({"batch_size": 4}, {"seed": 1}, {"variant": "anyres"}):
+        with pytest.raises(UserError, match="was trained with"):
+            train(model, text, tmp_path, **TEXT | changed)
+    with pytest.raises(UserError, match="--no_auto_resume"):
+        train(model, text, tmp_path, **TEXT, no_auto_resume=True)
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory, images):
+    """Stage I from a language model alone, the tower from a SigLIP folder."""
+    folder = tmp_path_factory.mktemp("stage1")
+    llm, tower = write_model(folder / "llm", ("model.", "lm_head.")), write_tower(folder / "siglip")
+    settings = {"stage": "I", "vit_from": tower, "vit_lr_scale": 1e-2, "epochs": 2, "trainable_params": "vit,adapter"}
+    train(llm, images, folder / "output", **settings)
+    return folder / "output"
+
+
+def test_stage1_trains_tower_and_adapter_and_leaves_the_language_model_bit_for_bit(stage1):
+    before, after = synthetic_state(), load_file(stage1 / "final" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if name.startswith("vit") and not torch.equal(before[name], after[name])}
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith(("model.", "lm_head.")))
+    assert "vit.encoder.layers.0.mlp.fc1.weight" in changed
+    assert not {name for name in changed if "_embedding" in name or ".head." in name}
+    assert not torch.equal(before["adapter.0.weight"], after["adapter.0.weight"])
+
+
+def test_stage1s_output_is_stage2s_input(stage1, images, tmp_path, capsys):
+    """A published folder's files are all there, transformers reads its configuration, and nothing else is needed."""
+    import transformers
+
+    found = train(stage1, images, tmp_path, epochs=1, vit_from="nowhere")
+    assert len(found) == 1
+    printed = capsys.readouterr().out
+    assert f"vit                 17,152          50,688  {stage1 / 'final'}" in printed
+    names = {path.name for path in (tmp_path / "final").iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json"}
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "final")
+    assert (config.hidden_size, config.vocab_size) == (64, 10343)
+
+
+def test_sharded_and_bin_folders_and_what_releases_carry_along(tmp_path, model, text):
+    """The golden weights as .bin shards with an image tokenizer in between give the same first step."""
+    folder = tmp_path / "bin"
+    shutil.copytree(model, folder)
+    (folder / "model.safetensors").unlink()
+    state = {**synthetic_state(), "model.vqmodel.encoder.weight": torch.ones(3)}
+    halves = [dict(list(state.items())[::2]), dict(list(state.items())[1::2])]
+    weight_map = {}
+    for number, half in enumerate(halves):
+        torch.save(half, folder / f"pytorch_model-{number}.bin")
+        weight_map |= dict.fromkeys(half, f"pytorch_model-{number}.bin")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    found = train(folder, text, tmp_path / "one", **TEXT, max_steps=2)
+    assert found == train(model, text, tmp_path / "other", **TEXT, max_steps=2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
+def test_other_precisions_learn(tmp_path, model, text, precision):
+    found = train(model, text, tmp_path, **TEXT, precision=precision, data_parallel="sdp")
+    exact = 9.7
+    assert found[0]["c_loss"] == pytest.approx(exact, rel=0.05)
+    assert found[-1]["c_loss"] < found[0]["c_loss"]
+
+
+def test_a_number_that_is_none_stops_the_run_and_names_the_samples(tmp_path, model, text, monkeypatch):
+    state = synthetic_state()
+    state["lm_head.weight"][9000] = float("nan")
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    save_file(state, broken / "model.safetensors")
+    with pytest.raises(UserError, match=r"step 1: cross-entropy nan.*record\.jsonl, id \d+; .*record\.jsonl, id \d+"):
+        train(broken, text, tmp_path / "output", **TEXT)
+
+
+def test_too_many_unusable_samples_stop_the_run(tmp_path, model, monkeypatch):
+    """A few are replaced and logged."""
+    samples = text_samples(20)
+    samples[::4] = [sample._replace(images=("/nowhere.png",)) for sample in samples[::4]]
+    data = write_data_config(tmp_path / "data.yaml", write_record(tmp_path / "tokens", samples))
+    train(model, data, tmp_path / "few", **TEXT | {"epochs": 1})
+    skipped = [json.loads(line) for line in (tmp_path / "few" / "skipped.jsonl").read_text().splitlines()]
+    assert len(skipped) == 5 and all("images do not match" in line["reason"] for line in skipped)
+    monkeypatch.setattr(loop, "FEW_FAILURES", 3)
+    with pytest.raises(UserError, match=r"4 of \d+ samples could not be used.*images do not match"):
+        train(model, data, tmp_path / "many", **TEXT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"init_from": "nowhere"}, "nowhere: no such folder"),
+        ({"init_from": "tests"}, "no config.json, so this is no model folder; it holds"),
+        ({"data_config": "nowhere.yaml"}, "nowhere.yaml: cannot read"),
+        ({"global_batch_size": 7}, "--global_batch_size 7 cannot be made of 4 .* x 1"),
+        ({"batch_size": 400}, "too few samples"),
+        ({"lr": -1}, "--lr must be above 0"),
+        ({"epochs": 0}, "--epochs must be at least 1"),
+        ({"trainable_params": "vit,lora"}, "no tensor's name contains 'lora'"),
+        ({"dropout": 1.5}, "--dropout"),
+        ({"unmask_image_logits": False}, "--unmask_image_logits"),
+        ({"resume_path": "nowhere"}, "not a complete checkpoint"),
+    ],
+)
+def test_bad_input(tmp_path, model, images, change, message):
+    with pytest.raises(UserError, match=message):
+        main(flags(model, images, tmp_path / "output", **change))
+    assert not list(tmp_path.glob("output/metrics.jsonl")) or metrics(tmp_path / "output") == []
+
+
+def test_a_model_that_does_not_fit_its_config(tmp_path, model, text):
+    for change, message in (
+        ({"num_hidden_layers": 3}, "missing: model.layers.2"),
+        ({"hidden_size": 128}, "model.embed_tokens.weight"),
+        ({"swin_norm": True}, "swin_norm"),
+        ({"vocab_size": "many"}, "vocab_size must be a positive number"),
+    ):
+        folder = tmp_path / message.split()[0]
+        shutil.copytree(model, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message):
+            train(folder, text, tmp_path / "output")
+
+
+def test_an_unfinished_run_is_no_model(tmp_path, text):
+    (tmp_path / "stage1" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="has not finished"):
+        train(tmp_path / "stage1", text, tmp_path / "output")
+
+
+def test_configuration_comes_from_stage_then_file_then_flags(tmp_path):
+    (tmp_path / "c.yaml").write_text("stage: I\nlr: 0.5\ninit_from: a\ndata_config: b\noutput_dir: c\nclip_grad: 1\n")
+    parser = build_parser("")
+    config = resolve(vars(parser.parse_args(["--config", str(tmp_path / "c.yaml"), "--lr", "0.25"])))
+    assert (config.lr, config.clip_grad, config.vit_lr_scale, config.trainable_params) == (0.25, 1, 1e-2, "vit,adapter")
+    config.dump(tmp_path / "again.yaml")
+    assert resolve({"config": tmp_path / "again.yaml"}) == config
+    (tmp_path / "c.yaml").write_text("lerning_rate: 1")
+    with pytest.raises(UserError, match="unknown field 'lerning_rate'"):
+        resolve({"config": tmp_path / "c.yaml"})
+    (tmp_path / "c.yaml").write_text("lr: fast\ninit_from: a\ndata_config: b\noutput_dir: c\n")
+    with pytest.raises(UserError, match="--lr: expected float, found 'fast'"):
+        resolve({"config": tmp_path / "c.yaml"})
+
+
+def test_learning_rate_rises_then_falls_along_half_a_cosine():
+    config = resolve({"init_from": "a", "data_config": "b", "output_dir": "c", "lr": 1.0, "min_lr": 0.1, "epochs": 2})
+    assert learning_rate(0, config) == 0
+    assert learning_rate(0.005, config) == pytest.approx(0.5)
+    assert learning_rate(0.01, config) == pytest.approx(1)
+    assert learning_rate(1.005, config) == pytest.approx(0.55)
+    assert learning_rate(2, config) == pytest.approx(0.1)

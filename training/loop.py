@@ -73,7 +73,8 @@ def train(run: Run, progress: Progress, report: Report | None) -> None:
             progress.epoch, progress.epoch_step = progress.epoch + 1, 0
         iterations = progress.step * run.accumulation
         if iterations // interval > (iterations - run.accumulation) // interval or progress.step == run.total_steps:
-            progress.loss_scale = run.scaler.get_scale()
+            if run.scaler.is_enabled():
+                progress.loss_scale = run.scaler.get_scale()
             state.save(Path(config.output_dir), run.model, run.optimizer, progress, run.fixed, config.ckpt_max_keep)
             if report:
                 report.plot()

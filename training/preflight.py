@@ -12,7 +12,7 @@ from pre_tokenize.text import TOKENIZER_FILES
 from training.assemble import Data
 from training.config import TrainConfig
 from training.llm import LLMConfig
-from training.sequence import IMAGE_END, Sample
+from training.sequence import IMAGE_END, SEPARATOR, Sample
 from vision_tokenizer.errors import Failed, UserError
 
 IMAGE_START = 8197  # <racm3:break>
@@ -84,6 +84,7 @@ def _runs(sample: Sample, tokenizer: Tokenizer | None):
     starts, ends = (np.flatnonzero(sample.tokens == token) for token in (IMAGE_START, IMAGE_END))
     for start, end in zip(starts, ends, strict=False):
         kind[start : end + 1] = np.maximum(kind[start : end + 1], 1)
+    kind[sample.tokens == SEPARATOR] = 0
     learned = sample.labels >= 0
     borders = np.flatnonzero((np.diff(kind) != 0) | (np.diff(learned) != 0)) + 1
     for run in np.split(np.arange(len(sample)), borders):

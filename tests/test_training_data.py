@@ -1,0 +1,166 @@
+"""Records, their indexes, and what becomes of samples that are wrong."""
+
+import json
+import os
+import pickle
+import time
+
+import numpy as np
+import pytest
+from train_small import golden_samples, text_samples, write_data_config, write_record
+from unitoken_small import IMAGES
+
+from pre_tokenize.token_file import TokenFiles, TokenSample
+from training.data import Batches, ImageReader, SampleRules, build_sample, check_manifest, make_loader, read_data_config
+from training.index import RecordIndex, ensure_index, fingerprint
+from training.sampler import Key, Pool, RankBatches, Sampler
+from vision_tokenizer.errors import Failed, UserError
+
+RULES = SampleRules(10343, 4096, None, ImageReader(384, 27, False))
+
+
+def index(record):
+    return RecordIndex(record, ensure_index(record, fingerprint(record), record.parent))
+
+
+@pytest.mark.parametrize("pickles", [False, True])
+def test_an_index_gives_what_the_record_gives(tmp_path, pickles):
+    record = write_record(tmp_path / "tokens", text_samples(20), pickles=pickles)
+    direct, mapped = TokenFiles(record), TokenFiles(pickle.loads(pickle.dumps(index(record))))
+    assert len(mapped) == 20 and (mapped.lengths == direct.lengths).all()
+    for one, other in zip(direct, mapped, strict=True):
+        assert one.id == other.id and (one.tokens == other.tokens).all() and (one.loss_mask == other.loss_mask).all()
+
+
+def test_a_published_list_is_indexed_too(tmp_path):
+    record = write_record(tmp_path / "tokens", text_samples(5), pickles=True)
+    published = record.with_name("published.json")
+    published.write_text(json.dumps([json.loads(line) for line in record.read_text().splitlines()]))
+    assert list(index(published).lengths) == list(index(record).lengths)
+
+
+def test_an_index_follows_the_content_of_its_record(tmp_path):
+    record = write_record(tmp_path / "tokens", text_samples(5))
+    first = index(record)
+    made = (first.folder / "ids.npy").stat().st_mtime_ns
+    assert index(record).folder == first.folder and (first.folder / "ids.npy").stat().st_mtime_ns == made
+    times = record.stat()
+    lines = record.read_text().splitlines(keepends=True)
+    record.write_text("".join(lines[::-1]))
+    os.utime(record, ns=(times.st_atime_ns, times.st_mtime_ns))  # same path, size and time
+    assert list(index(record).ids) == [4, 3, 2, 1, 0]
+    assert not first.folder.exists(), "the stale index is removed"
+
+
+def test_an_empty_or_damaged_record_is_refused_and_leaves_no_index(tmp_path):
+    record = tmp_path / "record.jsonl"
+    for content, message in (("", "empty"), ('{"file": 3}\n', "line 1"), ('{"file": "a"', "line 1")):
+        record.write_text(content)
+        with pytest.raises(UserError, match=message):
+            index(record)
+    assert [path.name for path in tmp_path.iterdir()] == ["record.jsonl"]
+
+
+def test_starting_with_a_large_index_is_quick(tmp_path):
+    """A million entries: made once, then opened without being read."""
+    record = tmp_path / "record.jsonl"
+    with record.open("w") as file:
+        for shard in range(0, 200_000, 1000):
+            file.writelines(
+                f'{{"file":"files/{shard}.arrow","row":{i},"len":9,"id":{shard + i}}}\n' for i in range(1000)
+            )
+    index(record)
+    began = time.monotonic()
+    assert index(record)[123_456].id == 123_456
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("META: []", "no records"),
+        ("- path: a", "META"),
+        ("META: [{path: r.jsonl}]\nOTHER: 1", "OTHER"),
+        ("META: [{path: r.jsonl, weight: 2}]", "entry 0: unknown key 'weight'"),
+        ("META: [{path: r.jsonl, ratio: 0}]", "ratio"),
+        ("META: [{path: r.jsonl}, {ratio: 1}]", "entry 1"),
+        ("META: [{path: missing.jsonl}]", "no such record: .*missing.jsonl"),
+        ("META: [", "cannot read"),
+    ],
+)
+def test_a_wrong_data_config_is_refused(tmp_path, content, message):
+    (tmp_path / "r.jsonl").write_text("")
+    (tmp_path / "data.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_data_config(tmp_path / "data.yaml")
+
+
+def test_paths_are_taken_from_the_data_configs_folder(tmp_path):
+    (tmp_path / "r.jsonl").write_text("")
+    entry, *_ = read_data_config(write_data_config(tmp_path / "data.yaml", "r.jsonl", ratio=2, type="t2i"))
+    assert entry == (tmp_path / "r.jsonl", 2.0, "t2i")
+
+
+def test_tokens_of_another_vocabulary_are_refused():
+    record = "record.json"
+    check_manifest({"vocab_size": 100, "text_tokenizer": "a"}, record, "a", 100)
+    check_manifest({"vocab_size": 100, "text_tokenizer": "a"}, record, None, 100)
+    check_manifest(None, record, "a", 100)
+    with pytest.raises(UserError, match="vocabulary of 101"):
+        check_manifest({"vocab_size": 101}, record, "a", 100)
+    with pytest.raises(UserError, match="another tokenizer"):
+        check_manifest({"vocab_size": 100, "text_tokenizer": "b"}, record, "a", 100)
+    with pytest.raises(UserError, match=r"0\.\.99"):
+        build_sample(TokenSample(0, np.array([100]), np.array([True]), ()), "x", SampleRules(100, 10))
+
+
+def test_images_to_learn_are_refused_while_masked():
+    t2i = golden_samples(["t2i"])[0]
+    with pytest.raises(UserError, match="--unmask_image_logits"):
+        build_sample(t2i, "x", SampleRules(10343, 4096, continuous=RULES.continuous))
+
+
+def test_cutting_a_block_takes_its_continuous_tokens_too():
+    caption = golden_samples(["caption"])[0]
+    end = int(np.flatnonzero(caption.tokens == 8196)[0])
+    whole, cut = (
+        build_sample(caption, "x", SampleRules(10343, size, None, RULES.continuous)) for size in (end + 1, end)
+    )
+    assert len(whole) == end + 1 + 730 and len(whole.tiles) == 1
+    assert len(cut) == end and cut.tiles == []
+
+
+def test_an_unreadable_image_is_replaced_and_told(tmp_path):
+    good, bad = golden_samples(["caption", "caption"])
+    samples = [bad._replace(id=0, images=(str(IMAGES / "broken.jpg"),)), good._replace(id=1)]
+    dataset = Batches([TokenFiles(write_record(tmp_path / "tokens", samples))], RULES, lambda samples: samples)
+    loaded = dataset[[Key(0, 0), Key(0, 1)]]
+    assert [sample.name[-4:] for sample in loaded.batch] == ["id 1", "id 1"]
+    (skipped,) = loaded.skipped
+    assert "row 0" in skipped.name and "broken.jpg" in skipped.reason and skipped.instead.endswith("id 1")
+
+
+def test_a_record_without_any_usable_sample_is_an_error_not_a_loop(tmp_path):
+    bad = golden_samples(["caption"])[0]._replace(images=("/nowhere.png",))
+    dataset = Batches([TokenFiles(write_record(tmp_path / "tokens", [bad]))], RULES, list)
+    error = dataset[[Key(0, 0)]]
+    assert isinstance(error, UserError) and "nowhere.png" in str(error)
+
+
+def test_images_must_match_their_blocks():
+    caption = golden_samples(["caption"])[0]
+    with pytest.raises(Failed, match="images do not match"):
+        build_sample(caption._replace(images=()), "x", RULES)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_order_does_not_depend_on_data_loader_processes(tmp_path, workers):
+    files = TokenFiles(index(write_record(tmp_path / "tokens", text_samples(40))))
+    dataset = Batches([files], SampleRules(10343, 4096), _names)
+    order = RankBatches(Sampler([Pool(files.lengths, 1.0, "a")], 8, 0), 1, 2, 0, 1, (0, 0))
+    expected, found = ([one.batch for one in make_loader(dataset, order, n, pin=False)] for n in (0, workers))
+    assert expected == found and len(found) == 10
+
+
+def _names(samples):
+    return [sample.name for sample in samples]
