@@ -26,7 +26,7 @@ class ConvSizes:
     ch: int
     ch_mult: tuple[int, ...]
     num_res_blocks: int
-    attn_levels: frozenset[int]
+    attn_levels: tuple[int, ...]
     z_channels: int
 
     @property

@@ -20,18 +20,10 @@ CODES_AT_ONCE = 8192
 
 
 def choose_dtype(name: str) -> torch.dtype:
+    """The torch dtype of one of the names in `DTYPES`. Raises `UserError`."""
     if name not in DTYPES:
         raise UserError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def choose_device(name: str | torch.device) -> torch.device:
-    """`auto` is the first CUDA device if there is one, else the CPU."""
-    cuda = torch.cuda.is_available()
-    device = torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and not cuda:
-        raise UserError(f"device {name}: no CUDA device is available to this PyTorch ({torch.__version__}); use cpu")
-    return device
 
 
 @contextmanager

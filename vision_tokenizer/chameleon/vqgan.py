@@ -16,9 +16,10 @@ import yaml
 from torch import Tensor, nn
 
 from vision_tokenizer.checkpoint import fingerprint, load_strict, read_state_dict
+from vision_tokenizer.device import keep_freed_memory, local_device
 from vision_tokenizer.errors import UserError
 from vision_tokenizer.layers import ConvSizes, Decoder, Encoder, GroupNorm
-from vision_tokenizer.numerics import choose_device, choose_dtype, float32_products, nearest_codes
+from vision_tokenizer.numerics import choose_dtype, float32_products, nearest_codes
 
 ENCODING = ("encoder.", "quant_conv.", "quantize.")
 DECODING = ("decoder.", "post_quant_conv.")
@@ -143,7 +144,7 @@ def read_sizes(path: Path) -> VqganSizes:
             ch=int(conv["ch"]),
             ch_mult=mults,
             num_res_blocks=int(conv["num_res_blocks"]),
-            attn_levels=frozenset(by_resolution[r] for r in conv["attn_resolutions"] if r in by_resolution),
+            attn_levels=tuple(by_resolution[r] for r in conv["attn_resolutions"] if r in by_resolution),
             z_channels=int(conv["z_channels"]),
         )
         _require_plain(path, conv)
@@ -163,11 +164,18 @@ def _require_plain(path: Path, conv: Mapping[str, Any]) -> None:
 
 
 def load_chameleon(
-    folder: str | Path, *, device: str = "auto", dtype: str = "fp32", decoder: bool = False, compile: bool = False
+    folder: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str = "fp32",
+    decoder: bool = False,
+    compile: bool = False,
 ) -> ChameleonVQGAN:
     """The VQGAN of a folder's `vqgan.yaml` and `vqgan.ckpt`, on its device and in its dtype. Raises `UserError`."""
     folder = Path(folder).expanduser()
-    target, kind, sizes = choose_device(device), choose_dtype(dtype), read_sizes(folder / "vqgan.yaml")
+    target, kind, sizes = local_device(device), choose_dtype(dtype), read_sizes(folder / "vqgan.yaml")
+    if target.type == "cpu":
+        keep_freed_memory()
     checkpoint = folder / "vqgan.ckpt"
     state = read_state_dict(checkpoint)
     with torch.device("meta"):

@@ -153,6 +153,6 @@ def _conv(part: _Part, ch: int, channels: int) -> ConvSizes:
         ch=part.size("ch", ch),
         ch_mult=mults,
         num_res_blocks=part.size("num_res_blocks", 2),
-        attn_levels=frozenset(part.sizes("attn_resolutions", (4,))),
+        attn_levels=part.sizes("attn_resolutions", (4,)),
         z_channels=part.size("z_channels", channels),
     )

@@ -12,15 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_tokenizer.checkpoint import fingerprint, load_strict, read_state_dict
+from vision_tokenizer.device import keep_freed_memory, local_device
 from vision_tokenizer.dualvitok.config import DualViTokSizes, read_config
 from vision_tokenizer.dualvitok.pixel import PixelDecoder, PixelEncoder
 from vision_tokenizer.dualvitok.semantic import CELL, SemanticDecoder, SemanticEncoder, vit_input, vit_input_size
 from vision_tokenizer.dualvitok.simvq import SimVQ
 from vision_tokenizer.errors import UserError
-from vision_tokenizer.numerics import choose_device, choose_dtype, float32_products
+from vision_tokenizer.numerics import choose_dtype, float32_products
 
 SIDE = 16  # pixels per code of the pixel branch
 ENCODING = ("semantic_encoder.", "semantic_quantizer.", "pixel_encoder.", "pixel_quant_conv.", "pixel_quantizer.")
+
+
+def grid_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(h, w) of the semantic and of the pixel codes of an H x W image."""
+    if height % SIDE or width % SIDE or min(height, width) < SIDE:
+        raise ValueError(f"{height} x {width}: both sides must be multiples of {SIDE}")
+    vit_height, vit_width = vit_input_size(height, width)
+    return (vit_height // CELL, vit_width // CELL), (height // SIDE, width // SIDE)
 
 
 class DualViTok(nn.Module):
@@ -56,16 +65,12 @@ class DualViTok(nn.Module):
         return self.pixel_quant_conv.weight.dtype
 
     def grid_sizes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(h, w) of the semantic and of the pixel codes of an H x W image."""
-        if height % SIDE or width % SIDE or min(height, width) < SIDE:
-            raise ValueError(f"{height} x {width}: both sides must be multiples of {SIDE}")
-        vit_height, vit_width = vit_input_size(height, width)
-        return (vit_height // CELL, vit_width // CELL), (height // SIDE, width // SIDE)
+        return grid_sizes(height, width)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) float32 in [-1, 1] -> semantic and pixel codes, (B, h, w) int64 each."""
-        self.grid_sizes(*pixels.shape[2:])
+        grid_sizes(*pixels.shape[2:])
         pixels = pixels.to(self.device, non_blocking=True)
         semantic, pixel = self.semantic_features(pixels), self.pixel_features(pixels)
         return self.semantic_quantizer.encode(semantic), self.pixel_quantizer.encode(pixel)
@@ -114,7 +119,7 @@ def load_dualvitok(
     config: str | Path,
     checkpoint: str | Path,
     *,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: str = "fp32",
     use_ema: bool = False,
     decoder: bool = False,
@@ -124,7 +129,9 @@ def load_dualvitok(
 
     Without `decoder`, its 560 M parameters (at full size) are neither built nor read. Raises `UserError`.
     """
-    target, kind, sizes = choose_device(device), choose_dtype(dtype), read_config(config)
+    target, kind, sizes = local_device(device), choose_dtype(dtype), read_config(config)
+    if target.type == "cpu":
+        keep_freed_memory()
     state = read_state_dict(checkpoint, use_ema=use_ema, keep=None if decoder else ENCODING)
     with torch.device("meta"):
         model = DualViTok(sizes, decoder=decoder).eval().requires_grad_(False)
