@@ -54,6 +54,7 @@ def make_manifest(settings: Settings, table: ChunkTable, text: TextTokenizer, vq
         "image_tokenizer": {"name": vqgan.name, "fingerprint": vqgan.fingerprint},
         "text_tokenizer": text.sha256,
         "vocab_size": text.size,
+        "vocabulary": text.vocabulary,
         "settings": asdict(settings),
         "device": vqgan.device.type,
         "input": input_facts(table),

@@ -5,6 +5,7 @@ The only atoms are the marks of `conversation.py`, which no text may contain.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -26,7 +27,8 @@ class TextTokenizer:
     Args:
         source: the file, a folder that holds text_tokenizer.json or tokenizer.json, or a hub id.
 
-    `ids` maps every name to its id; `sha256` is of the file. Raises `UserError` where there is no such tokenizer.
+    `ids` maps every name to its id; `vocabulary` is a hash of them, `sha256` one of the file. Raises `UserError` where
+    there is no such tokenizer.
     """
 
     def __init__(self, source: str | Path):
@@ -37,6 +39,8 @@ class TextTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        by_id = sorted(self.ids.items(), key=lambda pair: pair[::-1])
+        self.vocabulary = hashlib.sha256(json.dumps(by_id).encode()).hexdigest()
         special = [token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special]
         self.size = max(self.ids.values()) + 1  # of the vocabulary
         self._control = np.zeros(self.size + 2, bool)

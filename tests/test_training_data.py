@@ -103,13 +103,13 @@ def test_paths_are_taken_from_the_data_configs_folder(tmp_path):
 
 def test_tokens_of_another_vocabulary_are_refused():
     record = "record.json"
-    check_manifest({"vocab_size": 100, "text_tokenizer": "a"}, record, "a", 100)
-    check_manifest({"vocab_size": 100, "text_tokenizer": "a"}, record, None, 100)
+    check_manifest({"vocab_size": 100, "vocabulary": "a"}, record, "a", 100)
+    check_manifest({"vocab_size": 100, "vocabulary": "a"}, record, None, 100)
     check_manifest(None, record, "a", 100)
     with pytest.raises(UserError, match="vocabulary of 101"):
         check_manifest({"vocab_size": 101}, record, "a", 100)
-    with pytest.raises(UserError, match="another tokenizer"):
-        check_manifest({"vocab_size": 100, "text_tokenizer": "b"}, record, "a", 100)
+    with pytest.raises(UserError, match="another vocabulary"):
+        check_manifest({"vocab_size": 100, "vocabulary": "b"}, record, "a", 100)
     with pytest.raises(UserError, match=r"0\.\.99"):
         build_sample(TokenSample(0, np.array([100]), np.array([True]), ()), "x", SampleRules(100, 10))
 

@@ -1,6 +1,5 @@
 """From a configuration to its model, optimizer and data, each checked as far as the CPU can."""
 
-import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import AdamW
 
-from pre_tokenize.text import TOKENIZER_FILES
+from pre_tokenize.text import TOKENIZER_FILES, TextTokenizer
 from pre_tokenize.token_file import TokenFiles
 from training.config import ALWAYS_FROZEN, TrainConfig
 from training.data import Batches, Entry, ImageReader, SampleRules, check_manifest
@@ -18,7 +17,7 @@ from training.folder import ModelFolder
 from training.index import RecordIndex, ensure_index, fingerprint
 from training.model import UniToken
 from training.sampler import Pool, Sampler
-from training.sequence import IMAGE_TOKENS, pack
+from training.sequence import IMAGE_TOKENS, SPECIAL_TOKENS, pack
 from vision_tokenizer.checkpoint import load_strict
 from vision_tokenizer.errors import UserError
 
@@ -113,10 +112,9 @@ def _shared(value: object) -> object:
 
 
 def build_dataset(sources: list[TokenFiles], config: TrainConfig, folder: ModelFolder) -> Batches:
-    file = next((folder.path / name for name in TOKENIZER_FILES if (folder.path / name).is_file()), None)
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file else None
+    vocabulary = check_tokenizer(folder.path)
     for source in sources:
-        check_manifest(source.manifest(), source.record.path, sha256, folder.llm.vocab_size)
+        check_manifest(source.manifest(), source.record.path, vocabulary, folder.llm.vocab_size)
     vision = folder.vision
     rules = SampleRules(
         folder.llm.vocab_size,
@@ -125,3 +123,17 @@ def build_dataset(sources: list[TokenFiles], config: TrainConfig, folder: ModelF
         ImageReader(vision.image_size, vision.grid, config.variant == "anyres"),
     )
     return Batches(sources, rules, partial(pack, side=vision.image_size))
+
+
+def check_tokenizer(folder: Path) -> str | None:
+    """The fingerprint of a model folder's vocabulary, if it has a tokenizer file, whose ids must be Chameleon's."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    tokenizer = TextTokenizer(folder)
+    for name, expected in SPECIAL_TOKENS.items():
+        if tokenizer.ids.get(name) != expected:
+            raise UserError(
+                f"{tokenizer.path}: {name} has id {tokenizer.ids.get(name)}, not {expected}; this model's tokenizer is "
+                "not Chameleon's"
+            )
+    return tokenizer.vocabulary

@@ -61,22 +61,22 @@ def _entry(fields: Any, where: str, folder: Path) -> Entry:
     return Entry(path, float(ratio), kind)
 
 
-def check_manifest(manifest: Mapping[str, Any] | None, record: Path, tokenizer_sha256: str | None, vocab: int) -> None:
+def check_manifest(manifest: Mapping[str, Any] | None, record: Path, vocabulary: str | None, vocab_size: int) -> None:
     """Refuse tokens that were made for another model. Published pickles carry no manifest and are taken on trust.
 
-    `tokenizer_sha256` is of the model's own tokenizer file, None if its folder has none.
+    `vocabulary` is the fingerprint of the model's own, None if its folder has no tokenizer file.
     """
     manifest = manifest or {}
-    size, sha256 = manifest.get("vocab_size"), manifest.get("text_tokenizer")
-    if size is not None and size > vocab:
+    size, other = manifest.get("vocab_size"), manifest.get("vocabulary")
+    if size is not None and size > vocab_size:
         raise UserError(
-            f"{record}: its tokens come from a vocabulary of {size} ids, the model knows {vocab}. "
+            f"{record}: its tokens come from a vocabulary of {size} ids, the model knows {vocab_size}. "
             "Tokenize the data with the model's tokenizer, or extend the model's vocabulary."
         )
-    if sha256 and tokenizer_sha256 and sha256 != tokenizer_sha256:
+    if other and vocabulary and other != vocabulary:
         raise UserError(
-            f"{record}: its tokens were made with another tokenizer (text_tokenizer.json {sha256[:12]}...) than the "
-            f"model's ({tokenizer_sha256[:12]}...). Tokenize the data with the model's tokenizer."
+            f"{record}: its tokens were made with another vocabulary ({other[:12]}...) than the model's "
+            f"({vocabulary[:12]}...). Tokenize the data with the model's tokenizer."
         )
 
 

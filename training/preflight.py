@@ -12,10 +12,9 @@ from pre_tokenize.text import TOKENIZER_FILES
 from training.assemble import Data
 from training.config import TrainConfig
 from training.llm import LLMConfig
-from training.sequence import IMAGE_END, SEPARATOR, Sample
+from training.sequence import IMAGE_END, IMAGE_START, SEPARATOR, Sample
 from vision_tokenizer.errors import Failed, UserError
 
-IMAGE_START = 8197  # <racm3:break>
 SHOWN = 60  # tokens of a run of text that are printed
 
 

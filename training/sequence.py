@@ -10,10 +10,18 @@ import torch
 
 from training.anyres import NEWLINE, ImageInput
 
-IMAGE_END = 8196  # <eoss>
-SEPARATOR = 8198  # <sentinel:0>, between an image's discrete and its continuous tokens
-NEWLINE_TOKEN = 8803  # <reserved08799>
+# Chameleon's ids, the same in every release
 IMAGE_TOKENS = range(4, 8196)
+IMAGE_END = 8196
+IMAGE_START = 8197
+SEPARATOR = 8198  # between an image's discrete and its continuous tokens
+NEWLINE_TOKEN = 8803  # in an image
+SPECIAL_TOKENS = {
+    "<eoss>": IMAGE_END,
+    "<racm3:break>": IMAGE_START,
+    "<sentinel:0>": SEPARATOR,
+    "<reserved08799>": NEWLINE_TOKEN,
+}
 NO_LABEL = -100
 
 
