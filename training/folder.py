@@ -127,9 +127,9 @@ def fresh_adapter(width: int, hidden_size: int, seed: int) -> dict[str, Tensor]:
 
 
 def save_folder(
-    target: Path, tensors: Iterable[tuple[str, Tensor]], total_bytes: int, config: dict[str, Any], source: Path
+    target: Path, tensors: Iterable[tuple[str, Tensor]], total_bytes: int, config: dict[str, Any], files: list[Path]
 ) -> None:
-    """Write a model folder, whole or not at all: weights in safetensors shards, and `source`'s tokenizer files.
+    """Write a model folder, whole or not at all: weights in safetensors shards, and copies of `files`.
 
     `tensors` are consumed one by one, so that no more than a shard is in memory; `total_bytes` is their sum.
     """
@@ -148,7 +148,7 @@ def save_folder(
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in tokenizer_files(source):
+    for file in files:
         shutil.copy(file, temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)

@@ -12,7 +12,7 @@ from pre_tokenize.text import TOKENIZER_FILES
 from training.assemble import Data
 from training.config import TrainConfig
 from training.llm import LLMConfig
-from training.sequence import IMAGE_END, IMAGE_START, SEPARATOR, Sample
+from training.sequence import IMAGE_END, IMAGE_START, NEWLINE_TOKEN, SEPARATOR, Sample
 from vision_tokenizer.errors import Failed, UserError
 
 SHOWN = 60  # tokens of a run of text that are printed
@@ -83,7 +83,8 @@ def _runs(sample: Sample, tokenizer: Tokenizer | None):
     starts, ends = (np.flatnonzero(sample.tokens == token) for token in (IMAGE_START, IMAGE_END))
     for start, end in zip(starts, ends, strict=False):
         kind[start : end + 1] = np.maximum(kind[start : end + 1], 1)
-    kind[sample.tokens == SEPARATOR] = 0
+    kind[np.isin(sample.tokens, (SEPARATOR, IMAGE_END))] = 0
+    kind[1:][(sample.tokens[1:] == NEWLINE_TOKEN) & (sample.features[:-1] >= 0)] = 2
     learned = sample.labels >= 0
     borders = np.flatnonzero((np.diff(kind) != 0) | (np.diff(learned) != 0)) + 1
     for run in np.split(np.arange(len(sample)), borders):

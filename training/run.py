@@ -9,7 +9,7 @@ from training import preflight, state
 from training.assemble import Data, build_model, build_optimizer, open_data
 from training.config import CONFIG_FILE, TrainConfig
 from training.data import make_loader, read_data_config
-from training.folder import FINAL, ModelFolder, open_unitoken, save_folder
+from training.folder import FINAL, ModelFolder, open_unitoken, save_folder, tokenizer_files
 from training.loop import Run, train
 from training.model import UniToken
 from training.parallel import fill, gather, process_group, shard
@@ -122,7 +122,7 @@ def finish(config: TrainConfig, model: UniToken, folder: ModelFolder) -> None:
     tensors = gather(model)
     if dist.get_rank() == 0:
         total_bytes = sum(parameter.numel() for parameter in model.parameters()) * 4
-        save_folder(target, tensors, total_bytes, folder.config, folder.path)
+        save_folder(target, tensors, total_bytes, folder.config, tokenizer_files(folder.path))
         print(f"the model is in {target}", flush=True)
     else:
         for _ in tensors:  # gathering takes every process

@@ -1,0 +1,50 @@
+"""A checkpoint of a running or interrupted training as a model folder, on CPU, in one process.
+
+    python training/export_checkpoint.py --checkpoint output/stage2/checkpoints/step_00001000 --output_dir step-1000
+
+The folder is like the final/ of a finished run. It takes memory for one fp32 copy of the model.
+"""
+
+import argparse
+from pathlib import Path
+
+from vision_tokenizer.cli import run_command
+from vision_tokenizer.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a step_* folder")
+    parser.add_argument("--output_dir", type=Path, required=True, help="model folder to write")
+    args = parser.parse_args(argv)
+    export(args.checkpoint, args.output_dir)
+    return 0
+
+
+def export(checkpoint: Path, target: Path) -> None:
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from training.assemble import build_model
+    from training.config import CONFIG_FILE, resolve
+    from training.folder import open_unitoken, save_folder, tokenizer_files
+    from training.parallel import process_group
+    from training.state import PROGRESS
+
+    if not (checkpoint / PROGRESS).is_file():
+        raise UserError(f"{checkpoint}: not a complete checkpoint, {PROGRESS} is missing")
+    if target.exists():
+        raise UserError(f"{target} exists; name a folder that does not")
+    config = resolve({"config": checkpoint.resolve().parents[1] / CONFIG_FILE})
+    folder = open_unitoken(Path(config.init_from), Path(config.vit_from), config.seed)
+    tensors = {name: torch.empty(parameter.shape) for name, parameter in build_model(config, folder).named_parameters()}
+    with process_group():
+        dcp.load({"model": tensors}, checkpoint_id=checkpoint)
+    save_folder(
+        target, tensors.items(), sum(t.nbytes for t in tensors.values()), folder.config, tokenizer_files(folder.path)
+    )
+    print(f"the model is in {target}")
+
+
+if __name__ == "__main__":
+    run_command(main)

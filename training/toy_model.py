@@ -1,0 +1,59 @@
+"""A small untrained model, to try the trainer without a checkpoint of gigabytes.
+
+    python training/toy_model.py --tokenizer text_tokenizer.json --output_dir output/toy
+
+Writes llm/ (a Chameleon language model for that tokenizer's vocabulary) and siglip/ (a vision tower), which are what
+--init_from and --vit_from of training/train.py take.
+"""
+
+import argparse
+from pathlib import Path
+
+from vision_tokenizer.cli import run_command
+
+LLM = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TILE = {"image_size": 112, "patch_size": 14}  # 64 continuous tokens an image
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="text_tokenizer.json, or a folder that holds it")
+    parser.add_argument("--output_dir", type=Path, required=True, help="llm/ and siglip/ are written here")
+    args = parser.parse_args(argv)
+    write_toy(args.tokenizer, args.output_dir)
+    return 0
+
+
+def write_toy(tokenizer: Path, output: Path) -> None:
+    import torch
+    from torch import nn
+
+    from pre_tokenize.text import TextTokenizer
+    from training.folder import save_folder
+    from training.llm import LLMConfig
+    from training.model import UniToken
+    from training.siglip import VisionConfig
+
+    text = TextTokenizer(tokenizer)
+    vision = VISION | TILE
+    torch.manual_seed(0)
+    model = UniToken(LLMConfig(vocab_size=text.size, num_key_value_heads=4, **LLM), VisionConfig(**vision), z_weight=0)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    state = model.state_dict()
+    llm = {name: tensor for name, tensor in state.items() if name.startswith(("model.", "lm_head."))}
+    prefix = "vit."
+    tower = {
+        f"vision_model.{name.removeprefix(prefix)}": tensor for name, tensor in state.items() if name.startswith(prefix)
+    }
+    llm_config = {"model_type": "chameleon", "vocab_size": text.size, **LLM}
+    save_folder(output / "llm", llm.items(), sum(t.nbytes for t in llm.values()), llm_config, [text.path])
+    tower_config = {"model_type": "siglip", "vision_config": vision}
+    save_folder(output / "siglip", tower.items(), sum(t.nbytes for t in tower.values()), tower_config, [])
+    print(f"a toy language model is in {output / 'llm'}, a toy vision tower in {output / 'siglip'}")
+
+
+if __name__ == "__main__":
+    run_command(main)
