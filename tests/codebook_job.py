@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from vision_tokenizer.tokenizer.tokenizer_codebook_inference import main
@@ -40,6 +42,17 @@ def launch(*args, ranks: int = 1, **popen) -> subprocess.Popen:
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
     )
+
+
+def kill_all(process: subprocess.Popen, mark: Path) -> None:
+    """kill -9 for a launched job and its workers, which torchrun puts into sessions of their own: `mark` is in
+    all their command lines."""
+    process.kill()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it may end while we look
+            if str(mark).encode() in (folder / "cmdline").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
+    process.communicate(timeout=60)
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -58,3 +58,39 @@ def chameleon_attn_folder(tmp_path_factory) -> Path:
     config = folder / "vqgan.yaml"
     config.write_text(config.read_text().replace("attn_resolutions: []", "attn_resolutions: [32, 64]"))
     return folder
+
+
+TINY_DUALVITOK = """
+pixel = dict(ch=32, attn_resolutions=[4], ch_mult=[1, 1, 1, 1, 1], num_res_blocks=1, use_dc_up_down_blocks=True)
+vq_model = dict(
+    type="DualViTok",
+    config=dict(
+        semantic_encoder=dict(
+            vit=dict(depth=1, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2),
+            num_blocks=1, proj_layer="linear", z_channels=8, embed_dim=64, target_mlp="norm",
+        ),
+        semantic_quantizer=dict(type="SimVQ", dim=8, codebook_size=256),
+        semantic_decoder=dict(z_channels=8, proj_layer="linear_norm", embed_dim=64, output_channels=32, num_blocks=1),
+        pixel_encoder=dict(**pixel, embed_dim=8, z_channels=8),
+        pixel_quantizer=dict(type="SimVQ", dim=8, codebook_size=512),
+        pixel_decoder=dict(**pixel, embed_dim=16, z_channels=16),
+    ),
+)
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_dualvitok(tmp_path_factory) -> tuple[Path, Path]:
+    """(config, checkpoint) of a DualViTok so narrow that a process spends its time on the job, not on the model."""
+    from vision_tokenizer.dualvitok.config import read_config
+    from vision_tokenizer.dualvitok.model import DualViTok
+
+    folder = tmp_path_factory.mktemp("tiny_dualvitok")
+    (folder / "tiny.py").write_text(TINY_DUALVITOK)
+    with torch.device("meta"):
+        shapes = {
+            name: t.shape for name, t in DualViTok(read_config(folder / "tiny.py"), decoder=True).state_dict().items()
+        }
+    state = {name: torch.from_numpy(synthetic_tensor(name, tuple(shape))) for name, shape in shapes.items()}
+    torch.save(state, folder / "pytorch_model.bin")
+    return folder / "tiny.py", folder / "pytorch_model.bin"

@@ -16,7 +16,8 @@ def read_all(path, tmp_path, chunk_items=3):
 
 def test_lines_with_blanks_bom_crlf_and_a_broken_one(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"id": 0}\r\n\r\n   \n{"id": 1}\n{"id": 2\n{"id": 3, "t": "\xe5\x87\x8f"}\n\n{"id": 4}')
+    lines = ['\ufeff{"id": 0}\r', "\r", "   ", '{"id": 1}', '{"id": 2', '{"id": 3, "t": "减"}', "", '{"id": 4}']
+    path.write_bytes("\n".join(lines).encode())
     items = read_all(path, tmp_path, chunk_items=2)
     assert [item.index for item in items] == [0, 1, 2, 3, 4]
     assert [item.where for item in items] == ["line 1", "line 4", "line 5", "line 6", "line 8"]

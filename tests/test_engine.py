@@ -38,7 +38,7 @@ def run(groups, batch_size=4, **options):
 
 def test_every_image_comes_back_to_its_group():
     groups = [(g, [(10 * g + i, 32 if i % 3 else 64) for i in range(10)]) for g in range(5)]
-    results, recorder = run(groups)
+    results, _ = run(groups)
     assert list(results) == [0, 1, 2, 3, 4]
     for group, refs in groups:
         assert [results[group][ref].codes[0].tolist() for ref in refs] == [[[number]] for number, _ in refs]

@@ -1,5 +1,6 @@
 """How every command of the toolkit ends: results with 0, failures with a message and never with 0."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -20,3 +21,9 @@ def run_command(main: Callable[[], int | None]) -> None:
         print("interrupted; run the same command again to go on from here", file=sys.stderr, flush=True)
         code = 130
     sys.exit(code)
+
+
+def note(message: str) -> None:
+    """Tell the user something, once per crew: only the first rank speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)

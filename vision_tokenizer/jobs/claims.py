@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 
-_FOREVER = timedelta(days=30)
+_CONNECT = timedelta(minutes=10)
+_FOREVER = timedelta(days=30)  # ranks wait as long as the others work; one that dies takes the crew with it
 
 
 class Solo:
@@ -39,7 +40,7 @@ class Solo:
         return {name: self._tallies[name] for name in names}
 
     def wait_for_crew(self) -> Iterator[None]:
-        """Yield now and then until every process of the crew has left its claim loop."""
+        """To be called once all that was claimed is on the disk: yield now and then until the whole crew got here."""
         return iter(())
 
 
@@ -63,7 +64,7 @@ class Torchrun:
     def __init__(self) -> None:
         from torch.distributed import PrefixStore, rendezvous
 
-        store, self.rank, self.world_size = next(iter(rendezvous("env://", timeout=_FOREVER)))
+        store, self.rank, self.world_size = next(iter(rendezvous("env://", timeout=_CONNECT)))
         # after an elastic restart the counters begin anew; finished chunks are known from the disk
         self._store = PrefixStore(f"vistoken/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self._led = 0
@@ -78,7 +79,6 @@ class Torchrun:
     def claim(self, total: int) -> Iterator[int]:
         while (number := self._store.add("claimed", 1) - 1) < total:
             yield number
-        self._store.add("left", 1)
 
     def tally(self, counts: Mapping[str, int]) -> None:
         for name, count in counts.items():
@@ -89,7 +89,8 @@ class Torchrun:
         return {name: self._store.add(f"tally/{name}", 0) for name in names}
 
     def wait_for_crew(self) -> Iterator[None]:
-        while self._store.add("left", 0) < self.world_size:
+        self._store.add("finished", 1)
+        while self._store.add("finished", 0) < self.world_size:
             yield
             time.sleep(0.2)
 

@@ -12,11 +12,10 @@ every data set was read and at most `--max_failed` of its items failed, 1 if not
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from vision_tokenizer.annotations import Dataset, read_data_config
-from vision_tokenizer.cli import run_command
+from vision_tokenizer.cli import note, run_command
 from vision_tokenizer.errors import UserError
 from vision_tokenizer.resolution import RESOLUTION_TYPES
 
@@ -72,7 +71,7 @@ def select_datasets(config: Path, names: list[str] | None) -> list[Dataset]:
     chosen = [dataset for dataset in datasets if not names or dataset.name in names]
     skipped = [dataset.name for dataset in chosen if not dataset.tokenizer_inference]
     if skipped:
-        print(f"skipped, tokenizer_inference is false: {', '.join(skipped)}", file=sys.stderr)
+        note(f"skipped, tokenizer_inference is false: {', '.join(skipped)}")
     chosen = [dataset for dataset in chosen if dataset.tokenizer_inference]
     if not chosen:
         raise UserError(f"{config}: no data set with tokenizer_inference true is left to encode")
@@ -123,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     print(report(datasets, settings, accounts, errors))
     too_many = [name for name, account in accounts.items() if account.failed_share > args.max_failed]
     if too_many:
-        print(f"more than --max_failed {args.max_failed:g} of the items failed: {', '.join(too_many)}", file=sys.stderr)
+        note(f"more than --max_failed {args.max_failed:g} of the items failed: {', '.join(too_many)}")
     return 1 if errors or too_many else 0
 
 
