@@ -63,7 +63,8 @@ class Codebook(nn.Module):
 
     def __init__(self, size: int, dim: int):
         super().__init__()
-        self.embedding = nn.Embedding(size, dim)
+        # without random values: drawing them on the meta device imports torch's compiler, which takes seconds
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(size, dim))
         self.register_buffer("half_norms", torch.empty(size), persistent=False)
 
     @torch.no_grad()
