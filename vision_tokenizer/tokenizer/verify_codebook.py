@@ -1,0 +1,106 @@
+"""After codebook inference: is everything there, and are the codes right?
+
+    python vision_tokenizer/tokenizer/verify_codebook.py --data_config meta.json --resolution_type fixed_anchors \\
+        --model_config C.py --tokenizer_checkpoint pytorch_model.bin --sample 100
+
+Every annotation must have its line or its entry in `*.rejected.jsonl`; shapes, code ranges, anchors, statistics,
+summary and manifest must agree. Then `--sample` images are drawn, over all data sets, and encoded again, one at a time
+in fp32: told are the share of equal codes per branch and, for the others, how near the tie was. Without
+`--tokenizer_checkpoint` only the first part is done.
+
+The exit code is 0 if nothing is wrong, 1 if something is, 2 for a mistake in the call. Reads only; runs on one process,
+on a GPU if there is one (`--device cpu` if not).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from vision_tokenizer.cli import run_command
+from vision_tokenizer.resolution import RESOLUTION_TYPES
+from vision_tokenizer.tokenizer.tokenizer_codebook_inference import select_datasets
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which output of codebook inference to read; `open_outputs` takes them."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_config", type=Path, required=True, help="metadata config (.json)")
+    data.add_argument("--datasets", nargs="+", metavar="NAME", help="only these data sets of the config")
+    data.add_argument("--resolution_type", choices=RESOLUTION_TYPES, default="fixed_anchors")
+    data.add_argument("--resolution", type=int, default=512, help="side in pixels, for `fixed`")
+    data.add_argument("--tokenizer_version", default="dualvitok", help="name of the output folder")
+    data.add_argument("--output_dirname", default="jsonl_after_tokenizer", help="name of the folder around it")
+
+
+def open_outputs(args: argparse.Namespace) -> list:
+    from vision_tokenizer.codebook_output import Settings
+    from vision_tokenizer.codebook_read import open_output
+
+    where = Settings(
+        resolution_type=args.resolution_type,
+        resolution=args.resolution,
+        tokenizer_version=args.tokenizer_version,
+        output_dirname=args.output_dirname,
+    )
+    return [open_output(dataset, where) for dataset in select_datasets(args.data_config, args.datasets)]
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_output_arguments(parser)
+    model = parser.add_argument_group("tokenizer")
+    model.add_argument("--model_config", type=Path, help="the tokenizer's .py config (code: it is run)")
+    model.add_argument("--tokenizer_checkpoint", help=".bin, .pt, .safetensors, a folder or a hub id")
+    model.add_argument("--use-ema", action="store_true", help="take the checkpoint's `ema` weights")
+    model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--sample", type=int, default=100, help="images to encode again (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another one draws other images")
+    args = parser.parse_args(argv)
+    if (args.model_config is None) != (args.tokenizer_checkpoint is None):
+        parser.error("--model_config and --tokenizer_checkpoint belong together")
+    if args.sample < 0:
+        parser.error(f"--sample must not be negative, is {args.sample}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    outputs = open_outputs(args)
+
+    from vision_tokenizer.jobs.summary import accounts_table
+    from vision_tokenizer.verify import Findings, Sample, verify_output
+
+    findings, sample = Findings(), Sample(args.sample if args.tokenizer_checkpoint else 0, args.seed)
+    accounts = {}
+    for output in outputs:
+        print(f"reading {output.folder}", file=sys.stderr)
+        accounts[output.dataset.name] = verify_output(output, sample, findings)
+    print(accounts_table(accounts))
+    print(f"{sum(account.counts['images'] for account in accounts.values()):,} images with codes")
+    if args.tokenizer_checkpoint:
+        encode_again(args, outputs, sample, findings)
+    else:
+        print("no image was encoded again: that needs --model_config and --tokenizer_checkpoint")
+    print(f"\n{findings}\n\nNOT as it should be" if findings.counts else "\nall as it should be")
+    return 1 if findings.counts else 0
+
+
+def encode_again(args: argparse.Namespace, outputs: list, sample, findings) -> None:
+    from vision_tokenizer.dualvitok.model import load_dualvitok
+    from vision_tokenizer.reencode import reencode
+
+    tokenizer = load_dualvitok(
+        args.model_config, args.tokenizer_checkpoint, device=args.device, use_ema=args.use_ema, decoder=False
+    )
+    for output in outputs:
+        if output.fingerprint != tokenizer.fingerprint:
+            found = f"{args.tokenizer_checkpoint} is {tokenizer.fingerprint}"
+            findings.add("another tokenizer", f"{output.folder} was made with {output.fingerprint}, {found}")
+    places = [place for place in sample.drawn if place.output.fingerprint == tokenizer.fingerprint]
+    print(f"{len(places):,} images encoded again, one at a time in fp32:")
+    for branch, agreement in reencode(tokenizer, places, findings).items():
+        print(f"  {branch}: {agreement}")
+
+
+if __name__ == "__main__":
+    run_command(main)
