@@ -75,8 +75,8 @@ class Output:
             for path, rank, splits in _records(self.folder):
                 if (rank, splits) == seat or splits != seat[1]:
                     path.unlink(missing_ok=True)
-            remove_leftovers(self.folder)
-            remove_leftovers(self.folder / "files")
+            for folder in (self.folder, self.folder / "files", work):
+                remove_leftovers(folder)
             yield
 
     def chunk_files(self, chunk: Chunk, samples: Sequence[TokenSample], parts: Parts) -> dict[Path, bytes]:
