@@ -1,0 +1,231 @@
+"""Measure codebook inference: the whole job, JPEG decode and JSON included, against the machine's own limits.
+
+Physics. An encoder forward is nearly all matrix products and convolutions: 585 GFLOP for a 256 x 256 image and
+2.55 TFLOP at 512 x 512 with the full model, so images/s are bounded by (matrix rate) / (FLOP per image). The matrix rate
+is measured here, in the same run, since clocks and neighbours change. What keeps the job below it: element-wise
+layers, which are bound by memory bandwidth, image decoding, and padding. Ratios within one run are meaningful; seconds on
+another machine are not.
+
+Weights are untrained, which changes no timing. The last line of the output is JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from vision_tokenizer.annotations import read_data_config
+from vision_tokenizer.codebook import run_codebook_inference
+from vision_tokenizer.codebook_output import Settings
+from vision_tokenizer.device import default_workers, local_device
+from vision_tokenizer.dualvitok.config import read_config
+from vision_tokenizer.dualvitok.model import DualViTok, load_dualvitok
+from vision_tokenizer.dualvitok.untrained import main as write_untrained
+from vision_tokenizer.image import normalize, prepare
+from vision_tokenizer.jobs.claims import Solo
+from vision_tokenizer.jobs.summary import table
+from vision_tokenizer.resolution import anchors
+
+REPO = Path(__file__).parents[1]
+CONFIGS = {
+    "small": REPO / "configs/example/dualvitok/dualvitok_small.py",
+    "full": REPO / "configs/example/dualvitok/dualvitok_anyres_max512.py",
+}
+PHOTOS = REPO / "configs/data_configs/train_data_examples/examples_generation/images"
+COMMAND = REPO / "vision_tokenizer/tokenizer/tokenizer_codebook_inference.py"
+MODES = {"fixed 256": ("fixed", 256), "anchors": ("fixed_anchors", 512)}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--images_small", type=int, default=128)
+    parser.add_argument("--images_full", type=int, default=16, help="at 256; a quarter of it at the anchors")
+    parser.add_argument("--lines", nargs="+", type=int, default=[1_000, 200_000], help="input sizes for peak memory")
+    parser.add_argument("--skip_memory", action="store_true")
+    return parser.parse_args()
+
+
+def matrix_rate(device: torch.device, dtype: str) -> float:
+    """The best observed rate of a large square product, FLOP/s."""
+    size = 8192 if device.type == "cuda" else 2048
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in "ab")
+    best = 0.0
+    for _ in range(8):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return best
+
+
+def flop_per_image(config: Path, height: int, width: int) -> int:
+    """Of encoding, counted by torch on the meta device."""
+    with torch.device("meta"):
+        model = DualViTok(read_config(config), decoder=False)
+        pixels = torch.empty(1, 3, height, width)
+        with FlopCounterMode(display=False) as counter:
+            model.semantic_features(pixels)
+            model.pixel_features(pixels)
+    return counter.get_total_flops()
+
+
+def make_images(folder: Path, count: int, ratio: float) -> Path:
+    """`count` JPEGs of about one megapixel and of one width / height, made from the example photographs."""
+    folder.mkdir(parents=True)
+    photos = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))]
+    size = (round((1e6 * ratio) ** 0.5), round((1e6 / ratio) ** 0.5))
+    for number in range(count):
+        turned = photos[number % len(photos)].rotate(7 * (number // len(photos)), expand=False)
+        turned.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=92)
+    return folder
+
+
+def write_dataset(base: Path, images: Path, lines: list[list[str]]) -> Path:
+    (base / "annotations").mkdir(parents=True)
+    with (base / "annotations" / "0000.jsonl").open("w") as file:
+        file.writelines(json.dumps({"images": names}) + "\n" for names in lines)
+    entry = {"root": str(base), "image_dir": str(images), "annotation_dir": str(base / "annotations")}
+    (base / "meta.json").write_text(json.dumps({"bench": {**entry, "tokenizer_inference": True}}))
+    return base / "meta.json"
+
+
+def one_by_one(model: DualViTok, images: list[Path], kind: str, resolution: int) -> float:
+    """Images/s of a plain loop: read, resize, encode a batch of one, collect the codes."""
+    began = time.perf_counter()
+    for path in images:
+        pixels, _ = prepare(path, anchors(kind, resolution), 0.2)
+        codes = model.encode(normalize(pixels[None].to(model.device)))
+        json.dumps([grid.tolist() for grid in codes])
+    return len(images) / (time.perf_counter() - began)
+
+
+def bench_mode(model: DualViTok, config: Path, mode: str, args: argparse.Namespace, count: int, scratch: Path) -> dict:
+    """The job and the plain loop on the same images with the same model."""
+    kind, resolution = MODES[mode]
+    dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.dtype, "tf32" if model.tf32 else "fp32")
+    ratio = 1.0 if kind == "fixed" else 1.5
+    images = scratch / f"images-{ratio}-{count}"
+    if not images.exists():
+        make_images(images, count, ratio)
+    files = sorted(images.glob("*.jpg"))
+    base = scratch / f"job-{time.monotonic_ns()}"
+    data_config = write_dataset(base, images, [[path.name] for path in files])
+    settings = Settings(kind, resolution, batch_size=args.batch_size, torch_dtype=dtype)
+    pixels, _ = prepare(files[0], anchors(kind, resolution), 0.2)
+    warm = normalize(pixels[None]).repeat(args.batch_size, 1, 1, 1)
+    model.encode(warm.to(model.device))
+    model.encode(warm[:1].to(model.device))
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    accounts, _ = run_codebook_inference(
+        read_data_config(data_config), model, settings, Solo(), num_workers=default_workers()
+    )
+    job = count / (time.perf_counter() - began)
+    if accounts["bench"].done != count:
+        raise SystemExit(f"only {accounts['bench'].done} of {count} images were encoded")
+    loop = one_by_one(model, files[: max(4, count // 4)], kind, resolution)
+    flop, rate = flop_per_image(config, *pixels.shape[1:]), matrix_rate(model.device, dtype)
+    return {
+        "mode": f"{mode} ({pixels.shape[1]} x {pixels.shape[2]})",
+        "dtype": dtype,
+        "images": count,
+        "job_images_s": round(job, 3),
+        "one_by_one_images_s": round(loop, 3),
+        "ratio": round(job / loop, 2),
+        "gflop_per_image": round(flop / 1e9),
+        "matrix_gflop_s": round(rate / 1e9),
+        "share_of_matrix_rate": round(job * flop / rate, 3),
+        "seconds": {name: round(value, 2) for name, value in accounts["bench"].seconds.items()},
+    }
+
+
+def agreement(models: dict[str, DualViTok], images: list[Path], kind: str, resolution: int) -> dict[str, dict]:
+    """Share of codes of each dtype that equal fp32's, per branch."""
+    load = partial(prepare, choices=anchors(kind, resolution), crop_percent_thresh=0.2)
+    equal: dict[str, dict] = {}
+    for path in images:
+        pixels = normalize(load(path)[0][None])
+        codes = {dtype: model.encode(pixels.to(model.device)) for dtype, model in models.items()}
+        for dtype in codes.keys() - {"fp32"}:
+            for branch, ours, exact in zip(DualViTok.branches, codes[dtype], codes["fp32"], strict=True):
+                shares = equal.setdefault(dtype, {}).setdefault(branch, [])
+                shares.append((ours == exact).float().mean().item())
+    return {d: {b: round(sum(s) / len(s), 4) for b, s in branches.items()} for d, branches in equal.items()}
+
+
+def run_command(arguments: list[str]) -> tuple[float, float]:
+    """A command as a process: its wall seconds and peak memory in MiB."""
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"exit code {process.returncode}: {' '.join(arguments)}")
+    return time.perf_counter() - began, usage.ru_maxrss / 1024
+
+
+def bench_process(checkpoint: Path, args: argparse.Namespace, scratch: Path) -> dict:
+    """Start-up and peak memory of the command itself with the small model, few images named by many lines."""
+    images = scratch / "thumbnails"
+    images.mkdir()
+    for path in make_images(scratch / "large", 3, 1.0).iterdir():
+        Image.open(path).resize((64, 64)).save(images / path.name)
+    names = sorted(path.name for path in images.iterdir())
+    common = ["--model_config", str(CONFIGS["small"]), "--tokenizer_checkpoint", str(checkpoint), "--device", "cpu"]
+    common += ["--resolution_type", "fixed", "--resolution", "32"]
+    result = {"help_seconds": round(run_command([str(COMMAND), "--help"])[0], 2), "peak_mib": {}}
+    first = write_dataset(scratch / "first", images, [[names[0]]])
+    result["one_image_seconds"] = round(run_command([str(COMMAND), *common, "--data_config", str(first)])[0], 1)
+    for lines in [] if args.skip_memory else args.lines:
+        data = write_dataset(scratch / f"lines-{lines}", images, [[names[n % len(names)]] for n in range(lines)])
+        result["peak_mib"][lines] = round(run_command([str(COMMAND), *common, "--data_config", str(data)])[1])
+    return result
+
+
+def main() -> None:
+    args = parse_args()
+    device = local_device(args.device)
+    rows, report = [], {"torch": torch.__version__, "cpu": platform.processor() or platform.machine()}
+    report["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    with tempfile.TemporaryDirectory(prefix="vistoken-benchmark-") as folder:
+        scratch = Path(folder)
+        for name in args.models:
+            config, checkpoint = CONFIGS[name], scratch / name / "pytorch_model.bin"
+            write_untrained(["--config", str(config), "--out", str(checkpoint)])
+            models = {dtype: load_dualvitok(config, checkpoint, device=device, dtype=dtype) for dtype in args.dtypes}
+            for model in models.values():
+                for mode in MODES:
+                    whole = args.images_small if name == "small" else args.images_full
+                    count = whole if mode == "fixed 256" else max(args.batch_size, whole // 4)
+                    rows.append({"model": name, **bench_mode(model, config, mode, args, count, scratch)})
+                    print(json.dumps(rows[-1]), file=sys.stderr)
+            if "fp32" in models:
+                files = sorted(next(scratch.glob("images-1.0-*")).iterdir())[:8]
+                report[f"agreement_with_fp32_{name}_256"] = agreement(models, files, "fixed", 256)
+            del models
+        small = scratch / "small" / "pytorch_model.bin"
+        if small.exists():
+            report["process"] = bench_process(small, args, scratch)
+    shown = ["model", "mode", "dtype", "images", "job_images_s", "one_by_one_images_s", "ratio", "share_of_matrix_rate"]
+    print(table([shown, *[[row[key] for key in shown] for row in rows]]))
+    print(json.dumps({**report, "runs": rows}))
+
+
+if __name__ == "__main__":
+    main()
