@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from vision_tokenizer.codes import ImageTokenizer
 from vision_tokenizer.dualvitok.model import load_dualvitok
 from vision_tokenizer.dualvitok.semantic import vit_input
 from vision_tokenizer.image import normalize, prepare
@@ -77,3 +78,60 @@ def test_codes_of_whole_lines(resolution_type, resolution, tokenizer, golden):
         for name, grids in zip(line["images"], line["image_embed_inds"], strict=True):
             codes = tokenizer.encode(pixels_of(golden, name, anchors(resolution_type, resolution)))
             assert [grid[0].tolist() for grid in codes] == grids
+
+
+@pytest.fixture(scope="module")
+def batch(golden):
+    names = ("sq_astronaut.png", "sq_chelsea.png", "photo.jpg")
+    return torch.cat([normalize(prepare(golden / "images" / n, anchors("fixed", 128), 0)[0])[None] for n in names])
+
+
+@torch.no_grad()
+def test_features_do_not_depend_on_place_or_neighbours(tokenizer, batch):
+    """Bit for bit, in batches of one shape."""
+    for features in (tokenizer.semantic_features, tokenizer.pixel_features):
+        whole = features(batch)
+        for order in ([2, 0, 1], [1, 2, 0]):
+            assert torch.equal(features(batch[order]), whole[order])
+        alone = torch.zeros_like(batch)
+        alone[2] = batch[0]
+        assert torch.equal(features(alone)[2], whole[0])
+
+
+@torch.no_grad()
+def test_features_do_not_depend_on_the_number_of_threads(tokenizer, batch):
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append((tokenizer.semantic_features(batch), tokenizer.pixel_features(batch)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_grid_sizes_are_those_of_the_codes(tokenizer):
+    for size in ((256, 256), (64, 96), (384, 512), (16, 16)):
+        codes = tokenizer.encode(torch.zeros(1, 3, *size))
+        assert tuple(grid.shape[1:] for grid in codes) == tokenizer.grid_sizes(*size)
+    published = {(512, 512): (18, 18), (384, 768): (13, 26), (320, 960): (11, 33), (256, 1024): (9, 36)}
+    for size, grid in published.items():
+        assert tokenizer.grid_sizes(*size) == (grid, (size[0] // 16, size[1] // 16))
+    with pytest.raises(ValueError, match="multiples of 16"):
+        tokenizer.encode(torch.zeros(1, 3, 250, 256))
+
+
+@pytest.mark.parametrize("dtype, agreement", [("tf32", 1.0), ("bf16", 0.7)])
+def test_other_dtypes(dtype, agreement, tokenizer, batch, dualvitok_config, dualvitok_checkpoint):
+    other = load_dualvitok(dualvitok_config, dualvitok_checkpoint, device="cpu", dtype=dtype)
+    assert other.fingerprint == tokenizer.fingerprint  # the dtype is no part of it
+    assert other.semantic_quantizer.codebook.dtype == torch.float32
+    for wanted, found in zip(tokenizer.encode(batch), other.encode(batch), strict=True):
+        assert (wanted == found).float().mean() >= agreement
+
+
+def test_protocol(tokenizer):
+    assert isinstance(tokenizer, ImageTokenizer)
+    assert tokenizer.codebook_sizes == (2048, 6144)
+    assert len(tokenizer.fingerprint) == 64

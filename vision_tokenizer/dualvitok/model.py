@@ -148,6 +148,7 @@ def load_dualvitok(
         else:
             part.to(target, kind)
     if compile:
-        model.semantic_encoder.compile()
+        for block in (*model.semantic_encoder.model.blocks, *model.semantic_encoder.blocks):
+            block.compile()  # block by block: all of them share what is compiled once
         model.pixel_encoder.compile()
     return model

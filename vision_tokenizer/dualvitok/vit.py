@@ -52,10 +52,8 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn the pairs (x[i], x[i + D / 2]) of (B, N, 2, heads, D), in fp32."""
     cos, sin = (table[:, None, None, :] for table in rotary)
     first, second = x.float().chunk(2, dim=-1)
-    turned = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    torch.mul(first, cos, out=turned[..., : cos.shape[-1]]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=turned[..., cos.shape[-1] :]).addcmul_(first, sin)
-    return turned.to(x.dtype)
+    turned = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 class PatchEmbed(nn.Module):

@@ -1,0 +1,80 @@
+"""Every shipped config builds the published names and shapes; what a config gets wrong is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vision_tokenizer.dualvitok.config import read_config
+from vision_tokenizer.dualvitok.model import ENCODING, DualViTok
+from vision_tokenizer.errors import UserError
+
+SHIPPED = Path(__file__).parent.parent / "configs" / "example" / "dualvitok"
+
+
+def shapes_of(config, *, decoder):
+    with torch.device("meta"):
+        model = DualViTok(read_config(config), decoder=decoder)
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "config, keys",
+    [
+        ("dualvitok_anyres_max512.py", "dualvitok_full_keys.json"),
+        ("dualvitok_fix256.py", "dualvitok_full_keys.json"),
+        ("dualvitok_small.py", "dualvitok_small_keys.json"),
+    ],
+)
+def test_names_and_shapes(config, keys, golden):
+    wanted = json.loads((golden / keys).read_text())
+    assert shapes_of(SHIPPED / config, decoder=True) == wanted
+    encoding = {name: shape for name, shape in wanted.items() if name.startswith(ENCODING)}
+    assert shapes_of(SHIPPED / config, decoder=False) == encoding
+
+
+def test_the_small_config_is_the_reference_one(dualvitok_config):
+    assert read_config(SHIPPED / "dualvitok_small.py") == read_config(dualvitok_config)
+
+
+def test_other_keys_are_ignored_and_sizes_default_to_the_released_ones(tmp_path):
+    (tmp_path / "released.py").write_text(
+        "losses = [1]\n"
+        "vq_model = dict(type='DualViTok', config=dict(\n"
+        "    semantic_encoder=dict(semantic_encoder='Emova-ollm/qwen2vit600m', attn_implementation='sdpa'),\n"
+        "    semantic_quantizer=dict(type='SimVQ', channel_first=True, rotation_trick=True),\n"
+        "    semantic_decoder=dict(), pixel_encoder=dict(codebook_size=1, dropout=0.1, z_noise=0.5),\n"
+        "    pixel_quantizer=dict(type='SimVQ'), pixel_decoder=dict(), teacher=dict(x=1)))\n"
+    )
+    assert read_config(tmp_path / "released.py") == read_config(SHIPPED / "dualvitok_anyres_max512.py")
+
+
+@pytest.mark.parametrize(
+    "old, new, named",
+    [
+        ("vq_model =", "model =", "defines no `vq_model`; it defines .*model"),
+        ('type="DualViTok"', 'type="VQGAN"', r"vq_model\['type'\].*'VQGAN'"),
+        ("semantic_decoder=", "decoder_of_meaning=", "has no 'semantic_decoder'; it has"),
+        ('target_mlp="norm"', 'target_mlp="identity"', r"\['target_mlp'\]: must be one of 'norm', found 'identity'"),
+        ('proj_layer="linear",', 'proj_layer="conv",', r"semantic_encoder'\]\['proj_layer'\].*'conv'"),
+        ("use_dc_up_down_blocks=True", "use_dc_up_down_blocks=False", r"\['use_dc_up_down_blocks'\]"),
+        ("ch_mult=[1, 1, 2, 2, 4]", "ch_mult=[1, 2, 4]", r"\['ch_mult'\]: must be 5 integers"),
+        ("ch=32", "ch='32'", r"\['ch'\]: must be a positive integer, found '32'"),
+        ('type="SimVQ", dim=16', 'type="VQ", dim=16', r"\['semantic_quantizer'\]\['type'\]"),
+        ('type="SimVQ", dim=16', 'type="SimVQ", dim=8', r"\['z_channels'\]: is 16, but .* dim makes it 8"),
+        ("vit=dict(", "semantic_encoder='other/vit', v=dict(", r"'Emova-ollm/qwen2vit600m', found 'other/vit'"),
+        ("dict(", "dict((", "does not run: SyntaxError"),
+    ],
+)
+def test_bad_configs_are_named(old, new, named, tmp_path):
+    text = (SHIPPED / "dualvitok_small.py").read_text()
+    assert old in text
+    (tmp_path / "bad.py").write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError, match=rf"bad\.py.*{named}"):
+        read_config(tmp_path / "bad.py")
+
+
+def test_a_missing_config(tmp_path):
+    with pytest.raises(UserError, match="no such config"):
+        read_config(tmp_path / "none.py")
