@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# The whole way on the shipped photographs, with small untrained models, on CPU: images -> codes -> token files -> stage I
+# and II. Shows that everything works and what it writes; the codes of untrained models mean nothing.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh" train,plot
+OUT=${OUT:-output/quickstart}
+EXAMPLES=configs/data_configs/train_data_examples
+CONFIG=configs/example/dualvitok/dualvitok_small.py
+CKPT=$OUT/dualvitok/pytorch_model.bin
+job=(--data_config $EXAMPLES/examples_meta_data_config.json --resolution_type fixed --resolution 256)
+tokenizer=(--model_config $CONFIG --tokenizer_checkpoint "$CKPT")
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_VISIBLE_DEVICES=
+step() { printf '\n== %s\n' "$*"; }
+
+step "untrained tokenizers, to have some without a download"
+python -m vision_tokenizer.dualvitok.untrained --config $CONFIG --out "$CKPT"
+python -m vision_tokenizer.chameleon.untrained --out "$OUT/tokenizer"
+
+step "before: what codebook inference will make of the example data"
+python vision_tokenizer/tokenizer/plan_codebook_inference.py "${job[@]}" --model_config $CONFIG --out_dir "$OUT/plan"
+
+step "images to codes, two processes"
+torchrun --nproc_per_node=2 vision_tokenizer/tokenizer/tokenizer_codebook_inference.py "${job[@]}" "${tokenizer[@]}"
+
+step "after: is everything there, are the codes right, what do they look like"
+python vision_tokenizer/tokenizer/verify_codebook.py "${job[@]}" "${tokenizer[@]}" --sample 8
+python vision_tokenizer/tokenizer/preview_codes.py "${job[@]}" "${tokenizer[@]}" --out_dir "$OUT/preview"
+
+step "conversations to token files, two processes of a shell loop"
+for i in 0 1; do
+  python -u pre_tokenize/pre_tokenize.py --splits=2 --rank=$i --target_size 512 --out_dir "$OUT/tokens" \
+    --in_filename configs/data_configs/unitoken_examples/conversations.json --image_dir $EXAMPLES \
+    --tokenizer_dir "$OUT/tokenizer" &> "$OUT/pre_tokenize-$i.log" &
+done
+wait
+python -u pre_tokenize/concat_record.py --sub_record_dir "$OUT/tokens" --save_path "$OUT/tokens/record.json"
+
+step "stage I and II of a toy model on those token files"
+OUTPUT=$OUT/train RECORD=$OUT/tokens/record.json TOKENIZER=$OUT/tokenizer bash exps/smoke-train.sh
+
+codes=$EXAMPLES/examples_generation/jsonl_after_tokenizer/dualvitok/fixed_256/0000.jsonl
+step "made from the shipped photographs by untrained models"
+printf '%-18s %s\n' codes $codes report "$OUT/preview/report.html" plan "$OUT/plan/plan.png" \
+  tokens "$OUT/tokens/record.json" model "$OUT/train/stage2/final" losses "$OUT/train/stage2/loss.png"
+printf 'a line of codes:   '; head -c 420 $codes; echo ...
