@@ -113,17 +113,17 @@ def report(
     datasets: Sequence[Dataset], settings: Settings, accounts: dict[str, Account], errors: dict[str, str]
 ) -> str:
     """The run in words and numbers, for the terminal."""
-    lines = [accounts_table(accounts)] if accounts else []
+    lines, total = [accounts_table(accounts)] if accounts else [], Account()
     for dataset in datasets:
         if dataset.name in accounts:
             account = accounts[dataset.name]
+            total.add(account)
             per_anchor = {name: n for name, n in sorted(account.counts.items()) if name.startswith("images ")}
             sizes = ", ".join(f"{name.removeprefix('images ')}: {n:,}" for name, n in per_anchor.items())
             lines += ["", f"{dataset.name} -> {settings.folder(dataset)}"]
             lines += [f"  {account.counts['images']:,} images encoded ({sizes or 'none'})"]
-            lines += [
-                f"  time: {time_line(account, WORK_STAGES)}; decode {account.seconds['decode']:.1f} s in the pool"
-            ]
+    decode = f"decode {total.seconds['decode']:.1f} s in the pool"
+    lines += ["", f"time of the encoding processes: {time_line(total, WORK_STAGES)}; {decode}"]
     lines += [f"data set {name} was not done: {error}" for name, error in errors.items()]
     return "\n".join(lines)
 
