@@ -113,6 +113,28 @@ def test_checkpoints_are_pruned_and_a_half_written_one_is_ignored(tmp_path, mode
     assert [line["step"] for line in again] == list(range(1, 21))
 
 
+def test_a_damaged_checkpoint_is_named(tmp_path, model, text):
+    train(model, text, tmp_path, **TEXT, max_steps=3)
+    (data,) = tmp_path.glob("checkpoints/*/*.distcp")
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(UserError, match="step_00000003: cannot read this checkpoint"):
+        train(model, text, tmp_path, **TEXT)
+
+
+def test_what_goes_wrong_on_one_process_ends_all_with_one_message(tmp_path, model, text):
+    """A token file that vanishes while training."""
+    copy = tmp_path / "text"
+    shutil.copytree(text.parent, copy)
+    data = write_data_config(copy / "data.yaml", copy / "tokens" / "record.jsonl")
+    lines = (copy / "tokens" / "record.jsonl").read_text().splitlines()
+    lines[7] = lines[7].replace("0.arrow", "gone.arrow")
+    (copy / "tokens" / "record.jsonl").write_text("\n".join(lines))
+    process = train_processes(2, flags(model, data, tmp_path / "output", **TEXT | {"batch_size": 1}))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode and output.count("error: ") == 1 and "files/gone.arrow" in output, output
+    assert "training/loop.py" not in output  # no traceback of ours
+
+
 def test_a_changed_setting_is_refused_on_resume(tmp_path, model, text):
     train(model, text, tmp_path, **TEXT, max_steps=3)
     for changed in ({"batch_size": 4}, {"seed": 1}, {"variant": "anyres"}):

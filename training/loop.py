@@ -130,13 +130,13 @@ class _Counts:
 
 
 def _count(loaded: list[Loaded | UserError], run: Run) -> _Counts:
-    """What a step is made of, over all processes."""
-    for one in loaded:
-        if isinstance(one, UserError):
-            raise one
-    batches, skipped = [one.batch for one in loaded], [skip for one in loaded for skip in one.skipped]
-    labels, samples, tokens, flops, failures = total(
+    """What a step is made of, over all processes. Raises on all of them what went wrong on any."""
+    errors = [one for one in loaded if isinstance(one, UserError)]
+    batches = [one.batch for one in loaded if isinstance(one, Loaded)]
+    skipped = [skip for one in loaded if isinstance(one, Loaded) for skip in one.skipped]
+    wrong, labels, samples, tokens, flops, failures = total(
         [
+            len(errors),
             sum(batch.label_count for batch in batches),
             sum(len(batch.names) for batch in batches),
             sum(batch.tokens.numel() for batch in batches),
@@ -145,6 +145,8 @@ def _count(loaded: list[Loaded | UserError], run: Run) -> _Counts:
         ],
         run.device,
     )
+    if wrong:
+        raise next(itertools.chain.from_iterable(_gather(errors)))
     if failures:
         skipped = list(itertools.chain.from_iterable(_gather(skipped)))
     return _Counts(max(int(labels), 1), int(samples), int(tokens), flops, skipped)

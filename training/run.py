@@ -17,6 +17,7 @@ from training.report import Flops, Report
 from training.sampler import RankBatches
 from training.state import Progress
 from vision_tokenizer.errors import UserError
+from vision_tokenizer.numerics import float32_products
 
 
 def run(config: TrainConfig, world: int, local_rank: int) -> None:
@@ -25,7 +26,7 @@ def run(config: TrainConfig, world: int, local_rank: int) -> None:
     entries = read_data_config(Path(config.data_config))
     folder = open_unitoken(Path(config.init_from), Path(config.vit_from), config.seed)
     model = build_model(config, folder)
-    with process_group() as device:
+    with process_group() as device, float32_products(tf32=config.precision != "fp32"):
         data = open_data(config, entries, folder, config.batch_size * world * accumulation, local_rank)
         checkpoint, progress = starting_point(config, data)
         if dist.get_rank() == 0:
@@ -68,8 +69,11 @@ def fixed(config: TrainConfig, data: Data) -> dict:
 def begin_output(config: TrainConfig, data: Data, folder: ModelFolder, model: UniToken, device: torch.device) -> None:
     """Rank 0's preflight: what will happen, in print and in config.yaml."""
     output, world = Path(config.output_dir), dist.get_world_size()
-    output.mkdir(parents=True, exist_ok=True)
-    config.dump(output / CONFIG_FILE)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        config.dump(output / CONFIG_FILE)
+    except OSError as error:
+        raise UserError(f"--output_dir {output}: cannot write there ({error.strerror})") from error
     print(preflight.device_line(device, world))
     print(preflight.parts_table(model, folder.origins))
     print(preflight.memory_line(model, config, folder.llm, world))
@@ -88,8 +92,6 @@ def start(
     progress: Progress,
 ) -> Run:
     """Take the device: shard the model, fill it with its first weights or the checkpoint's, start the loader."""
-    if config.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
     flops = Flops(model, folder.llm, folder.vision)
     shard(model, device, config.precision, reshard=config.data_parallel == "fsdp")
     fill(model, folder.tensors, device)

@@ -40,7 +40,7 @@ class Embeddings(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))  # (N, C, 27, 27)
-        return patches.flatten(2).transpose(1, 2) + self.position_embedding.weight  # (N, P, C)
+        return patches.flatten(2).transpose(1, 2).contiguous() + self.position_embedding.weight  # (N, P, C)
 
 
 class SelfAttention(nn.Module):

@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -68,7 +69,13 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    dcp.save(_state(model, optimizer), checkpoint_id=temporary)
+    try:
+        dcp.save(_state(model, optimizer), checkpoint_id=temporary)
+    except CheckpointException as error:
+        raise UserError(
+            f"{temporary}: cannot write this checkpoint ({_first_failure(error)}). Earlier ones are kept: make room, "
+            "then run the same command again."
+        ) from error
     if dist.get_rank() == 0:
         content = {"progress": dataclasses.asdict(progress), "fixed": fixed}
         write_bytes(temporary / PROGRESS, json.dumps(content, indent=2).encode())
@@ -83,10 +90,21 @@ def save(
 def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Fill a sharded model and its optimizer, whatever the number of processes that wrote the checkpoint."""
     state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=checkpoint)
+    try:
+        dcp.load(state, checkpoint_id=checkpoint)
+    except CheckpointException as error:
+        raise UserError(
+            f"{checkpoint}: cannot read this checkpoint ({_first_failure(error)}). Remove it to go on from the one "
+            "before."
+        ) from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _first_failure(error: CheckpointException) -> str:
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"

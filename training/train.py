@@ -16,6 +16,7 @@ final/: a model folder with config.json, safetensors and tokenizer files.
 import os
 
 from vision_tokenizer.cli import run_command
+from vision_tokenizer.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     config = resolve(vars(build_parser(__doc__).parse_args(argv)))
     from training.run import run  # PyTorch comes in here
 
-    run(config, int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0)))
+    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    try:
+        run(config, world, local_rank)
+    except UserError:
+        if local_rank == 0:
+            raise
+        return 2  # every process of a node stops for the same reason; one of them says it
     return 0
 
 
