@@ -62,6 +62,11 @@ def test_codes_that_no_codebook_has(tokenizer):
         tokenizer.decode((good,))
 
 
+def test_images_that_would_be_clipped(tokenizer):
+    with pytest.raises(ValueError, match="mode I;16 would be clipped"):
+        tokenizer.encode(Image.new("I;16", (64, 64)))
+
+
 def test_loading_for_encoding_only(files, tokenizer, images):
     alone = load_tokenizer(*files, device="cpu", decoder=False)
     assert sum(p.numel() for p in alone.model.parameters()) < sum(p.numel() for p in tokenizer.model.parameters())

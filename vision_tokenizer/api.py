@@ -20,6 +20,7 @@ from torch import Tensor
 from vision_tokenizer.codes import ImageTokenizer
 from vision_tokenizer.dualvitok.model import load_dualvitok
 from vision_tokenizer.image import normalize, to_model_size, to_pixels
+from vision_tokenizer.image_file import is_deep
 
 BATCH = 8  # images of one size that go through the model together
 
@@ -42,7 +43,7 @@ class Tokenizer:
             return self.model.encode(normalize(images))
         if isinstance(images, Image.Image):
             return self.encode([images])[0]
-        pixels = [to_pixels(to_model_size(image.convert("RGB"))) for image in images]
+        pixels = [_pixels(image) for image in images]
         results: list[Codes] = [()] * len(pixels)
         for rows in _batches([tensor.shape for tensor in pixels]):
             grids = self.encode(torch.stack([pixels[row] for row in rows]))
@@ -69,6 +70,13 @@ class Tokenizer:
         for name, grid, size in zip(self.model.branches, codes, self.model.codebook_sizes, strict=True):
             if grid.min() < 0 or grid.max() >= size:
                 raise ValueError(f"{name} codes lie in [0, {size}), found {grid.min()} to {grid.max()}")
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8 at a size that the model takes."""
+    if is_deep(image):
+        raise ValueError(f"an image of mode {image.mode} would be clipped; convert it to 8 bits a channel first")
+    return to_pixels(to_model_size(image.convert("RGB")))
 
 
 def _batches(shapes: list[torch.Size]) -> Iterator[list[int]]:

@@ -41,6 +41,11 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise Failed("image unreadable", f"{path}: {error}") from error
 
 
+def is_deep(image: Image.Image) -> bool:
+    """More than 8 bits a channel."""
+    return image.mode.startswith(_DEEP_MODES)
+
+
 def open_image(path: Path) -> Image.Image:
     """An image whose header is read, so that size and mode are known, and of which no pixel is allocated yet.
 
@@ -50,7 +55,7 @@ def open_image(path: Path) -> Image.Image:
         image = Image.open(path)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-    if image.mode.startswith(_DEEP_MODES):
+    if is_deep(image):
         raise Failed("more than 8 bits", f"{path}: mode {image.mode} would be clipped; convert it to 8 bits first")
     return image
 

@@ -6,6 +6,7 @@ Legend: B batch, H W pixels, h w the code grid, n = h * w tokens, C width, z cod
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -67,11 +68,17 @@ def vit_input_size(height: int, width: int) -> tuple[int, int]:
     return VIT_INPUT.get((height, width), floored)
 
 
+@lru_cache  # a copy to a GPU at every batch would wait for it
+def _clip_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values).view(3, 1, 1).to(device) for values in (CLIP_MEAN, CLIP_STD))
+    return mean, std
+
+
 def vit_input(pixels: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> the ViT's normalised input, resized and in fp32 whatever the model's dtype."""
     size = vit_input_size(*pixels.shape[2:])
     image = F.interpolate((pixels.float() + 1) / 2, size, mode="bicubic", align_corners=False, antialias=True)
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = _clip_statistics(pixels.device)
     return (image.clamp_(0, 1) - mean) / std
 
 

@@ -88,7 +88,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc1(x)
-        return self.fc2(torch.sigmoid(1.702 * h).mul_(h))  # the quick form of GELU
+        return self.fc2(torch.sigmoid_(1.702 * h).mul_(h))  # the quick form of GELU
 
 
 class Block(nn.Module):
