@@ -204,7 +204,7 @@ class TokenFileCheck:
         self._file, self._path, self._rows = file, path, 1
         if path.suffix == ".arrow":
             manifest, self._rows = shard_manifest(path)
-            if manifest != self._manifest:
+            if manifest != (self._manifest or {}):
                 raise UserError(f"{path}: a token file of another run: its manifest is not that of {self._folder}")
 
 
