@@ -123,11 +123,13 @@ def concat(
     rejected_path, summary_path = companions(save_path)
     folder = sub_records[0].parent
     files = TokenFileCheck(folder, save_path.parent, manifest)
-    order, lengths = Order(manifest["input"]["items"] if manifest else None), Lengths()
+    expected = manifest["input"]["items"] if manifest else None
+    order, lengths = Order(expected), Lengths()
     opening, separator, closing = (b"[\n", b",\n", b"\n]\n") if save_path.suffix == ".json" else (b"", b"\n", b"\n")
     with TemporaryDirectory() as spill, atomic_write(save_path) as out, atomic_write(rejected_path) as rejected:
         out.write(opening)
-        for item, content in tqdm(_merged(sub_records, Path(spill)), unit="item", mininterval=1.0):
+        merged = _merged(sub_records, Path(spill))
+        for item, content in tqdm(merged, "concat records", expected, unit="item", mininterval=1.0):
             if not order.take(item):
                 continue
             if isinstance(content, bytes):
@@ -139,6 +141,8 @@ def concat(
         out.write(closing if lengths.items else closing.lstrip())
         for problem in order.problems():
             complaints.of(f"{folder}: {problem}")
+    if not rejected_path.stat().st_size:
+        rejected_path.unlink()
     write_bytes(summary_path, orjson.dumps(lengths.as_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     return lengths
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 from tokenizers import AddedToken, Tokenizer
 
 from pre_tokenize.conversation import END_MARK, IMAGE_MARK
+from vision_tokenizer.checkpoint import looks_like_hub_id
 from vision_tokenizer.errors import Failed, UserError
 
 TOKENIZER_FILES = ("text_tokenizer.json", "tokenizer.json")
@@ -89,9 +90,17 @@ def _find(source: str) -> Path:
                 return path / name
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         raise UserError(f"{path}: neither {' nor '.join(TOKENIZER_FILES)} in this folder; it holds {found}")
+    if not looks_like_hub_id(source):
+        raise UserError(f"{source}: no such file or folder. Name the folder of a Chameleon release, or a hub id.")
+    return _download(source)
+
+
+def _download(hub_id: str) -> Path:
     for name in TOKENIZER_FILES:
         try:
-            return Path(hf_hub_download(source, name))
-        except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            return Path(hf_hub_download(hub_id, name))
+        except (EntryNotFoundError, OSError, ValueError) as error:  # what the hub client raises derives from these
             reason = str(error).strip().splitlines()[0]
-    raise UserError(f"{source}: no such file or folder, and not to be had from the Hugging Face hub ({reason})")
+            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
+                break  # no such repository, or no connection: another file will not be had either
+    raise UserError(f"{hub_id}: no such file or folder here, and as a hub id: {reason}")

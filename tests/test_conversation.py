@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from pre_tokenize.conversation import END_MARK, IMAGE_MARK, parse_conversation
@@ -166,3 +167,24 @@ def test_a_folder_without_a_tokenizer_says_what_it_holds(tmp_path):
 def test_a_path_that_does_not_exist_is_told(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         TextTokenizer(tmp_path / "absent")
+
+
+def test_a_hub_id_works(golden, monkeypatch):
+    """Released model folders name the file tokenizer.json."""
+
+    def download(hub_id, name):
+        if name != "tokenizer.json":
+            raise EntryNotFoundError("404")
+        return str(golden / "chameleon_small" / "text_tokenizer.json")
+
+    monkeypatch.setattr("pre_tokenize.text.hf_hub_download", download)
+    assert TextTokenizer("some-org/Lumina-mGPT-7B-512").ids["<racm3:break>"] == 8197
+
+
+def test_a_hub_that_cannot_be_reached_is_told(monkeypatch):
+    def download(hub_id, name):
+        raise LocalEntryNotFoundError("check your connection")
+
+    monkeypatch.setattr("pre_tokenize.text.hf_hub_download", download)
+    with pytest.raises(UserError, match="some-org/model: no such file or folder here, and as a hub id: check your"):
+        TextTokenizer("some-org/model")

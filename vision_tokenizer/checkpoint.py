@@ -107,14 +107,14 @@ def _locate(source: str | Path) -> list[Path]:
         return [path]
     if path.is_dir():
         return _files_of_folder(path)
-    if _looks_like_hub_id(str(source)):
+    if looks_like_hub_id(str(source)):
         return _files_of_folder(_download(str(source)))
     nearest = next(parent for parent in path.absolute().parents if parent.is_dir())
     found = _first(sorted(child.name for child in nearest.iterdir()), 8) or "nothing"
     raise UserError(f"{source}: no such checkpoint; {nearest} holds {found}.\nA checkpoint is {ACCEPTED}.")
 
 
-def _looks_like_hub_id(source: str) -> bool:
+def looks_like_hub_id(source: str) -> bool:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) or Path(source).suffix in (*PICKLES, ".safetensors"):
         return False
     return not Path(source).parent.exists()  # checkpoints/name next to a folder checkpoints/ is a mistyped path
