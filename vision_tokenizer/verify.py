@@ -4,11 +4,10 @@ Input and output are walked side by side, in bounded memory: each annotation is 
 in `*.rejected.jsonl`, byte for byte, and nothing else is there.
 """
 
-import random
 import tempfile
-from collections import Counter, defaultdict, deque
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,33 +17,13 @@ from vision_tokenizer.codebook_output import CHUNK_ITEMS, RATIO
 from vision_tokenizer.codebook_read import Output, StoredImage, parse_line, read_lines
 from vision_tokenizer.dualvitok.model import grid_sizes
 from vision_tokenizer.errors import Failed, UserError
+from vision_tokenizer.findings import Findings, Sample
 from vision_tokenizer.jobs.chunks import ChunkTable, Item, chunk_table
 from vision_tokenizer.jobs.ledger import Account
 from vision_tokenizer.jobs.summary import SUMMARY
 from vision_tokenizer.resolution import crop_share, ratio_tag
 
-SHOWN = 5  # findings of a kind that are told in words
 LOOK_AHEAD = 256  # items in which the one of an unexpected line is looked for
-
-
-@dataclass
-class Findings:
-    """What is wrong, counted by kind, the first few of each in words."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, kind: str, detail: str) -> None:
-        self.counts[kind] += 1
-        if len(self.examples[kind]) < SHOWN:
-            self.examples[kind].append(detail)
-
-    def __str__(self) -> str:
-        lines = []
-        for kind, count in sorted(self.counts.items()):
-            lines += [f"{kind}: {count:,}", *(f"    {example}" for example in self.examples[kind])]
-            lines += ["    ..."] if count > len(self.examples[kind]) else []
-        return "\n".join(lines)
 
 
 class Place(NamedTuple):
@@ -60,21 +39,7 @@ class Place(NamedTuple):
         return f"{self.file}, line {self.line}, image {self.number}"
 
 
-class Sample:
-    """`size` images drawn evenly from all that are offered, the same ones for the same seed."""
-
-    def __init__(self, size: int, seed: int):
-        self.size, self.drawn, self._seen, self._random = size, [], 0, random.Random(seed)
-
-    def offer(self, place: Place) -> None:
-        self._seen += 1
-        if len(self.drawn) < self.size:
-            self.drawn.append(place)
-        elif (slot := self._random.randrange(self._seen)) < self.size:
-            self.drawn[slot] = place
-
-
-def verify_output(output: Output, sample: Sample, findings: Findings) -> Account:
+def verify_output(output: Output, sample: Sample[Place], findings: Findings) -> Account:
     """Check a data set's output; returns what was found in it, as an account like the run's own."""
     account, expected = Account(), set()
     with tempfile.TemporaryDirectory() as cache:
@@ -106,7 +71,7 @@ class _Walk:
     output: Output
     table: ChunkTable
     file: Path
-    sample: Sample
+    sample: Sample[Place]
     findings: Findings
     account: Account
 

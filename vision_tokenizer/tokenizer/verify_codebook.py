@@ -67,8 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     outputs = open_outputs(args)
 
+    from vision_tokenizer.findings import Findings, Sample
     from vision_tokenizer.jobs.summary import accounts_table
-    from vision_tokenizer.verify import Findings, Sample, verify_output
+    from vision_tokenizer.verify import verify_output
 
     findings, sample = Findings(), Sample(args.sample if args.tokenizer_checkpoint else 0, args.seed)
     accounts = {}

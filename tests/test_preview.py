@@ -1,0 +1,128 @@
+"""The report of stored codes: its parts, its numbers, and how a browser sees it."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from browser import browse, needs_browser, screenshot, section_names
+from codebook_job import dataset, run_here, write_config
+from PIL import Image
+
+from vision_tokenizer import report
+from vision_tokenizer.errors import UserError
+from vision_tokenizer.quality import CodeUse, psnr, ssim
+from vision_tokenizer.tokenizer.preview_codes import main
+
+SECTIONS = ["gallery", "resolutions", "codebook-semantic", "codebook-pixel", "lengths"]
+
+
+@pytest.fixture(scope="module")
+def previewed(tmp_path_factory, golden, tiny_dualvitok):
+    """(folder of the report, arguments that made it)."""
+    base = tmp_path_factory.mktemp("previewed")
+    sets = {
+        name: dataset(base / name, golden / "images", golden / "codebook" / name / "annotations")
+        for name in ("generation", "editing")
+    }
+    config = write_config(base / "meta.json", **sets)
+    run_here(*tiny_dualvitok, config, "--max_failed", "1")
+    model = ["--model_config", str(tiny_dualvitok[0]), "--tokenizer_checkpoint", str(tiny_dualvitok[1])]
+    arguments = ["--data_config", str(config), *model, "--device", "cpu", "--sample", "5"]
+    more = ["--out_dir", str(base / "report"), "--note", "Untrained <weights>."]
+    assert main([*arguments, *more]) == 0
+    return base / "report", arguments
+
+
+def test_the_report_is_one_file_with_all_its_parts(previewed):
+    html = (previewed[0] / "report.html").read_text()
+    assert section_names(html) == SECTIONS
+    assert html.count("<img ") == 10 and html.count("data:image/webp;base64,") == 10
+    assert "Untrained &lt;weights&gt;." in html
+    assert not re.search(r'(src|href)="(?!data:)|@import|url\(|<script', html)  # nothing comes from elsewhere
+    assert "19</b><span>items" in html and "22</b><span>images" in html
+
+
+def test_numbers_are_those_of_the_lines(previewed, capsys):
+    html = (previewed[0] / "report.html").read_text()
+    items = [
+        json.loads(line)
+        for path in sorted(previewed[0].parent.rglob("fixed_anchors/000?.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    pixel = [code for item in items for image in item["image_embed_inds"] for row in image[1] for code in row]
+    counts = np.bincount(pixel, minlength=512)
+    part = html[html.index('id="codebook-pixel"') :]
+    assert f"{np.count_nonzero(counts):,}</b><span>distinct codes of 512" in part
+    shares = counts[counts > 0] / counts.sum()
+    assert f"{math.exp(-(shares * np.log(shares)).sum()):,.0f}</b><span>perplexity" in part
+    assert f"code {counts.argmax()}</div>" in part
+    square = sum(anchor == [512, 512] for item in items for anchor in item["matched_ratios"])
+    resolutions = html[html.index('id="resolutions"') : html.index('id="codebook-semantic"')]
+    assert re.search(rf'512 x 512</div>.*?<div class="value">{square}</div>', resolutions)
+
+
+def test_a_picture_for_terminals(previewed):
+    with Image.open(previewed[0] / "contact_sheet.png") as sheet:
+        assert sheet.width > 1000 and len(sheet.convert("RGB").getcolors(1 << 24)) > 1000
+
+
+@needs_browser
+def test_a_browser_finds_every_part_and_shows_both_themes(previewed, tmp_path):
+    page = previewed[0] / "report.html"
+    document = browse(page, tmp_path / "profile")
+    assert section_names(document) == SECTIONS
+    papers = []
+    for dark in (False, True):
+        shot = screenshot(page, tmp_path / f"profile{dark}", tmp_path / "shot.png", dark=dark, width=500)
+        with Image.open(shot) as image:
+            papers.append(image.convert("L").getpixel((2, 2)))
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 1000  # the images are there
+    assert papers[0] > 200 and papers[1] < 60
+
+
+def test_originals_that_are_gone_are_said_to_be(previewed, tmp_path, golden):
+    base, arguments = previewed[0].parent, previewed[1]
+    config = json.loads((base / "meta.json").read_text())
+    moved = {name: {**entry, "image_dir": str(tmp_path)} for name, entry in config.items()}
+    (base / "moved.json").write_text(json.dumps(moved))
+    arguments = [
+        str(base / "moved.json") if argument == str(base / "meta.json") else argument for argument in arguments
+    ]
+    assert main([*arguments, "--sample", "2", "--out_dir", str(tmp_path / "report")]) == 0
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert html.count("original not found") == 2 and html.count("<img ") == 2
+
+
+def test_another_tokenizer_is_refused(previewed, dualvitok_config, dualvitok_checkpoint, tmp_path):
+    data = previewed[1][:2]
+    model = ["--model_config", str(dualvitok_config), "--tokenizer_checkpoint", str(dualvitok_checkpoint)]
+    with pytest.raises(UserError, match="its decoder would show something else"):
+        main([*data, *model, "--device", "cpu", "--out_dir", str(tmp_path / "report")])
+
+
+def test_psnr_and_ssim():
+    dark, light = (torch.full((3, 16, 24), value, dtype=torch.uint8) for value in (100, 110))
+    assert psnr(dark, dark) == math.inf and ssim(dark, dark) == pytest.approx(1)
+    assert psnr(dark, light) == pytest.approx(20 * math.log10(255 / 10))
+    c1 = 2.55**2  # without structure only the means count
+    assert ssim(dark, light) == pytest.approx((2 * 100 * 110 + c1) / (100**2 + 110**2 + c1), abs=1e-5)
+    noise = torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0)).byte()
+    assert ssim(noise, 255 - noise) == pytest.approx(-0.97, abs=0.03)
+
+
+def test_code_use():
+    use = CodeUse(8)
+    use.add(np.array([[0, 0, 3], [3, 5, 5]]))
+    assert (use.total, use.distinct, use.dead_share) == (6, 3, 5 / 8)
+    assert use.perplexity == pytest.approx(3)
+    assert use.most_used(2) == [(0, 2), (3, 2)]
+
+
+def test_histograms_put_many_lengths_into_bins():
+    lengths = dict.fromkeys(range(1, 1001), 1)
+    drawn = report.histogram(lengths, "codes")
+    assert drawn.count("<rect") == 40 and "1 to 25 codes: 25" in drawn and "976 to 1,000 codes: 25" in drawn
+    assert report.histogram({7: 3}, "codes").count("<rect") == 1

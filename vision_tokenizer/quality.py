@@ -1,0 +1,71 @@
+"""How near a reconstruction is to its original, and how well codes use their codebook.
+
+PSNR and SSIM as usual for 8-bit RGB: SSIM (Wang et al. 2004) with an 11 x 11 Gaussian window of sigma 1.5 at full
+overlap, averaged over the channels.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WINDOW, _SIGMA = 11, 1.5
+_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+
+def psnr(original: Tensor, other: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 tensors (3, H, W); infinite for equal ones."""
+    error = (original.double() - other.double()).square().mean().item()
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def ssim(original: Tensor, other: Tensor) -> float:
+    """Structural similarity of two uint8 tensors (3, H, W), sides of at least 11; 1 for equal ones."""
+    line = torch.exp(-((torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2) ** 2) / (2 * _SIGMA**2))
+    line = line / line.sum()
+
+    def mean(values: Tensor) -> Tensor:  # (3, H, W) -> (3, 1, H - 10, W - 10)
+        return F.conv2d(F.conv2d(values[:, None], line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))
+
+    x, y = original.double(), other.double()
+    mean_x, mean_y = mean(x), mean(y)
+    var_x, var_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
+    covariance = mean(x * y) - mean_x * mean_y
+    alike = (2 * mean_x * mean_y + _C1) * (2 * covariance + _C2)
+    return (alike / ((mean_x**2 + mean_y**2 + _C1) * (var_x + var_y + _C2))).mean().item()
+
+
+class CodeUse:
+    """How often each code of a codebook of `size` occurs."""
+
+    def __init__(self, size: int):
+        self.counts = np.zeros(size, np.int64)
+
+    def add(self, codes: np.ndarray) -> None:
+        self.counts += np.bincount(codes.ravel(), minlength=len(self.counts))
+
+    @property
+    def total(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def distinct(self) -> int:
+        return int(np.count_nonzero(self.counts))
+
+    @property
+    def dead_share(self) -> float:
+        """Of the codebook: codes that do not occur."""
+        return 1 - self.distinct / len(self.counts)
+
+    @property
+    def perplexity(self) -> float:
+        """The number of codes that, used evenly, would carry as much information: between 1 and the size."""
+        shares = self.counts[self.counts > 0] / max(self.total, 1)
+        return math.exp(-(shares * np.log(shares)).sum()) if self.total else 0.0
+
+    def most_used(self, count: int) -> list[tuple[int, int]]:
+        """(code, occurrences), most first."""
+        order = np.argsort(-self.counts, kind="stable")[:count]
+        return [(int(code), int(self.counts[code])) for code in order if self.counts[code]]

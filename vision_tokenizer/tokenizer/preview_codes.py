@@ -1,0 +1,75 @@
+"""Look at the output of codebook inference: images beside what their codes decode to, and how the codes are spread.
+
+    python vision_tokenizer/tokenizer/preview_codes.py --data_config meta.json --resolution_type fixed_anchors \\
+        --model_config C.py --tokenizer_checkpoint pytorch_model.bin --sample 24 --out_dir preview
+
+Writes `report.html`, one file that needs no network, and `contact_sheet.png` for terminals that show pictures. All
+lines are tallied; `--sample` images, drawn over all data sets, are decoded, one at a time in fp32. One process, on a
+GPU if there is one (`--device cpu` if not).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from vision_tokenizer.cli import run_command
+from vision_tokenizer.errors import UserError
+from vision_tokenizer.tokenizer.verify_codebook import add_output_arguments, open_outputs
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_output_arguments(parser)
+    model = parser.add_argument_group("tokenizer")
+    model.add_argument("--model_config", type=Path, required=True, help="the tokenizer's .py config (code: it is run)")
+    model.add_argument("--tokenizer_checkpoint", required=True, help=".bin, .pt, .safetensors, a folder or a hub id")
+    model.add_argument("--use-ema", action="store_true", help="take the checkpoint's `ema` weights")
+    model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--sample", type=int, default=24, help="images to decode (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another one draws other images")
+    parser.add_argument("--note", default="", help="a sentence to show on top of the report")
+    parser.add_argument("--out_dir", type=Path, default=Path("preview"), help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.sample < 1:
+        parser.error(f"--sample must be at least 1, is {args.sample}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    outputs = open_outputs(args)
+
+    from tqdm import tqdm
+
+    from vision_tokenizer.dualvitok.model import load_dualvitok
+    from vision_tokenizer.findings import Sample
+    from vision_tokenizer.preview import Contents, decode_place, read_contents, write_report
+
+    contents, sample = Contents(), Sample(args.sample, args.seed)
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    with tqdm(desc="reading", unit="item", mininterval=interval) as bar:
+        for output in outputs:
+            read_contents(output, contents, sample, bar.update)
+    if not sample.drawn:
+        raise UserError(
+            f"{outputs[0].folder}: no image with codes in it; see its run_summary.json and *.rejected.jsonl"
+        )
+
+    tokenizer = load_dualvitok(
+        args.model_config, args.tokenizer_checkpoint, device=args.device, use_ema=args.use_ema, decoder=True
+    )
+    for output in outputs:
+        if output.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"{output.folder} was made with the tokenizer {output.fingerprint}, but {args.tokenizer_checkpoint} is "
+                f"{tokenizer.fingerprint}: its decoder would show something else. Name the one it was made with."
+            )
+    pairs = [decode_place(tokenizer, place) for place in tqdm(sample.drawn, desc="decoding", mininterval=interval)]
+    write_report(args.out_dir, outputs, contents, pairs, args.note)
+    print(f"{contents.images:,} images of {contents.items:,} items; {len(pairs):,} decoded")
+    print(f"look at {args.out_dir / 'report.html'} and {args.out_dir / 'contact_sheet.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
