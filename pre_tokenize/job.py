@@ -2,22 +2,23 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from pre_tokenize.output import Output, chunks_of, leads
-from pre_tokenize.record import Lengths
+from pre_tokenize.record import Lengths, companions
 from pre_tokenize.token_file import TokenSample
 from vision_tokenizer.engine import Encoded
 from vision_tokenizer.errors import ItemError
 from vision_tokenizer.jobs.chunks import Item
 from vision_tokenizer.jobs.claims import Claims
-from vision_tokenizer.jobs.ledger import Account, Problem
+from vision_tokenizer.jobs.ledger import Account
+from vision_tokenizer.jobs.open_chunk import OpenChunk
 from vision_tokenizer.jobs.parts import Part
 from vision_tokenizer.jobs.progress import Progress, Stopwatch
 from vision_tokenizer.jobs.run import Source, Task, run_chunks
+from vision_tokenizer.jobs.summary import accounts_table, time_line
 
 STAGES = ("text", "wait for decode", "encode", "write")  # of the thread that feeds the device
 
@@ -47,58 +48,41 @@ class Encoder(Protocol):
     def encode(self, groups: Iterable[tuple["ChunkWork", Iterable[Path]]]) -> Iterable[tuple["ChunkWork", Images]]: ...
 
 
-@dataclass
 class ChunkWork:
-    """One chunk in progress: what its items need, what they already have, and then what became of them."""
+    """One chunk in progress: what its items need, what they already have, and then its part."""
 
-    task: Task
-    items: dict[int, Item]
-    drafts: dict[int, Draft] = field(default_factory=dict)
-    kept: dict[int, TokenSample] = field(default_factory=dict)
-    problems: dict[int, Problem] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, task: Task, sequences: Sequences, output: Output) -> "ChunkWork":
+    def __init__(self, task: Task, sequences: Sequences, output: Output):
         """Read the chunk's items and tokenise their text; of a chunk done before, only those that failed."""
-        work = cls(task, {item.index: item for item in task.source.table.read(task.chunk)})
-        if task.previous:
-            before = {problem.item: problem for problem in task.previous.problems}
-            work.problems = {item: problem for item, problem in before.items() if problem.kind == "rejected"}
-            work.kept = output.read_back(task.chunk, [item for item in work.items if item not in before])
-        todo = [item for index, item in work.items.items() if index not in work.kept and index not in work.problems]
+        self.task = task
+        self._chunk = OpenChunk.read(task)
+        self._kept: dict[int, TokenSample] = {}
+        if done := self._chunk.done_before():
+            self._kept = output.read_back(task.chunk, done)
+        self._drafts: dict[int, Draft] = {}
+        todo = self._chunk.todo()
         for item, draft in zip(todo, sequences.drafts(todo), strict=True):
             if isinstance(draft, ItemError):
-                work._fail(item, draft)
+                self._chunk.fail(item, draft)
             else:
-                work.drafts[item.index] = draft
-        return work
+                self._drafts[item.index] = draft
 
     def images(self) -> Iterator[Path]:
-        for draft in self.drafts.values():
+        for draft in self._drafts.values():
             yield from draft.paths
 
     def part(self, images: Images, sequences: Sequences, output: Output) -> Part:
         """The finished chunk: its samples in input order, its problems, its account."""
-        samples = []
-        for index, item in self.items.items():
-            if index in self.drafts:
-                try:
-                    samples.append(sequences.sample(self.drafts[index], images))
-                except ItemError as error:
-                    self._fail(item, error)
-            elif index in self.kept:
-                samples.append(self.kept[index])
-        problems = [self.problems[index] for index in sorted(self.problems)]
-        account = Account(items=len(self.items), done=len(samples))
-        account.reasons.update((problem.kind, problem.reason) for problem in problems)
-        account.counts["images"] = sum(len(sample.images) for sample in samples)
-        account.counts["tokens"] = sum(len(sample.tokens) for sample in samples)
-        return Part(account, problems, output.chunk_files(self.task.chunk, samples, self.task.source.parts))
-
-    def _fail(self, item: Item, error: ItemError) -> None:
-        item_id = item.value.get("id") if isinstance(item.value, dict) else None
-        file = str(self.task.source.table.path)
-        self.problems[item.index] = Problem.of(error, file, item.where, item.index, item_id)
+        samples = dict(self._kept)
+        for index, draft in self._drafts.items():
+            try:
+                samples[index] = sequences.sample(draft, images)
+            except ItemError as error:
+                self._chunk.fail(self._chunk.items[index], error)
+        account, problems = self._chunk.close(done=len(samples))
+        ordered = [samples[index] for index in sorted(samples)]
+        account.counts["images"] = sum(len(sample.images) for sample in ordered)
+        account.counts["tokens"] = sum(len(sample.tokens) for sample in ordered)
+        return Part(account, problems, output.chunk_files(self.task.chunk, ordered, self.task.source.parts))
 
 
 def tokenize_chunks(
@@ -109,7 +93,7 @@ def tokenize_chunks(
     def groups() -> Iterator[tuple[ChunkWork, Iterable[Path]]]:
         for task in tasks:
             with encoder.watch("text"):
-                work = ChunkWork.read(task, sequences, output)
+                work = ChunkWork(task, sequences, output)
             yield work, work.images()
 
     for work, images in encoder.encode(groups()):
@@ -143,3 +127,20 @@ def run_job(
         process = partial(tokenize_chunks, sequences=sequences, encoder=encoder, output=output, progress=progress)
         run_chunks([source], claims, process, progress)
         return output.write_record(source, claims) if leads(claims) else None
+
+
+def report(input_file: Path, record: Path, account: Account, lengths: Lengths, max_seq_len: int) -> str:
+    """The run in words and numbers, for the terminal."""
+    lines = [
+        accounts_table({input_file.name: account}, "input"),
+        "",
+        f"sequences: {lengths}",
+        f"longer than {max_seq_len:,} (--max_seq_len): {lengths.longer_than(max_seq_len):,}, kept whole",
+        f"images: {account.counts['images']:,}",
+        f"time: {time_line(account, STAGES)}"
+        + (f"; decode {account.seconds['decode']:.1f} s in the pool" if account.seconds["decode"] else ""),
+        f"record: {record}",
+    ]
+    if account.rejected + account.failed:
+        lines.append(f"not in it: {companions(record)[0]}")
+    return "\n".join(lines)

@@ -1,8 +1,8 @@
 """The job of the ILLUME document: annotated images to DualViTok codes, chunk by chunk."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from vision_tokenizer.errors import Failed, ItemError, UserError
 from vision_tokenizer.image import prepare
 from vision_tokenizer.jobs.chunks import Item
 from vision_tokenizer.jobs.claims import Claims
-from vision_tokenizer.jobs.ledger import Account, Problem
+from vision_tokenizer.jobs.ledger import Account
 from vision_tokenizer.jobs.lock import run_lock
 from vision_tokenizer.jobs.manifest import check_manifest
+from vision_tokenizer.jobs.open_chunk import OpenChunk
 from vision_tokenizer.jobs.parts import Part
 from vision_tokenizer.jobs.progress import Progress
 from vision_tokenizer.jobs.run import Task, run_chunks
@@ -130,7 +131,7 @@ def report(
 
 def encode_chunks(engine: Engine, tasks: Iterator[Task]) -> Iterator[tuple[Task, Part]]:
     """The job's `process`: read each chunk, encode its images, put the codes back into its lines."""
-    groups = ((work, work.images()) for work in map(ChunkWork.read, tasks))
+    groups = ((work, work.images()) for work in map(ChunkWork, tasks))
     for work, images in engine.encode(groups):
         part = work.part(images)
         part.account.seconds.update(engine.watch.take())
@@ -138,86 +139,58 @@ def encode_chunks(engine: Engine, tasks: Iterator[Task]) -> Iterator[tuple[Task,
             yield work.task, part
 
 
-@dataclass
 class ChunkWork:
-    """One chunk in progress: what its items need, what they already have, and then what became of them."""
+    """One chunk in progress: the images its items need, the lines it already has, and then its part."""
 
-    task: Task
-    kept: dict[int, bytes] = field(default_factory=dict)  # item -> its output line from an earlier run
-    problems: dict[int, Problem] = field(default_factory=dict)
-    paths: dict[int, list[Path]] = field(default_factory=dict)  # item -> its images, yet to be encoded
-    items: dict[int, Item] = field(default_factory=dict)
+    def __init__(self, task: Task):
+        self.task = task
+        self._chunk = OpenChunk.read(task)
+        self._payload = task.source.parts.path(task.chunk.index, ".jsonl")
+        self._kept = self._lines_of_earlier_run()  # item -> its output line
+        self._paths: dict[int, list[Path]] = {}  # item -> its images, yet to be encoded
+        for item in self._chunk.todo():
+            try:
+                self._paths[item.index] = self._image_paths(item)
+            except ItemError as error:
+                self._chunk.fail(item, error)
 
-    @classmethod
-    def read(cls, task: Task) -> "ChunkWork":
-        work = cls(task)
-        items = list(task.source.table.read(task.chunk))
-        if task.previous:
-            work._keep_previous(items)
-        for item in items:
-            work.items[item.index] = item
-            if item.index not in work.kept and item.index not in work.problems:
-                try:
-                    work.paths[item.index] = work._image_paths(item)
-                except ItemError as error:
-                    work._fail(item, error)
-        return work
-
-    def _keep_previous(self, items: list[Item]) -> None:
-        """Only what failed is tried again: rejected items stay so, and the rest have their lines in the part."""
-        previous = {problem.item: problem for problem in self.task.previous.problems}
-        self.problems = {index: problem for index, problem in previous.items() if problem.kind == "rejected"}
-        lines = self.task.source.parts.path(self.task.chunk.index, ".jsonl").read_bytes().splitlines(keepends=True)
-        done = [item.index for item in items if item.index not in previous]
-        self.kept = dict(zip(done, lines, strict=True))
+    def _lines_of_earlier_run(self) -> dict[int, bytes]:
+        done = self._chunk.done_before()
+        return dict(zip(done, self._payload.read_bytes().splitlines(keepends=True), strict=True)) if done else {}
 
     def _image_paths(self, item: Item) -> list[Path]:
         if item.error:
             raise Failed("not JSON", item.error)
-        image_dir = self.task.source.dataset.image_dir
-        return [image_path(image_dir, name) for name in image_names(item.value)]
-
-    def _fail(self, item: Item, error: ItemError) -> None:
-        item_id = item.value.get("id") if isinstance(item.value, dict) else None
-        file = str(self.task.source.table.path)
-        self.problems[item.index] = Problem.of(error, file, item.where, item.index, item_id)
+        return [image_path(self.task.source.dataset.image_dir, name) for name in image_names(item.value)]
 
     def images(self) -> Iterator[Path]:
-        for paths in self.paths.values():
+        for paths in self._paths.values():
             yield from paths
 
     def part(self, images: Images) -> Part:
         """The finished chunk: its lines in input order, its problems, its account."""
-        account = Account(items=len(self.items))
-        if self.task.previous:
-            account.counts.update(self.task.previous.account.counts)
-        lines = []
-        for index, item in self.items.items():
-            if index in self.paths:
-                try:
-                    line = self._encoded_line(item, [images[path] for path in self.paths[index]], account)
-                except ItemError as error:
-                    self._fail(item, error)
-                    continue
-                lines.append(line)
-            elif index in self.kept:
-                lines.append(self.kept[index])
-        account.done = len(lines)
-        problems = [self.problems[index] for index in sorted(self.problems)]
-        account.reasons.update((problem.kind, problem.reason) for problem in problems)
-        payload = self.task.source.parts.path(self.task.chunk.index, ".jsonl")
-        return Part(account, problems, {payload: b"".join(lines)})
+        lines = dict(self._kept)
+        counts = Counter(self.task.previous.account.counts if self.task.previous else ())
+        for index, paths in self._paths.items():
+            item = self._chunk.items[index]
+            try:
+                lines[index] = _encoded_line(item, [images[path] for path in paths], counts)
+            except ItemError as error:
+                self._chunk.fail(item, error)
+        account, problems = self._chunk.close(done=len(lines))
+        account.counts = counts
+        return Part(account, problems, {self._payload: b"".join(lines[index] for index in sorted(lines))})
 
-    @staticmethod
-    def _encoded_line(item: Item, results: list[Encoded | ItemError], account: Account) -> bytes:
-        """The item's own text with the three fields spliced in. Raises the first error among its images."""
-        for result in results:
-            if isinstance(result, ItemError):
-                raise result
-        matched = [result.info.anchor for result in results]
-        values = ([result.info.size for result in results], [result.codes for result in results], matched)
-        added = orjson.dumps(dict(zip(OUTPUT_FIELDS, values, strict=True)), option=orjson.OPT_SERIALIZE_NUMPY)
-        account.counts[ratio_tag(matched[0]) if len(set(matched)) == 1 else f"{RATIO}mixed"] += 1
-        account.counts["images"] += len(results)
-        account.counts.update(f"images h{h} w{w}" for h, w in matched)
-        return item.raw[: item.raw.rindex(b"}")].rstrip() + b", " + added[1:] + b"\n"
+
+def _encoded_line(item: Item, results: list[Encoded | ItemError], counts: Counter[str]) -> bytes:
+    """The item's own text with the three fields spliced in. Raises the first error among its images."""
+    for result in results:
+        if isinstance(result, ItemError):
+            raise result
+    matched = [result.info.anchor for result in results]
+    values = ([result.info.size for result in results], [result.codes for result in results], matched)
+    added = orjson.dumps(dict(zip(OUTPUT_FIELDS, values, strict=True)), option=orjson.OPT_SERIALIZE_NUMPY)
+    counts[ratio_tag(matched[0]) if len(set(matched)) == 1 else f"{RATIO}mixed"] += 1
+    counts["images"] += len(results)
+    counts.update(f"images h{h} w{w}" for h, w in matched)
+    return item.raw[: item.raw.rindex(b"}")].rstrip() + b", " + added[1:] + b"\n"
