@@ -60,6 +60,12 @@ def test_a_recipe_is_its_stage(tmp_path, name):
     assert len((ROOT / "exps" / name).read_text().splitlines()) <= 40
 
 
+def test_the_language_model_recipe(tmp_path):
+    _, arguments = recipe_arguments(tmp_path, "ILLUME-lm.sh")
+    config = resolve(vars(build_parser("").parse_args(arguments)))
+    assert (config.variant, config.trainable_params, config.lr, config.dropout) == ("lm", "", 1e-5, 0)
+
+
 def test_a_recipe_takes_the_environment_and_flags(tmp_path):
     launcher, arguments = recipe_arguments(
         tmp_path, "UniToken-base-stage2.sh", ["--max_steps", "3"], NNODES="2", ACCUM_ITER="4", INIT_FROM="a b"

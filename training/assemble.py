@@ -13,7 +13,7 @@ from pre_tokenize.text import TOKENIZER_FILES, TextTokenizer
 from pre_tokenize.token_file import TokenFiles
 from training.config import ALWAYS_FROZEN, TrainConfig
 from training.data import Batches, Entry, ImageReader, SampleRules, check_manifest
-from training.folder import ModelFolder
+from training.folder import ModelFolder, open_unitoken
 from training.index import RecordIndex, ensure_index, fingerprint
 from training.model import UniToken
 from training.sampler import Pool, Sampler
@@ -22,11 +22,18 @@ from vision_tokenizer.checkpoint import load_strict
 from vision_tokenizer.errors import UserError
 
 
-def build_model(config: TrainConfig, folder: ModelFolder) -> UniToken:
-    """The model on the meta device, with its frozen parts frozen. Raises `UserError` where the weights do not fit."""
-    with torch.device("meta"):
-        model, twin = (
-            UniToken(
+def open_model(config: TrainConfig) -> tuple[nn.Module, ModelFolder]:
+    """The model on the CPU, its weights mapped from their files and its frozen parts frozen, and the folder it comes
+    from. Raises `UserError` where the weights do not fit.
+    """
+    if config.variant == "lm":
+        from training.causal_lm import open_causal_lm
+
+        model, folder = open_causal_lm(Path(config.init_from), config.z_loss_weight, config.checkpointing)
+    else:
+        folder = open_unitoken(Path(config.init_from), Path(config.vit_from), config.seed)
+        with torch.device("meta"):
+            model = UniToken(
                 folder.llm,
                 folder.vision,
                 z_weight=config.z_loss_weight,
@@ -34,23 +41,22 @@ def build_model(config: TrainConfig, folder: ModelFolder) -> UniToken:
                 dropout=config.dropout,
                 checkpointing=config.checkpointing,
             )
-            for _ in range(2)
-        )
-    load_strict(twin, folder.tensors, source=folder.path)  # checks names and shapes, reads nothing
-    freeze(model, config.trainable_params.split(","))
-    return model
+        load_strict(model, folder.tensors, source=folder.path)
+    freeze(model, config.trainable_params)
+    return model, folder
 
 
 def masked_words(config: TrainConfig) -> range | None:
-    return None if config.unmask_image_logits else IMAGE_TOKENS
+    """Image tokens, where they are neither to be learned nor another vocabulary's."""
+    return None if config.unmask_image_logits or config.variant == "lm" else IMAGE_TOKENS
 
 
-def freeze(model: nn.Module, trainable: list[str]) -> None:
-    """Train the tensors whose name contains one of `trainable`, but never those of ALWAYS_FROZEN."""
-    wanted = [part.strip() for part in trainable]
+def freeze(model: nn.Module, trainable: str) -> None:
+    """Train the tensors whose name contains a part of `trainable`, but never those of ALWAYS_FROZEN."""
+    wanted = [part.strip() for part in trainable.split(",")]
     names = [name for name, _ in model.named_parameters()]
     for part in wanted:
-        if not part or not any(part in name for name in names):
+        if not any(part in name for name in names):
             known = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
             raise UserError(f"--trainable_params: no tensor's name contains {part!r}; the model's parts are {known}")
     for name, parameter in model.named_parameters():
@@ -112,25 +118,23 @@ def _shared(value: object) -> object:
 
 
 def build_dataset(sources: list[TokenFiles], config: TrainConfig, folder: ModelFolder) -> Batches:
-    vocabulary = check_tokenizer(folder.path)
+    vocabulary = check_tokenizer(folder.path, chameleon=config.variant != "lm")
     for source in sources:
         check_manifest(source.manifest(), source.record.path, vocabulary, folder.llm.vocab_size)
-    vision = folder.vision
-    rules = SampleRules(
-        folder.llm.vocab_size,
-        config.max_seq_len,
-        masked_words(config),
-        ImageReader(vision.image_size, vision.grid, config.variant == "anyres"),
-    )
-    return Batches(sources, rules, partial(pack, side=vision.image_size))
+    side, reader = 1, None
+    if folder.vision:
+        side = folder.vision.image_size
+        reader = ImageReader(side, folder.vision.grid, config.variant == "anyres")
+    rules = SampleRules(folder.llm.vocab_size, config.max_seq_len, masked_words(config), reader)
+    return Batches(sources, rules, partial(pack, side=side))
 
 
-def check_tokenizer(folder: Path) -> str | None:
-    """The fingerprint of a model folder's vocabulary, if it has a tokenizer file, whose ids must be Chameleon's."""
+def check_tokenizer(folder: Path, *, chameleon: bool) -> str | None:
+    """The fingerprint of a model folder's vocabulary, if it has a tokenizer file. Special ids must be `chameleon`'s."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     tokenizer = TextTokenizer(folder)
-    for name, expected in SPECIAL_TOKENS.items():
+    for name, expected in SPECIAL_TOKENS.items() if chameleon else ():
         if tokenizer.ids.get(name) != expected:
             raise UserError(
                 f"{tokenizer.path}: {name} has id {tokenizer.ids.get(name)}, not {expected}; this model's tokenizer is "

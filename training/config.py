@@ -17,6 +17,7 @@ STAGES = {
     "II": {"trainable_params": "vit,adapter,model,lm_head", "lr": 1e-5, "vit_lr_scale": 1.0},
 }
 ALWAYS_FROZEN = ("vit.embeddings.patch_embedding", "vit.embeddings.position_embedding", "vit.head")
+LANGUAGE_MODEL = {"trainable_params": "", "vit_lr_scale": 1.0, "dropout": 0.0}  # in either stage
 CONFIG_FILE = "config.yaml"
 
 
@@ -37,9 +38,15 @@ class TrainConfig:
     data_config: str = option("", "YAML file with META: a list of path, ratio, type")
     output_dir: str = option("", "checkpoints, logs and the final model; running again with the same one goes on")
     stage: str = option("II", "defaults for trainable_params, lr and vit_lr_scale", choices=("I", "II"))
-    variant: str = option("base", "continuous tokens of one view, or of a tiled image too", choices=("base", "anyres"))
+    variant: str = option(
+        "base",
+        "images as one view, as views and tiles, or no images: any transformers language model",
+        choices=("base", "anyres", "lm"),
+    )
     # optimisation
-    trainable_params: str = option("", "train tensors whose name contains one of these, separated by commas")
+    trainable_params: str = option(
+        "", "train tensors whose name contains one of these, separated by commas; empty: all"
+    )
     lr: float = option(0.0, "peak learning rate", above=0)
     vit_lr_scale: float = option(0.0, "the vision tower's share of the learning rate", low=0)
     min_lr: float = option(0.0, "learning rate at the end", low=0)
@@ -81,6 +88,8 @@ class TrainConfig:
             _check(one, getattr(self, one.name))
         if self.dropout >= 1:
             raise UserError(f"--dropout must be below 1, found {self.dropout}")
+        if self.variant == "lm" and self.dropout:
+            raise UserError(f"--dropout {self.dropout}: a --variant lm model has its dropout in its own config.json")
         if self.min_lr > self.lr:
             raise UserError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
         if self.warmup_epochs >= self.epochs:
@@ -151,7 +160,8 @@ def resolve(arguments: dict[str, Any]) -> TrainConfig:
     from_file = _read_yaml(flags.pop("config")) if "config" in flags else {}
     chosen = from_file | flags
     stage = chosen.get("stage", _FIELDS["stage"].default)
-    return TrainConfig(**(STAGES.get(stage, {}) | chosen))
+    variant = LANGUAGE_MODEL if chosen.get("variant") == "lm" else {}
+    return TrainConfig(**(STAGES.get(stage, {}) | variant | chosen))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -25,9 +25,9 @@ def export(checkpoint: Path, target: Path) -> None:
     import torch
     import torch.distributed.checkpoint as dcp
 
-    from training.assemble import build_model
+    from training.assemble import open_model
     from training.config import CONFIG_FILE, resolve
-    from training.folder import open_unitoken, save_folder, tokenizer_files
+    from training.folder import save_folder, tokenizer_files
     from training.parallel import process_group
     from training.state import PROGRESS
 
@@ -36,8 +36,8 @@ def export(checkpoint: Path, target: Path) -> None:
     if target.exists():
         raise UserError(f"{target} exists; name a folder that does not")
     config = resolve({"config": checkpoint.resolve().parents[1] / CONFIG_FILE})
-    folder = open_unitoken(Path(config.init_from), Path(config.vit_from), config.seed)
-    tensors = {name: torch.empty(parameter.shape) for name, parameter in build_model(config, folder).named_parameters()}
+    model, folder = open_model(config)
+    tensors = {name: torch.empty(parameter.shape) for name, parameter in model.named_parameters()}
     with process_group():
         dcp.load({"model": tensors}, checkpoint_id=checkpoint)
     save_folder(

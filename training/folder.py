@@ -34,7 +34,7 @@ class ModelFolder:
     path: Path
     config: dict[str, Any]  # its config.json, completed
     llm: LLMConfig
-    vision: VisionConfig
+    vision: VisionConfig | None  # None: a language model alone
     tensors: dict[str, Tensor]  # by name in the model; mapped, not yet read
     origins: dict[str, str]  # part of the model -> where its weights come from
 
@@ -45,7 +45,7 @@ def open_unitoken(init_from: Path, vit_from: Path, seed: int) -> ModelFolder:
     Raises `UserError` that names what a folder lacks.
     """
     path, config = read_config(init_from)
-    llm = _language_sizes(config, path)
+    llm = language_sizes(config, path)
     tensors = {name: tensor for name, tensor in read_state_dict(path).items() if not name.startswith(NOT_MODEL)}
     origins = dict.fromkeys(("model", "lm_head"), str(path))
     if any(name.startswith("vit.") for name in tensors):
@@ -91,10 +91,10 @@ def _no_model(folder: Path) -> str:
     return f"{folder}: no config.json, so this is no model folder; it holds {found}"
 
 
-def _language_sizes(config: dict[str, Any], path: Path) -> LLMConfig:
+def language_sizes(config: dict[str, Any], path: Path) -> LLMConfig:
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if lacking := [name for name in needed if name not in config]:
-        raise UserError(f"{path / 'config.json'}: no Chameleon language model, {', '.join(lacking)} missing")
+        raise UserError(f"{path / 'config.json'}: no language model of a known kind, {', '.join(lacking)} missing")
     for name, supported in (("swin_norm", False), ("model_parallel_size", 1)):
         if config.get(name, supported) != supported:
             raise UserError(f"{path / 'config.json'}: {name} is {config[name]}; this trainer supports {supported}")

@@ -1,10 +1,10 @@
-"""One model over many processes: FSDP2 sharding, weights in, weights out. One process is the smallest mesh.
+"""One model over many processes: FSDP2 sharding, and whole weights out again. One process is the smallest mesh.
 
 Master weights are fp32 and sharded on their first dimension; computation is in the chosen precision.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -32,7 +32,8 @@ def process_group() -> Iterator[torch.device]:
 
 
 def shard(model: nn.Module, device: torch.device, precision: str, reshard: bool) -> None:
-    """Shard a model that is on the meta device: each of its `units()` on its own, then what is left.
+    """Move a model to the device in fp32 and shard it: each of its `units()` on its own, then what is left, so that no
+    more than one of them is ever there as a whole.
 
     With `reshard` a unit's weights are gathered again for the backward pass (ZeRO-3), without they stay (ZeRO-2).
     """
@@ -40,19 +41,10 @@ def shard(model: nn.Module, device: torch.device, precision: str, reshard: bool)
     dtype = COMPUTE_DTYPES[precision]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for unit in model.units():
+        unit.to(device, torch.float32)
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    model.to(device, torch.float32)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-
-
-@torch.no_grad()
-def fill(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Give a sharded meta model its weights. Every process maps the files and copies only its own shard."""
-    model.to_empty(device=device)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    for name, parameter in model.named_parameters():
-        own = tensors[name].chunk(world)  # what Shard(0) means
-        if rank < len(own):
-            parameter.to_local().copy_(own[rank])
 
 
 @torch.no_grad()

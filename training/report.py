@@ -127,18 +127,21 @@ class Flops:
     weight's own where it is trained; attention's products besides. Recomputation does not count as useful.
     """
 
-    def __init__(self, model: nn.Module, llm: LLMConfig, vision: VisionConfig):
-        self.features_per_tile = vision.grid**2
+    def __init__(self, model: nn.Module, llm: LLMConfig, vision: VisionConfig | None):
+        self.features_per_tile = vision.grid**2 if vision else 0
         self.attention = 6 * llm.hidden_size * llm.num_hidden_layers  # causal: half of 12
         self.parts: Counter[str] = Counter()
         for name, parameter in model.named_parameters():
+            part = name.split(".")[0]
             if "embed" not in name:
-                self.parts[name.split(".")[0]] += parameter.numel() * (6 if parameter.requires_grad else 4)
+                self.parts[part if part in ("lm_head", "vit", "adapter") else "decoder"] += parameter.numel() * (
+                    6 if parameter.requires_grad else 4
+                )
 
     def of(self, batch: Batch) -> float:
         features = len(batch.tiles) * self.features_per_tile
         return (
-            self.parts["model"] * len(batch.tokens)
+            self.parts["decoder"] * len(batch.tokens)
             + self.parts["lm_head"] * batch.label_count
             + (self.parts["vit"] + self.parts["adapter"]) * features
             + self.attention * batch.lengths.double().square().sum().item()

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from training import preflight, state
-from training.assemble import Data, build_model, build_optimizer, open_data
+from training.assemble import Data, build_optimizer, open_data, open_model
 from training.config import CONFIG_FILE, TrainConfig
 from training.data import make_loader, read_data_config
-from training.folder import FINAL, ModelFolder, open_unitoken, save_folder, tokenizer_files
+from training.folder import FINAL, ModelFolder, save_folder, tokenizer_files
 from training.loop import Run, train
-from training.model import UniToken
-from training.parallel import fill, gather, process_group, shard
+from training.parallel import gather, process_group, shard
 from training.report import Flops, Report
 from training.sampler import RankBatches
 from training.state import Progress
@@ -24,8 +24,7 @@ def run(config: TrainConfig, world: int, local_rank: int) -> None:
     """Train as `config` says, from the newest checkpoint if there is one, and save the model."""
     accumulation = config.accumulation(world)
     entries = read_data_config(Path(config.data_config))
-    folder = open_unitoken(Path(config.init_from), Path(config.vit_from), config.seed)
-    model = build_model(config, folder)
+    model, folder = open_model(config)
     with process_group() as device, float32_products(tf32=config.precision != "fp32"):
         data = open_data(config, entries, folder, config.batch_size * world * accumulation, local_rank)
         checkpoint, progress = starting_point(config, data)
@@ -66,7 +65,7 @@ def fixed(config: TrainConfig, data: Data) -> dict:
     }
 
 
-def begin_output(config: TrainConfig, data: Data, folder: ModelFolder, model: UniToken, device: torch.device) -> None:
+def begin_output(config: TrainConfig, data: Data, folder: ModelFolder, model: nn.Module, device: torch.device) -> None:
     """Rank 0's preflight: what will happen, in print and in config.yaml."""
     output, world = Path(config.output_dir), dist.get_world_size()
     try:
@@ -83,7 +82,7 @@ def begin_output(config: TrainConfig, data: Data, folder: ModelFolder, model: Un
 
 def start(
     config: TrainConfig,
-    model: UniToken,
+    model: nn.Module,
     folder: ModelFolder,
     data: Data,
     accumulation: int,
@@ -91,10 +90,9 @@ def start(
     checkpoint: Path | None,
     progress: Progress,
 ) -> Run:
-    """Take the device: shard the model, fill it with its first weights or the checkpoint's, start the loader."""
+    """Take the device: shard the model, go on from the checkpoint if there is one, start the loader."""
     flops = Flops(model, folder.llm, folder.vision)
     shard(model, device, config.precision, reshard=config.data_parallel == "fsdp")
-    fill(model, folder.tensors, device)
     if config.compile:
         for unit in model.units():
             unit.compile(dynamic=True)
@@ -118,7 +116,7 @@ def start(
     )
 
 
-def finish(config: TrainConfig, model: UniToken, folder: ModelFolder) -> None:
+def finish(config: TrainConfig, model: nn.Module, folder: ModelFolder) -> None:
     """Save the model as a folder that the next stage, or any other tool, starts from."""
     target = Path(config.output_dir) / FINAL
     tensors = gather(model)

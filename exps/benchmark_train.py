@@ -1,7 +1,7 @@
 """What the trainer costs, measured: steps, start-up, data loading and, on a GPU, utilisation.
 
-    python training/benchmark.py                    # all parts; the last line of the output is JSON
-    python training/benchmark.py --parts steps,loader
+    python exps/benchmark_train.py                    # all parts; the last line of the output is JSON
+    python exps/benchmark_train.py --parts steps,loader
 
 A training step is bound by matrix products: 6 operations a weight and token, 4 where the weight is frozen. Whatever
 does no such product, or does it for padding, is lost. `steps` runs the same model on the same samples in two ways, each
@@ -35,7 +35,7 @@ from training.data import Batches, ImageReader, SampleRules, make_loader
 from training.index import RecordIndex, ensure_index, fingerprint
 from training.llm import LLMConfig
 from training.model import UniToken
-from training.parallel import fill, process_group, shard
+from training.parallel import process_group, shard
 from training.report import Flops, memory_used
 from training.sampler import Pool, RankBatches, Sampler
 from training.sequence import IMAGE_END, IMAGE_START, Batch, Sample, pack
@@ -195,10 +195,12 @@ def sharded_steps(stage: str, compiled: bool, device: torch.device) -> dict[str,
     sizes, vision = LLMConfig(num_hidden_layers=8), VisionConfig()
     with torch.device("meta"):
         model = UniToken(sizes, vision, z_weight=1e-5, dropout=0.05, checkpointing=True)
-    freeze(model, STAGES[stage]["trainable_params"].split(","))
+    freeze(model, STAGES[stage]["trainable_params"])
     flops = Flops(model, sizes, vision)
+    model.to_empty(device=device)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
     shard(model, device, "bf16", reshard=True)
-    fill(model, {name: torch.randn(p.shape) * 0.02 for name, p in model.named_parameters()}, device)
     if compiled:
         for unit in model.units():
             unit.compile(dynamic=True)

@@ -1,0 +1,100 @@
+"""Training any transformers language model on text and codes."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from train_small import flags, metrics, text_samples, train, train_processes, write_data_config, write_record
+
+from training.causal_lm import open_causal_lm
+from training.sequence import interleave, pack
+from vision_tokenizer.errors import UserError
+
+SIZES = {
+    "vocab_size": 10343,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LM = {"variant": "lm", "dropout": 0, "unmask_image_logits": False, "batch_size": 2, "epochs": 4, "global_batch_size": 4}
+
+
+@pytest.fixture(scope="module", params=["qwen2, tied", "llama"])
+def model(request, tmp_path_factory):
+    """A tiny model of a kind, saved by transformers."""
+    folder = tmp_path_factory.mktemp("lm")
+    torch.manual_seed(0)
+    if request.param == "llama":
+        config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=False)
+    else:
+        config = transformers.Qwen2Config(**SIZES, tie_word_embeddings=True)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return write_data_config(folder / "data.yaml", write_record(folder / "tokens", text_samples(16)))
+
+
+def transformers_loss(folder, samples):
+    """Sum over labels, one sample at a time, by transformers itself."""
+    lm, total = transformers.AutoModelForCausalLM.from_pretrained(folder), 0.0
+    for sample in samples:
+        tokens, labels = (torch.tensor(column)[None].long() for column in (sample.tokens, sample.labels))
+        with torch.no_grad():
+            total += lm(input_ids=tokens, labels=labels).loss.item() * int(sample.loss_mask[1:].sum())
+    return total
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_loss_is_transformers_own(model, checkpointing):
+    samples = text_samples(5)
+    ours, _ = open_causal_lm(model, z_weight=0.0, checkpointing=checkpointing)
+    packed = pack([interleave("x", sample.tokens, sample.labels, []) for sample in samples], 1)
+    loss, sums = ours(packed)
+    assert loss.item() == pytest.approx(transformers_loss(model, samples), rel=1e-5)
+    assert sums[0].item() == pytest.approx(loss.item())
+
+
+def test_one_process_or_two_it_learns_and_transformers_loads_the_result(tmp_path, model, data):
+    whole = train(model, data, tmp_path / "one", **LM, lr=1e-2)
+    assert sum(step["c_loss"] for step in whole[-4:]) < 0.9 * sum(step["c_loss"] for step in whole[:4])
+    final = tmp_path / "one" / "final"
+    samples = text_samples(16)
+    labels = sum(int(sample.loss_mask[1:].sum()) for sample in samples)
+    assert transformers_loss(final, samples) / labels < 0.9 * whole[0]["c_loss"]
+    names = [
+        transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)[1]["missing_keys"]
+        for folder in (final, model)
+    ]
+    assert not any(names)
+    process = train_processes(2, flags(model, data, tmp_path / "two", **LM, lr=1e-2))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    for one, other in zip(metrics(tmp_path / "two"), whole, strict=True):
+        assert one["c_loss"] == pytest.approx(other["c_loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_a_resumed_run_is_the_whole_one(tmp_path, model, data):
+    whole = train(model, data, tmp_path / "whole", **LM)
+    train(model, data, tmp_path / "parts", **LM, max_steps=3)
+    assert train(model, data, tmp_path / "parts", **LM) == whole
+
+
+def test_bad_input(tmp_path, model, data):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps({"model_type": "no such thing"}))
+    for change, message in (
+        ({"init_from": tmp_path / "empty"}, "no config.json"),
+        ({"init_from": tmp_path / "foreign"}, "no causal language model"),
+        ({"dropout": 0.1}, "--dropout"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(model, data, tmp_path / "output", **LM | change)
