@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-INIT_FROM=${INIT_FROM:-ckpts/Qwen2.5-7B-extended}
+INIT_FROM=${INIT_FROM:-ckpts/Qwen2.5-7B-Instruct}
+TOKENIZER_FROM=${TOKENIZER_FROM:-ckpts/Qwen2.5-dualvitok} # what pre_tokenize/extend_tokenizer.py wrote
 DATA_CONFIG=${DATA_CONFIG:-configs/data/illume.yaml}
 OUTPUT_DIR=${OUTPUT_DIR:-output/ILLUME-lm}
 
@@ -16,7 +17,7 @@ distributed_args=(
 accum_iter=(${ACCUM_ITER:+--accum_iter "$ACCUM_ITER"}) # else what GLOBAL_BATCH_SIZE needs
 
 torchrun "${distributed_args[@]}" training/train.py --variant lm \
-  --init_from "$INIT_FROM" --data_config "$DATA_CONFIG" --output_dir "$OUTPUT_DIR" \
+  --init_from "$INIT_FROM" --tokenizer_from "$TOKENIZER_FROM" --data_config "$DATA_CONFIG" --output_dir "$OUTPUT_DIR" \
   --trainable_params "${TRAINABLE_PARAMS:-}" --lr "${LR:-1e-5}" --min_lr "${MIN_LR:-0}" \
   --wd "${WD:-0.1}" --clip_grad "${CLIP_GRAD:-4}" --z_loss_weight "${Z_LOSS_WEIGHT:-1e-5}" \
   --epochs "${EPOCHS:-1}" --warmup_epochs "${WARMUP_EPOCHS:-0.01}" \

@@ -5,9 +5,13 @@ import json
 import pytest
 import torch
 import transformers
+from conftest import GOLDEN
+from tokenizers import Tokenizer
 from train_small import flags, metrics, text_samples, train, train_processes, write_data_config, write_record
 
+from pre_tokenize.text import TextTokenizer
 from training.causal_lm import open_causal_lm
+from training.config import resolve
 from training.sequence import interleave, pack
 from vision_tokenizer.errors import UserError
 
@@ -54,7 +58,8 @@ def transformers_loss(folder, samples):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_loss_is_transformers_own(model, checkpointing):
     samples = text_samples(5)
-    ours, _ = open_causal_lm(model, z_weight=0.0, checkpointing=checkpointing)
+    settings = {"init_from": str(model), "data_config": "x", "output_dir": "x", "variant": "lm", "z_loss_weight": 0.0}
+    ours, _ = open_causal_lm(resolve({**settings, "checkpointing": checkpointing}))
     packed = pack([interleave("x", sample.tokens, sample.labels, []) for sample in samples], 1)
     loss, sums = ours(packed)
     assert loss.item() == pytest.approx(transformers_loss(model, samples), rel=1e-5)
@@ -85,6 +90,28 @@ def test_a_resumed_run_is_the_whole_one(tmp_path, model, data):
     whole = train(model, data, tmp_path / "whole", **LM)
     train(model, data, tmp_path / "parts", **LM, max_steps=3)
     assert train(model, data, tmp_path / "parts", **LM) == whole
+
+
+def test_embeddings_grow_for_an_extended_tokenizer(tmp_path, model, data):
+    """Old words keep theirs, and the tokenizer goes into the saved folder."""
+    tokenizer = Tokenizer.from_file(str(GOLDEN / "chameleon_small" / "text_tokenizer.json"))
+    tokenizer.add_tokens([f"<|code{i}|>" for i in range(40)])
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    manifest = {"vocab_size": 10383, "vocabulary": TextTokenizer(tmp_path / "tokenizer").vocabulary}
+    samples = text_samples(8)
+    samples[0].tokens[:40] = range(10343, 10343 + len(samples[0].tokens[:40]))
+    record = write_record(tmp_path / "tokens", samples, manifest=manifest)
+    data = write_data_config(tmp_path / "data.yaml", record)
+    with pytest.raises(UserError, match="vocabulary of 10383"):
+        train(model, data, tmp_path / "output", **LM)
+    train(model, data, tmp_path / "output", **LM, tokenizer_from=tmp_path / "tokenizer")
+    final = tmp_path / "output" / "final"
+    assert (final / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()
+    grown = transformers.AutoModelForCausalLM.from_pretrained(final).get_input_embeddings().weight
+    before = transformers.AutoModelForCausalLM.from_pretrained(model).get_input_embeddings().weight
+    assert len(grown) == 10383 and (grown[: len(before)] - before).abs().max() < 0.1
+    assert grown[len(before) :].std(0).min() > 0, "no two new words start alike"
 
 
 def test_bad_input(tmp_path, model, data):

@@ -29,7 +29,7 @@ def open_model(config: TrainConfig) -> tuple[nn.Module, ModelFolder]:
     if config.variant == "lm":
         from training.causal_lm import open_causal_lm
 
-        model, folder = open_causal_lm(Path(config.init_from), config.z_loss_weight, config.checkpointing)
+        model, folder = open_causal_lm(config)
     else:
         folder = open_unitoken(Path(config.init_from), Path(config.vit_from), config.seed)
         with torch.device("meta"):
@@ -118,7 +118,7 @@ def _shared(value: object) -> object:
 
 
 def build_dataset(sources: list[TokenFiles], config: TrainConfig, folder: ModelFolder) -> Batches:
-    vocabulary = check_tokenizer(folder.path, chameleon=config.variant != "lm")
+    vocabulary = check_tokenizer(folder.tokenizer, chameleon=config.variant != "lm")
     for source in sources:
         check_manifest(source.manifest(), source.record.path, vocabulary, folder.llm.vocab_size)
     side, reader = 1, None

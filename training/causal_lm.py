@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from pre_tokenize.text import TextTokenizer
+from training.config import TrainConfig
 from training.folder import ModelFolder, language_sizes, read_config
 from training.loss import linear_loss
 from training.sequence import Batch
@@ -48,13 +50,15 @@ class CausalLM(nn.Module):
         return linear_loss(hidden[learned], head.weight, batch.targets[learned], self.z_weight)
 
 
-def open_causal_lm(init_from: Path, z_weight: float, checkpointing: bool) -> tuple[CausalLM, ModelFolder]:
-    """The model, loaded on the CPU. Raises `UserError` for a folder that is none or lacks weights."""
+def open_causal_lm(settings: TrainConfig) -> tuple[CausalLM, ModelFolder]:
+    """The model, loaded on the CPU, with room for the words of `tokenizer_from`. Raises `UserError` for a folder that
+    is no model or lacks weights.
+    """
     try:
         import transformers
     except ImportError as error:
         raise UserError("--variant lm needs transformers: pip install 'vistoken[train]'") from error
-    path, config = read_config(init_from)
+    path, config = read_config(Path(settings.init_from))
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is checked here
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -66,6 +70,19 @@ def open_causal_lm(init_from: Path, z_weight: float, checkpointing: bool) -> tup
             raise UserError(f"{path}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:4]))}")
     if lm.get_output_embeddings().bias is not None or any(config.get(name) for name in RESHAPED_LOGITS):
         raise UserError(f"{path}: logits with a bias, a cap or a scale are not supported")
+    tokenizer = path
+    if settings.tokenizer_from:
+        tokenizer = Path(settings.tokenizer_from)
+        grow(lm, TextTokenizer(tokenizer).size, settings.seed)
+        config["vocab_size"] = lm.config.vocab_size
     origins = dict.fromkeys((name.split(".")[0] for name, _ in lm.named_parameters()), str(path))
-    folder = ModelFolder(path, config, language_sizes(lm.config.to_dict(), path), None, {}, origins)
-    return CausalLM(lm, z_weight, checkpointing), folder
+    folder = ModelFolder(path, tokenizer, config, language_sizes(lm.config.to_dict(), path), None, {}, origins)
+    return CausalLM(lm, settings.z_loss_weight, settings.checkpointing), folder
+
+
+def grow(lm: nn.Module, vocab_size: int, seed: int) -> None:
+    """Add embeddings for new words, drawn around the mean of those there are; the same on every process."""
+    if vocab_size > lm.get_input_embeddings().num_embeddings:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            lm.resize_token_embeddings(vocab_size)

@@ -35,6 +35,7 @@ class TrainConfig:
         "", "model folder to start from: config.json, weights, tokenizer; or a finished run's output"
     )
     vit_from: str = option("ckpts/SigLIP", "SigLIP folder, read when init_from holds no vision tower")
+    tokenizer_from: str = option("", "with variant lm: folder of an extended tokenizer, for which embeddings grow")
     data_config: str = option("", "YAML file with META: a list of path, ratio, type")
     output_dir: str = option("", "checkpoints, logs and the final model; running again with the same one goes on")
     stage: str = option("II", "defaults for trainable_params, lr and vit_lr_scale", choices=("I", "II"))
@@ -90,6 +91,8 @@ class TrainConfig:
             raise UserError(f"--dropout must be below 1, found {self.dropout}")
         if self.variant == "lm" and self.dropout:
             raise UserError(f"--dropout {self.dropout}: a --variant lm model has its dropout in its own config.json")
+        if self.variant != "lm" and self.tokenizer_from:
+            raise UserError("--tokenizer_from goes with --variant lm; the tokenizer is in --init_from")
         if self.min_lr > self.lr:
             raise UserError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
         if self.warmup_epochs >= self.epochs:

@@ -27,7 +27,7 @@ def export(checkpoint: Path, target: Path) -> None:
 
     from training.assemble import open_model
     from training.config import CONFIG_FILE, resolve
-    from training.folder import save_folder, tokenizer_files
+    from training.folder import save_folder
     from training.parallel import process_group
     from training.state import PROGRESS
 
@@ -40,9 +40,7 @@ def export(checkpoint: Path, target: Path) -> None:
     tensors = {name: torch.empty(parameter.shape) for name, parameter in model.named_parameters()}
     with process_group():
         dcp.load({"model": tensors}, checkpoint_id=checkpoint)
-    save_folder(
-        target, tensors.items(), sum(t.nbytes for t in tensors.values()), folder.config, tokenizer_files(folder.path)
-    )
+    save_folder(target, tensors.items(), sum(t.nbytes for t in tensors.values()), folder.config, folder.companions())
     print(f"the model is in {target}")
 
 

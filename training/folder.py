@@ -32,11 +32,18 @@ class ModelFolder:
     """An opened model: everything needed to build, fill and save it."""
 
     path: Path
+    tokenizer: Path  # folder of the tokenizer; the same, but for a language model whose vocabulary grows
     config: dict[str, Any]  # its config.json, completed
     llm: LLMConfig
     vision: VisionConfig | None  # None: a language model alone
     tensors: dict[str, Tensor]  # by name in the model; mapped, not yet read
     origins: dict[str, str]  # part of the model -> where its weights come from
+
+    def companions(self) -> list[Path]:
+        """What belongs to the model beside its weights and config.json."""
+        return list(
+            {file.name: file for folder in (self.path, self.tokenizer) for file in _companions(folder)}.values()
+        )
 
 
 def open_unitoken(init_from: Path, vit_from: Path, seed: int) -> ModelFolder:
@@ -62,7 +69,7 @@ def open_unitoken(init_from: Path, vit_from: Path, seed: int) -> ModelFolder:
     else:
         tensors |= fresh_adapter(vision.hidden_size, llm.hidden_size, seed)
         origins["adapter"] = f"fresh (seed {seed})"
-    return ModelFolder(path, config, llm, vision, tensors, origins)
+    return ModelFolder(path, path, config, llm, vision, tensors, origins)
 
 
 def read_config(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -168,8 +175,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], total_byt
     yield list(shard)
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """What belongs to a model beside its weights and config.json."""
+def _companions(folder: Path) -> list[Path]:
     return [
         file
         for file in sorted(folder.iterdir())

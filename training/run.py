@@ -10,7 +10,7 @@ from training import preflight, state
 from training.assemble import Data, build_optimizer, open_data, open_model
 from training.config import CONFIG_FILE, TrainConfig
 from training.data import make_loader, read_data_config
-from training.folder import FINAL, ModelFolder, save_folder, tokenizer_files
+from training.folder import FINAL, ModelFolder, save_folder
 from training.loop import Run, train
 from training.parallel import gather, process_group, shard
 from training.report import Flops, Report
@@ -122,7 +122,7 @@ def finish(config: TrainConfig, model: nn.Module, folder: ModelFolder) -> None:
     tensors = gather(model)
     if dist.get_rank() == 0:
         total_bytes = sum(parameter.numel() for parameter in model.parameters()) * 4
-        save_folder(target, tensors, total_bytes, folder.config, tokenizer_files(folder.path))
+        save_folder(target, tensors, total_bytes, folder.config, folder.companions())
         print(f"the model is in {target}", flush=True)
     else:
         for _ in tensors:  # gathering takes every process
