@@ -34,6 +34,14 @@ class ConvSizes:
         return tuple(self.ch * mult for mult in self.ch_mult)
 
 
+def _mean_square(rows: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, C) in fp32, where squares of 16-bit numbers cannot overflow."""
+    if rows.is_cuda:  # one pass and no copy, but on a CPU this kernel is 20 times slower
+        _, height, width, _ = rows.shape
+        return torch.linalg.vector_norm(rows, dim=(1, 2), dtype=torch.float32).square() / (height * width)
+    return rows.float().square().mean((1, 2))
+
+
 class GroupNorm(nn.GroupNorm):
     """Group normalisation in channels-last layout whose statistics hold for flat images too.
 
@@ -50,7 +58,7 @@ class GroupNorm(nn.GroupNorm):
         pivot = mean.to(x.dtype)
         centred = rows - pivot[:, None, None]
         rest = mean - pivot.float()  # what a 16-bit pivot leaves
-        power = centred.square().mean((1, 2), dtype=torch.float32) - rest.square()
+        power = _mean_square(centred) - rest.square()
         groups = mean.unflatten(1, (self.num_groups, -1))  # (B, 32, C / 32)
         offset = groups - groups.mean(2, keepdim=True)
         variance = (power.view_as(groups) + offset.square()).mean(2, keepdim=True)

@@ -75,7 +75,7 @@ def read_config(path: str | Path) -> DualViTokSizes:
         names = runpy.run_path(str(path))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such config; the shipped ones are in configs/example/dualvitok/") from error
-    except (OSError, SyntaxError, ValueError, ImportError, NameError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, ImportError, NameError, AttributeError, LookupError) as error:
         raise UserError(f"{path}: this config does not run: {type(error).__name__}: {error}") from error
     if "vq_model" not in names:
         found = ", ".join(name for name in names if not name.startswith("__")) or "nothing"
