@@ -57,7 +57,9 @@ def reencode(tokenizer: Any, places: Sequence[Place], findings: Findings) -> dic
             strict=True,
         ):
             agreements[branch].codes += stored.size
-            for (row, column), gap in differences(quantizer, feature, stored).items():
+            for (row, column), gap in differences(
+                feature, stored, quantizer.encode(feature), quantizer.codebook
+            ).items():
                 agreements[branch].gaps.append(gap)
                 if gap > limit:
                     detail = f"{place}, {branch} row {row} column {column}: {stored[row, column]}, gap {gap:.2g}"
@@ -77,11 +79,16 @@ def _features(tokenizer: Any, place: Place) -> tuple[torch.Tensor, ...]:
         return tokenizer.semantic_features(batch)[0], tokenizer.pixel_features(batch)[0]
 
 
-def differences(quantizer: Any, features: torch.Tensor, stored: np.ndarray) -> dict[tuple[int, int], float]:
-    """(row, column) of each code of a grid that is not the one `features` (h, w, d) give now -> its gap."""
-    now = quantizer.encode(features).cpu().numpy()
+def differences(
+    features: torch.Tensor, stored: np.ndarray, fresh: torch.Tensor, codebook: torch.Tensor
+) -> dict[tuple[int, int], float]:
+    """(row, column) of each stored code that is not the one now chosen -> its gap.
+
+    `features` (h, w, d) are what the codes were chosen for, `stored` and `fresh` (h, w), `codebook` (K, d).
+    """
+    now = fresh.cpu().numpy()
     rows, columns = np.nonzero(now != stored)
-    points, codebook = features[rows, columns].float(), quantizer.codebook
+    points = features[rows, columns].float()
     sparse = codebook[:: max(1, len(codebook) // _SPARSE)]
     scale = torch.cdist(points, sparse).median(dim=1).values
     nearest, kept = (

@@ -119,10 +119,13 @@ class ChameleonVQGAN(nn.Module):
     def encode(self, pixels: Tensor) -> tuple[Tensor]:
         """(B, 3, H, W) float32 in [-1, 1] -> codes (B, h, w) int64."""
         self.grid_sizes(*pixels.shape[2:])
+        return (self.quantize.encode(self.features(pixels)),)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, h, w, d), what the codebook sees."""
         pixels = pixels.to(self.device, non_blocking=True).to(self.dtype, memory_format=torch.channels_last)
         with float32_products(tf32=self.tf32):
-            features = self.quant_conv(self.encoder(pixels)).permute(0, 2, 3, 1)
-        return (self.quantize.encode(features),)
+            return self.quant_conv(self.encoder(pixels)).permute(0, 2, 3, 1)
 
     @torch.no_grad()
     def decode(self, grids: tuple[Tensor]) -> Tensor:
