@@ -4,14 +4,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from pre_tokenize.job import STAGES
 from pre_tokenize.output import input_facts
-from pre_tokenize.record import Lengths, companions
 from pre_tokenize.text import TextTokenizer
 from vision_tokenizer.chameleon.image import crop_sizes, prepare
 from vision_tokenizer.chameleon.vocabulary import CODEBOOK_SIZE, PIXELS_PER_TOKEN
@@ -19,8 +16,6 @@ from vision_tokenizer.chameleon.vqgan import ChameleonVQGAN, load_chameleon
 from vision_tokenizer.engine import Engine
 from vision_tokenizer.errors import UserError
 from vision_tokenizer.jobs.chunks import ChunkTable
-from vision_tokenizer.jobs.ledger import Account
-from vision_tokenizer.jobs.summary import accounts_table, time_line
 
 
 @dataclass(frozen=True)
@@ -73,19 +68,3 @@ def make_engine(
         num_workers=num_workers,
         on_images=on_images,
     )
-
-
-def report(input_file: Path, record: Path, account: Account, lengths: Lengths, max_seq_len: int) -> str:
-    """The run in words and numbers, for the terminal."""
-    lines = [
-        accounts_table({input_file.name: account}, "input"),
-        "",
-        f"sequences: {lengths}",
-        f"longer than {max_seq_len:,} (--max_seq_len): {lengths.longer_than(max_seq_len):,}, kept whole",
-        f"images: {account.counts['images']:,}",
-        f"time: {time_line(account, STAGES)}; decode {account.seconds['decode']:.1f} s in the pool",
-        f"record: {record}",
-    ]
-    if account.rejected + account.failed:
-        lines.append(f"not in it: {companions(record)[0]}")
-    return "\n".join(lines)

@@ -33,7 +33,7 @@ def parse_conversation(item: Any) -> Conversation:
     if not isinstance(item, dict):
         raise Failed("not an object", f"expected a JSON object, found {type(item).__name__}")
     images = _images(item.get("image"))
-    values = _values(item.get("conversations"))
+    values = turn_values(item.get("conversations"))
     learned = tuple(turn % 2 == 1 for turn in range(len(values)))
     if not any(learned):
         raise Failed("nothing to predict", "no gpt turn in the conversation")
@@ -55,7 +55,8 @@ def _images(value: Any) -> tuple[str, ...]:
     return tuple(images)
 
 
-def _values(turns: Any) -> list[str]:
+def turn_values(turns: Any) -> list[str]:
+    """The texts of `conversations`, its speakers checked: turns alternate, human first."""
     if not isinstance(turns, list) or not turns:
         raise Failed("no conversation", f"expected a list of turns in `conversations`, found {_short(turns)}")
     values = []

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -48,15 +48,13 @@ class ChameleonSequences:
 
     def drafts(self, items: Sequence[Item]) -> Iterator[Draft | ItemError]:
         """Each item with its text tokenised, all texts in one batch, or why it cannot be done."""
-        parsed = [self._parsed(item) for item in items]
-        ids = iter(self._text.encode_batch([found.text for found in parsed if isinstance(found, Conversation)]))
-        for item, found in zip(items, parsed, strict=True):
-            marked = next(ids) if isinstance(found, Conversation) else found
-            if isinstance(marked, ItemError):
-                yield marked
+        for item, found in zip(items, tokenize_items(items, self._parse, self._text), strict=True):
+            if isinstance(found, ItemError):
+                yield found
                 continue
-            paths = tuple(self._image_dir / image for image in found.images)
-            yield Draft(item.index, marked, found.learned, found.images, paths)
+            conversation, marked = found
+            paths = tuple(self._image_dir / image for image in conversation.images)
+            yield Draft(item.index, marked, conversation.learned, conversation.images, paths)
 
     def sample(self, draft: Draft, images: Mapping[Path, Encoded | ItemError]) -> TokenSample:
         """The finished sequence. Raises the error of the first image that has one."""
@@ -71,45 +69,85 @@ class ChameleonSequences:
         )
         return TokenSample(draft.item, tokens, loss_mask, draft.images)
 
-    def _parsed(self, item: Item) -> Conversation | ItemError:
-        if item.error is not None:
-            return Failed("not JSON", item.error)
-        if not isinstance(item.value, dict):
-            return Failed("not an object", f"expected a JSON object, found {type(item.value).__name__}")
-        try:
-            return parse_conversation(self._process_item(item.value))
-        except ItemError as error:
-            return error
-        except _MALFORMED as error:
-            return Failed("process_item", f"{type(error).__name__}: {error}")
+    def _parse(self, value: dict[str, Any]) -> Conversation:
+        return parse_conversation(self._process_item(value))
+
+
+class Parsed(Protocol):
+    """A checked item; `text` has a mark after each turn and one in the place of each block of other ids."""
+
+    @property
+    def text(self) -> str: ...
+
+
+AnyParsed = TypeVar("AnyParsed", bound=Parsed)
+
+
+def tokenize_items(
+    items: Sequence[Item], parse: Callable[[dict[str, Any]], AnyParsed], text: TextTokenizer
+) -> Iterator[tuple[AnyParsed, np.ndarray] | ItemError]:
+    """Each item as parsed, with the ids of its text, all texts in one batch; or why it cannot be done."""
+    parsed = [_parsed(item, parse) for item in items]
+    ids = iter(text.encode_batch([found.text for found in parsed if not isinstance(found, ItemError)]))
+    for found in parsed:
+        marked = found if isinstance(found, ItemError) else next(ids)
+        yield marked if isinstance(marked, ItemError) else (found, marked)
+
+
+def _parsed(item: Item, parse: Callable[[dict[str, Any]], AnyParsed]) -> AnyParsed | ItemError:
+    if item.error is not None:
+        return Failed("not JSON", item.error)
+    if not isinstance(item.value, dict):
+        return Failed("not an object", f"expected a JSON object, found {type(item.value).__name__}")
+    try:
+        return parse(item.value)
+    except ItemError as error:
+        return error
+    except _MALFORMED as error:
+        return Failed("process_item", f"{type(error).__name__}: {error}")
 
 
 def assemble(
     marked: np.ndarray, learned: Sequence[bool], blocks: Sequence[np.ndarray], begin: int, end_of_turn: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """`join` for a vocabulary with one id that opens a sequence and one that closes a turn."""
+    return join(marked, learned, blocks, [begin], [[end_of_turn]] * len(learned))
+
+
+def join(
+    marked: np.ndarray,
+    learned: Sequence[bool],
+    blocks: Sequence[np.ndarray],
+    begin: Sequence[int],
+    ends: Sequence[Sequence[int]],
+) -> tuple[np.ndarray, np.ndarray]:
     """Join a conversation's parts -> ids (L,) int32 and loss mask (L,) bool.
 
     Args:
-        marked: (N,) ids of the whole text, END after each turn and IMAGE in the place of each image.
-        learned: per turn, whether its ids, its end and its image blocks are learned.
-        blocks: ids of each image, in order.
-        begin, end_of_turn: the ids that open the sequence and close a turn.
+        marked: (N,) ids of the whole text, END after each turn and IMAGE in the place of each block.
+        learned: per turn, whether its ids and blocks are learned, and the id that ends it.
+        blocks: ids of each image (or of other words that no text may spell), in order.
+        begin: the ids that open the sequence; not learned.
+        ends: per turn, the id that ends it, followed by those that lead to the next; these are not learned.
 
     Raises `Failed` where the tokenizer did not keep the turns or the images apart.
     """
-    ends = np.flatnonzero(marked == END)
+    stops = np.flatnonzero(marked == END)
     places = np.flatnonzero(marked == IMAGE)
-    if len(ends) != len(learned) or len(places) != len(blocks) or ends[-1] != len(marked) - 1:
-        detail = f"{len(ends)} turns and {len(places)} images in the ids, {len(learned)} and {len(blocks)} in the item"
+    if len(stops) != len(learned) or len(places) != len(blocks) or stops[-1] != len(marked) - 1:
+        detail = f"{len(stops)} turns and {len(places)} images in the ids, {len(learned)} and {len(blocks)} in the item"
         raise Failed("turns not found again", detail)
-    turns = np.searchsorted(ends, np.arange(len(marked)))  # turn of each id
+    turns = np.searchsorted(stops, np.arange(len(marked)))  # turn of each id
     lengths = np.ones(len(marked), np.int64)
     lengths[places] = [len(block) for block in blocks]
-    starts = np.cumsum(lengths) - lengths + 1  # after `begin`
-    tokens = np.empty(int(lengths.sum()) + 1, np.int32)
-    tokens[0] = begin
-    tokens[starts] = np.where(marked == END, end_of_turn, marked)
-    for place, block in zip(places, blocks, strict=True):
+    lengths[stops] = [len(end) for end in ends]
+    starts = np.cumsum(lengths) - lengths + len(begin)
+    tokens = np.empty(int(lengths.sum()) + len(begin), np.int32)
+    tokens[: len(begin)] = begin
+    tokens[starts] = marked
+    for place, block in zip((*places, *stops), (*blocks, *ends), strict=True):
         tokens[starts[place] : starts[place] + len(block)] = block
-    loss_mask = np.concatenate([[False], np.repeat(np.asarray(learned)[turns], lengths)])
+    loss_mask = np.concatenate([np.zeros(len(begin), bool), np.repeat(np.asarray(learned)[turns], lengths)])
+    for stop, end in zip(stops, ends, strict=True):
+        loss_mask[starts[stop] + 1 : starts[stop] + len(end)] = False
     return tokens, loss_mask

@@ -16,6 +16,12 @@ the call.
 The input is a `.json` list, or a `.jsonl`, of objects `{"conversations": [{"from": "human", "value": "<|image|> What is
 this?"}, {"from": "gpt", "value": "A cat."}], "image": ["cat.png"]}`. Data in a format of your own: see `ItemProcessor`.
 Special tokens that somebody wrote in a text are tokenised as the words they are.
+
+With `--image_tokenizer dualvitok` the input is what codebook inference wrote (`jsonl_after_tokenizer/.../0000.jsonl`,
+not its `.rejected.jsonl`), and the output is for a language model whose tokenizer extend_tokenizer.py has extended:
+    python -u pre_tokenize/pre_tokenize.py --image_tokenizer dualvitok --tokenizer_dir ckpts/Qwen2.5-dualvitok \\
+        --in_filename 0000.jsonl --out_dir tokens
+No device is needed then. Images become their codes, those of human turns, too: this model has no vision tower.
 """
 
 import sys
@@ -29,11 +35,16 @@ import hashlib
 import importlib.util
 import inspect
 import os
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vision_tokenizer.cli import run_command
 from vision_tokenizer.errors import UserError
+
+if TYPE_CHECKING:
+    from pre_tokenize.job import Sequences
+    from vision_tokenizer.jobs.chunks import ChunkTable
 
 
 class ItemProcessor:
@@ -96,9 +107,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--items_per_file", type=int, default=512, help="items of one Arrow file, done at a time")
     data.add_argument("--max_seq_len", type=int, default=4096, help="only counts longer sequences; nothing is cut")
     model = parser.add_argument_group("tokenizers")
+    model.add_argument("--image_tokenizer", choices=("chameleon", "dualvitok"), default="chameleon")
     model.add_argument(
-        "--tokenizer_dir", default="ckpts/chameleon/tokenizer", help="text_tokenizer.json, vqgan.yaml, vqgan.ckpt"
+        "--tokenizer_dir",
+        help="text_tokenizer.json, vqgan.yaml and vqgan.ckpt (default: ckpts/chameleon/tokenizer); for dualvitok an "
+        "extended tokenizer.json",
     )
+    model = parser.add_argument_group("Chameleon")
     model.add_argument("--text_tokenizer", help="another folder, file or hub id for the text (default: as above)")
     model.add_argument("--target_size", type=int, default=512, help="crops have the area of this square, in pixels")
     model.add_argument("--crop", choices=("square", "variable"), default="square", help="variable: keep the shape")
@@ -113,6 +128,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     job.add_argument("--overwrite", action="store_true", help="delete what is in --out_dir and begin anew")
     args = parser.parse_args(argv)
     _check(args, parser)
+    args.tokenizer_dir = args.tokenizer_dir or "ckpts/chameleon/tokenizer"
+    args.image_dir = args.image_dir.absolute() if args.image_dir else Path()
     return args
 
 
@@ -128,20 +145,29 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--splits is for shell loops; under torchrun the processes share the work by themselves")
     if args.target_size < 32 or args.target_size % 32 or args.target_size > 1024:
         parser.error(f"--target_size must be a multiple of 32 from 32 to 1024, not {args.target_size}")
+    if args.image_tokenizer == "dualvitok":
+        _check_dualvitok(args, parser)
     if not 0 <= args.max_failed <= 1:
         parser.error(f"--max_failed is a share from 0 to 1, not {args.max_failed}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    processor, processor_hash = load_item_processor(args.item_processor)
+def _check_dualvitok(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.tokenizer_dir is None:
+        parser.error("--image_tokenizer dualvitok needs --tokenizer_dir, the folder that extend_tokenizer.py wrote")
+    if args.text_tokenizer is not None:
+        parser.error("--text_tokenizer is Chameleon's; for dualvitok, --tokenizer_dir names the text tokenizer")
+    if args.in_filename.name.endswith(".rejected.jsonl"):
+        parser.error(f"{args.in_filename} lists items without codes; name the .jsonl beside it")
 
-    from pre_tokenize.chameleon import Settings, load_tokenizers, make_engine, make_manifest, report
+
+Describe = Callable[["ChunkTable"], dict[str, Any]]  # the input's chunks -> the manifest
+
+
+def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[Sequences, Callable, Describe]":
+    """How items become sequences, what encodes their images, and what the manifest says, for Chameleon."""
+    from pre_tokenize.chameleon import Settings, load_tokenizers, make_engine, make_manifest
     from pre_tokenize.item_processor import ChameleonSequences
-    from pre_tokenize.job import run_job
-    from pre_tokenize.output import Output, open_source
     from vision_tokenizer.device import default_workers, local_device
-    from vision_tokenizer.jobs.claims import Split, crew
 
     num_workers = args.num_workers or default_workers()
     os.environ.setdefault("RAYON_NUM_THREADS", str(num_workers))  # of the text tokenizer
@@ -153,17 +179,46 @@ def main(argv: list[str] | None = None) -> int:
         batch_size=args.batch_size or (32 if device.type == "cuda" else 4),
         items_per_file=args.items_per_file,
     )
-    image_dir = args.image_dir.absolute() if args.image_dir else Path()
     text, vqgan = load_tokenizers(args.text_tokenizer, args.tokenizer_dir, device, settings)
-    sequences = ChameleonSequences(text, processor.process_item, image_dir)
-    source = open_source(args.in_filename, args.out_dir, settings.items_per_file)
-    manifest = make_manifest(settings, source.table, text, vqgan)
-    manifest |= {"token_files": args.format, "image_dir": str(image_dir), "item_processor": processor_hash}
+    sequences = ChameleonSequences(text, process_item, args.image_dir)
+    make_encoder = partial(make_engine, vqgan, settings, num_workers)
+    return sequences, make_encoder, lambda table: make_manifest(settings, table, text, vqgan)
+
+
+def dualvitok_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[Sequences, Callable, Describe]":
+    """The same for codes that codebook inference has written: there is nothing left to encode."""
+    from pre_tokenize.dualvitok import DualViTokSequences, NoImages, make_manifest
+    from pre_tokenize.text import TextTokenizer
+    from vision_tokenizer.device import default_workers
+
+    os.environ.setdefault("RAYON_NUM_THREADS", str(args.num_workers or default_workers()))
+    text = TextTokenizer(args.tokenizer_dir)
+    sequences = DualViTokSequences(text, process_item)
+    return (
+        sequences,
+        lambda on_images: NoImages(),
+        lambda table: make_manifest(table, args.items_per_file, sequences, text),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    processor, processor_hash = load_item_processor(args.item_processor)
+
+    from pre_tokenize.job import report, run_job
+    from pre_tokenize.output import Output, open_source
+    from vision_tokenizer.jobs.claims import Split, crew
+
+    parts = dualvitok_parts if args.image_tokenizer == "dualvitok" else chameleon_parts
+    sequences, make_encoder, describe = parts(args, processor.process_item)
+    source = open_source(args.in_filename, args.out_dir, args.items_per_file)
+    manifest = describe(source.table)
+    manifest |= {"token_files": args.format, "image_dir": str(args.image_dir), "item_processor": processor_hash}
     finished = run_job(
         source,
         Output(args.out_dir, manifest),
         sequences,
-        partial(make_engine, vqgan, settings, num_workers),
+        make_encoder,
         Split(args.rank, args.splits) if args.splits > 1 else crew(),
         overwrite=args.overwrite,
     )

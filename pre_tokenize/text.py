@@ -33,10 +33,10 @@ class TextTokenizer:
     """
 
     def __init__(self, source: str | Path):
-        self.path = _find(str(source))
+        self.path = find_tokenizer(str(source))
         content = self.path.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self._tokenizer = _parse(content, self.path)
+        self._tokenizer = parse_tokenizer(content, self.path)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -73,14 +73,16 @@ class TextTokenizer:
         return self._final[ids]
 
 
-def _parse(content: bytes, path: Path) -> Tokenizer:
+def parse_tokenizer(content: bytes, path: Path) -> Tokenizer:
+    """A tokenizer file's content; `path` is blamed in the `UserError` for what is none."""
     try:
         return Tokenizer.from_buffer(content)
     except ValueError as error:
         raise UserError(f"{path}: not a Hugging Face tokenizers file ({error})") from error
 
 
-def _find(source: str) -> Path:
+def find_tokenizer(source: str) -> Path:
+    """The tokenizer file that a file name, a folder or a hub id means. Raises `UserError`."""
     path = Path(source)
     if path.is_file():
         return path

@@ -115,11 +115,12 @@ def _stored_image(where: str, name: str, values: Sequence[Any], output: Output, 
     if not isinstance(grids, list) or len(grids) != len(expected):
         raise Failed("wrong shape", f"{where}: expected {len(expected)} grids of codes")
     branches = zip(output.manifest["tokenizer"]["branches"], grids, expected, output.codebook_sizes, strict=True)
-    arrays = tuple(_grid(f"{where}, {branch}", grid, shape, limit) for branch, grid, shape, limit in branches)
+    arrays = tuple(read_grid(f"{where}, {branch}", grid, shape, limit) for branch, grid, shape, limit in branches)
     return StoredImage(name, tuple(size), tuple(anchor), arrays)
 
 
-def _grid(where: str, grid: Any, shape: tuple[int, int], limit: int) -> np.ndarray:
+def read_grid(where: str, grid: Any, shape: tuple[int, int], limit: int) -> np.ndarray:
+    """Rows of codes as an (h, w) array. Raises `Failed` where they are not of that shape, or not below `limit`."""
     try:
         array = np.array(grid)
     except ValueError:
