@@ -1,0 +1,201 @@
+"""Are token files whole and right? The record against its files and its input, every sequence against the rules of its
+vocabulary, and a sample against the same items tokenised again.
+"""
+
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+
+from pre_tokenize.job import Sequences
+from pre_tokenize.record import Record, companions
+from pre_tokenize.sequence_reader import SequenceReader
+from pre_tokenize.token_file import TokenFiles, TokenSample
+from vision_tokenizer.engine import Encoded
+from vision_tokenizer.errors import ItemError, UserError
+from vision_tokenizer.findings import Findings
+from vision_tokenizer.jobs.chunks import ChunkTable, Item, chunk_table
+from vision_tokenizer.reencode import MAX_GAP, Agreement, differences
+
+_CHUNK_ITEMS = 512
+
+
+def check_record(record: Record, manifest: dict[str, Any] | None, findings: Findings) -> None:
+    """Items in order, each once, and all of the input's accounted for."""
+    steps = np.diff(record.ids)
+    for index in np.flatnonzero(steps <= 0).tolist():
+        kind = "item twice" if steps[index] == 0 else "items out of order"
+        findings.add(kind, f"{record.path}: item {record.ids[index + 1]} after item {record.ids[index]}")
+    rejected = _rejected(companions(record.path)[0], findings)
+    ids = np.unique(record.ids)
+    for item in np.intersect1d(ids, rejected).tolist():
+        findings.add("item twice", f"{record.path}: item {item} is in the record and among the rejected")
+    if manifest and "input" in manifest:
+        missing = np.setdiff1d(np.arange(manifest["input"]["items"]), np.concatenate([ids, rejected]))
+        for item in missing.tolist():
+            findings.add("item lost", f"{record.path}: item {item} of {manifest['input']['name']}")
+
+
+def _rejected(path: Path, findings: Findings) -> np.ndarray:
+    items = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
+        try:
+            items.append(int(orjson.loads(line)["item"]))
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            findings.add("broken entry", f"{path}, line {number}: {error}")
+    return np.array(items, np.int64)
+
+
+def check_sequences(
+    files: TokenFiles, reader: SequenceReader, findings: Findings, on_item: Callable[[], None]
+) -> dict[str, int]:
+    """Every sequence by the rules of its vocabulary; returns how many tokens, learned ones and images there are."""
+    found = {"tokens": 0, "learned": 0, "images": 0}
+    for index in range(len(files)):
+        on_item()
+        entry = files.record[index]
+        try:
+            sample = files[index]
+        except UserError as error:
+            findings.add("token file", str(error))
+            continue
+        found["tokens"] += len(sample.tokens)
+        found["learned"] += int(sample.loss_mask.sum())
+        found["images"] += len(sample.images)
+        for kind, detail in sequence_errors(sample, reader):
+            findings.add(kind, f"{entry.file}, row {entry.row}, item {entry.id}: {detail}")
+    return found
+
+
+def sequence_errors(sample: TokenSample, reader: SequenceReader) -> Iterator[tuple[str, str]]:
+    """(kind, detail) of what is wrong with a sequence."""
+    tokens = sample.tokens
+    if not len(tokens) or tokens.min() < 0 or tokens.max() >= reader.vocab_size:
+        yield "token out of range", f"ids lie in [0, {reader.vocab_size}), and there is at least one"
+        return
+    try:
+        learned = reader.learned(tokens)
+        if (learned != sample.loss_mask).any():
+            first = int(np.flatnonzero(learned != sample.loss_mask)[0])
+            yield "loss mask", f"from token {first} on it is not what the turns say"
+        if not sample.loss_mask.any():
+            yield "loss mask", "nothing is learned"
+    except ValueError as error:
+        yield "turns", str(error)
+    try:
+        blocks = reader.blocks(tokens)
+        if len(blocks) != len(sample.images):
+            yield "image count", f"{len(blocks)} image blocks, {len(sample.images)} image names"
+    except ValueError as error:
+        yield "image block", str(error)
+
+
+@dataclass
+class Retokenizer:
+    """Tokenises items again and compares. Without `vqgan` the items bring their codes, and all ids must be equal."""
+
+    sequences: Sequences
+    reader: SequenceReader
+    findings: Findings
+    prepare: Callable[[Path], tuple[torch.Tensor, Any]] | None = None
+    vqgan: Any = None
+    max_gap: float = MAX_GAP["fp32"]
+    agreement: Agreement = field(default_factory=Agreement)
+
+    def compare(self, item: Item, stored: TokenSample, where: str) -> None:
+        """Findings of whatever differs, except codes that were as good as tied."""
+        draft = next(iter(self.sequences.drafts([item])))
+        if isinstance(draft, ItemError):
+            self.findings.add("item fails now", f"{where}: {draft}")
+            return
+        features: dict[Path, torch.Tensor] = {}
+        try:
+            fresh = self.sequences.sample(draft, {path: self._encode(path, features) for path in draft.paths})
+        except ItemError as error:
+            self.findings.add("item fails now", f"{where}: {error}")
+            return
+        if len(fresh.tokens) != len(stored.tokens) or (fresh.loss_mask != stored.loss_mask).any():
+            self.findings.add("another sequence", f"{where}: {len(stored.tokens)} tokens, now {len(fresh.tokens)}")
+            return
+        differs = fresh.tokens != stored.tokens
+        for number, block in enumerate(self.reader.blocks(fresh.tokens)):
+            if self.vqgan is not None:
+                there = slice(block.start, block.end)
+                self._compare_image(
+                    f"{where}, image {number}", stored.tokens[there], block, features[draft.paths[number]]
+                )
+                differs[there] = False
+        if differs.any():
+            at = int(np.flatnonzero(differs)[0])
+            self.findings.add("another text", f"{where}: token {at} is {stored.tokens[at]}, now {fresh.tokens[at]}")
+
+    def _encode(self, path: Path, features: dict[Path, torch.Tensor]) -> Encoded | ItemError:
+        from vision_tokenizer.image import normalize
+
+        try:
+            pixels, info = self.prepare(path)
+        except ItemError as error:
+            return error
+        with torch.no_grad():
+            features[path] = self.vqgan.features(normalize(pixels[None].to(self.vqgan.device)))[0]
+            codes = self.vqgan.quantize.encode(features[path])
+        return Encoded((codes.cpu().numpy(),), info)
+
+    def _compare_image(self, where: str, stored: np.ndarray, block: Any, features: torch.Tensor) -> None:
+        try:
+            (codes,) = self.reader.blocks(stored)[0].grids
+        except (ValueError, IndexError) as error:
+            self.findings.add("image block", f"{where}: {error}")
+            return
+        self.agreement.codes += codes.size
+        fresh, codebook = torch.from_numpy(block.grids[0]), self.vqgan.quantize.embedding.weight
+        for (row, column), gap in differences(features, codes, fresh, codebook).items():
+            self.agreement.gaps.append(gap)
+            if gap > self.max_gap:
+                detail = f"{where}, row {row} column {column}: {codes[row, column]}, gap {gap:.2g}"
+                self.findings.add("code is not the nearest", detail)
+
+
+def retokenize(files: TokenFiles, source: Path, again: Retokenizer, count: int, seed: int) -> int:
+    """Compare `count` items, drawn evenly, with the input `source`; returns how many there were."""
+    drawn = sorted(random.Random(seed).sample(range(len(files)), min(count, len(files))))
+    with tempfile.TemporaryDirectory() as cache:
+        table = chunk_table(source, _CHUNK_ITEMS, Path(cache) / "chunks.json")
+        for index in drawn:
+            entry = files.record[index]
+            where = f"{entry.file}, row {entry.row}, item {entry.id}"
+            try:
+                again.compare(_item(table, entry.id), files[index], where)
+            except UserError as error:
+                again.findings.add("token file", str(error))
+    return len(drawn)
+
+
+def _item(table: ChunkTable, number: int) -> Item:
+    if number >= table.items:
+        raise UserError(f"{table.path}: has {table.items} items, so there is no item {number}. Is it another input?")
+    chunk = table[number // _CHUNK_ITEMS]
+    return next(item for item in table.read(chunk) if item.index == number)
+
+
+def check_input(manifest: dict[str, Any], source: Path, findings: Findings) -> None:
+    """Whether `source` is the file that the tokens were made from."""
+    with tempfile.TemporaryDirectory() as cache:
+        found = chunk_table(source, _CHUNK_ITEMS, Path(cache) / "chunks.json").sha256
+    if found != manifest["input"]["sha256"]:
+        findings.add("input changed", f"{source}: not the file that the tokens were made from")
+
+
+def check_tokenizer(manifest: dict[str, Any], text_sha256: str, fingerprint: str | None, findings: Findings) -> None:
+    """Whether the tokenizers given are those of the manifest."""
+    if manifest["text_tokenizer"] != text_sha256:
+        findings.add("another text tokenizer", f"made with {manifest['text_tokenizer'][:16]}, given {text_sha256[:16]}")
+    made_with = manifest["image_tokenizer"]["fingerprint"]
+    if fingerprint is not None and made_with != fingerprint:
+        findings.add("another image tokenizer", f"made with {made_with}, given {fingerprint}")

@@ -1,0 +1,107 @@
+"""After pre_tokenize.py and concat_record.py: is every item there, and are the tokens right?
+
+    python -u pre_tokenize/verify_tokens.py --record tokens/record.json --tokenizer_dir ckpts/chameleon/tokenizer \\
+        --in_filename data.json --sample 100
+
+Checks that the record has every item of the input once or says why not; that every token file holds what the record
+says; and of every sequence that its ids exist, its turns and image blocks are well formed, and its loss mask is what
+the turns say. With `--in_filename`, `--sample` items are tokenised again, their images one at a time in fp32: text must
+be the same, and where a code differs it is told how near the tie was.
+
+The exit code is 0 if nothing is wrong, 1 if something is, 2 for a mistake in the call. Reads only, in one process, on a
+GPU if there is one (`--device cpu` if not). Published token files (pickles) are read, too; they have no manifest, so
+nothing is tokenised again.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: its folder comes first, and hides the package of the same name
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+import argparse
+from functools import partial
+from typing import Any
+
+from vision_tokenizer.cli import run_command
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--record", type=Path, required=True, help="what concat_record.py wrote")
+    add("--tokenizer_dir", default="ckpts/chameleon/tokenizer", help="as pre_tokenize.py had it")
+    add("--text_tokenizer", help="another folder, file or hub id for the text (default: as above)")
+    add("--in_filename", type=Path, help="the conversations that the tokens were made from")
+    add("--item_processor", metavar="FILE.py:Class", help="as pre_tokenize.py had it")
+    add("--sample", type=int, default=100, help="items to tokenise again (default: %(default)s)")
+    add("--seed", type=int, default=0, help="another one draws other items")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args(argv)
+    if args.sample < 0:
+        parser.error(f"--sample must not be negative, is {args.sample}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+
+    from tqdm import tqdm
+
+    from pre_tokenize.sequence_reader import load_reader
+    from pre_tokenize.text import TextTokenizer
+    from pre_tokenize.token_checks import check_input, check_record, check_sequences
+    from pre_tokenize.token_file import TokenFiles
+    from vision_tokenizer.errors import UserError
+    from vision_tokenizer.findings import Findings
+
+    files, findings = TokenFiles(args.record), Findings()
+    if not len(files):
+        raise UserError(f"{args.record}: no items in it")
+    text, manifest = TextTokenizer(args.text_tokenizer or args.tokenizer_dir), files.manifest()
+    reader = load_reader(manifest, text)
+    check_record(files.record, manifest, findings)
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    with tqdm(total=len(files), desc="reading", unit="item", mininterval=interval) as bar:
+        found = check_sequences(files, reader, findings, bar.update)
+    print(
+        f"{len(files):,} sequences of {found['tokens']:,} tokens, {found['learned'] / max(found['tokens'], 1):.1%} of "
+        f"them learned; {found['images']:,} images"
+    )
+    if manifest and args.in_filename:
+        check_input(manifest, args.in_filename, findings)
+        tokenize_again(args, files, manifest, text, reader, findings)
+    else:
+        print(f"no item was tokenised again: {'that needs --in_filename' if manifest else 'there is no manifest'}")
+    print(f"\n{findings}\n\nNOT as it should be" if findings.counts else "\nall as it should be")
+    return 1 if findings.counts else 0
+
+
+def tokenize_again(args: argparse.Namespace, files, manifest: dict[str, Any], text, reader, findings) -> None:
+    from pre_tokenize.pre_tokenize import load_item_processor
+    from pre_tokenize.token_checks import Retokenizer, check_tokenizer, retokenize
+
+    processor, _ = load_item_processor(args.item_processor)
+    if manifest["image_tokenizer"]["name"] == "chameleon":
+        from pre_tokenize.item_processor import ChameleonSequences
+        from vision_tokenizer.chameleon.image import crop_sizes, prepare
+        from vision_tokenizer.chameleon.vqgan import load_chameleon
+        from vision_tokenizer.reencode import MAX_GAP
+
+        settings, vqgan = manifest["settings"], load_chameleon(args.tokenizer_dir, device=args.device)
+        sequences = ChameleonSequences(text, processor.process_item, Path(manifest["image_dir"]))
+        crops = partial(prepare, sizes=crop_sizes(settings["target_size"], settings["crop"]))
+        again = Retokenizer(sequences, reader, findings, crops, vqgan, MAX_GAP[settings["torch_dtype"]])
+        check_tokenizer(manifest, text.sha256, vqgan.fingerprint, findings)
+    else:
+        from pre_tokenize.dualvitok import DualViTokSequences
+
+        again = Retokenizer(DualViTokSequences(text, processor.process_item), reader, findings)
+        check_tokenizer(manifest, text.sha256, None, findings)
+    count = retokenize(files, args.in_filename, again, args.sample, args.seed)
+    codes = f"; {again.agreement}" if again.agreement.codes else ""
+    print(f"{count:,} items tokenised again{codes}")
+
+
+if __name__ == "__main__":
+    run_command(main)
