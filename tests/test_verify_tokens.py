@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lm_small import extended_tokenizer, golden_lines, write_lines
 
 from pre_tokenize import concat_record, pre_tokenize
 from pre_tokenize.token_file import TokenFiles, pickle_bytes, read_shard, shard_bytes, shard_manifest
@@ -155,6 +156,50 @@ def test_a_missing_file_and_another_input_are_told(tokens, chameleon_folder, cap
     assert verify(tokens, chameleon_folder, "--in_filename", tokens / "data.json") == 1
     said = capsys.readouterr().out
     assert "input changed: 1" in said and "does not exist" in said
+
+
+@pytest.fixture(scope="module")
+def dualvitok_tokens(tmp_path_factory) -> tuple[Path, Path]:
+    """(folder, tokenizer) of sequences of DualViTok codes."""
+    base = tmp_path_factory.mktemp("dualvitok_tokens")
+    tokenizer = extended_tokenizer(base)
+    lines = golden_lines("editing/fixed_256/0000", "generation/fixed_anchors/0000")
+    source = write_lines(base / "data.jsonl", lines)
+    command = ["--image_tokenizer", "dualvitok", "--in_filename", source, "--out_dir", base / "out"]
+    assert pre_tokenize.main([str(part) for part in (*command, "--tokenizer_dir", tokenizer)]) == 0
+    concat_record.main(["--sub_record_dir", str(base / "out"), "--save_path", str(base / "out" / "record.json")])
+    return base, tokenizer
+
+
+def test_sequences_of_dualvitok_codes_pass(dualvitok_tokens, capsys):
+    folder, tokenizer = dualvitok_tokens
+    assert verify(folder, tokenizer, "--in_filename", folder / "data.jsonl") == 0
+    said = capsys.readouterr().out
+    assert "items tokenised again\n" in said and "all as it should be" in said
+
+
+def add_one(place):
+    def edit(sample):
+        sample.tokens[place(sample.tokens)] += 1
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (add_one(lambda tokens: len(tokens) // 2), "another text: 1"),  # a code: in range, but not the line's
+        (add_one(lambda tokens: 0), "turns: 1"),
+        (foreign_id, "token out of range: 1"),
+        (learn_everything, "loss mask: 1"),
+        (lose_image, "image count: 1"),
+    ],
+)
+def test_tampered_sequences_of_dualvitok_codes_are_told(dualvitok_tokens, tmp_path, capsys, edit, said):
+    folder, tokenizer = Path(shutil.copytree(dualvitok_tokens[0], tmp_path / "copy")), dualvitok_tokens[1]
+    change(folder, 1, edit)
+    assert verify(folder, tokenizer, "--in_filename", folder / "data.jsonl") == 1
+    assert said in capsys.readouterr().out
 
 
 def test_published_pickles_are_read(tokenized, tmp_path, chameleon_folder, capsys):
