@@ -197,12 +197,11 @@ def test_sharded_and_bin_folders_and_what_releases_carry_along(tmp_path, model, 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 def test_other_precisions_learn(tmp_path, model, text, precision):
     found = train(model, text, tmp_path, **TEXT, precision=precision, data_parallel="sdp")
-    exact = 9.7
-    assert found[0]["c_loss"] == pytest.approx(exact, rel=0.05)
+    assert found[0]["c_loss"] == pytest.approx(9.7, rel=0.05)  # what fp32 gives
     assert found[-1]["c_loss"] < found[0]["c_loss"]
 
 
-def test_a_number_that_is_none_stops_the_run_and_names_the_samples(tmp_path, model, text, monkeypatch):
+def test_a_number_that_is_none_stops_the_run_and_names_the_samples(tmp_path, model, text):
     state = synthetic_state()
     state["lm_head.weight"][9000] = float("nan")
     broken = tmp_path / "broken"

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pre_tokenize.text import TextTokenizer
+from pre_tokenize.text import TOKENIZER_FILES, TextTokenizer
 from training.config import TrainConfig
 from training.folder import ModelFolder, language_sizes, read_config
 from training.loss import linear_loss
 from training.sequence import Batch
+from vision_tokenizer.cli import note
 from vision_tokenizer.errors import UserError
 
-RESHAPED_LOGITS = ("final_logit_softcapping", "logit_scale")  # what the loss does not know of
+RESHAPED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what the loss does not know of
 
 
 class CausalLM(nn.Module):
@@ -51,8 +52,9 @@ class CausalLM(nn.Module):
 
 
 def open_causal_lm(settings: TrainConfig) -> tuple[CausalLM, ModelFolder]:
-    """The model, loaded on the CPU, with room for the words of `tokenizer_from`. Raises `UserError` for a folder that
-    is no model or lacks weights.
+    """The model, loaded on the CPU, with room for all words of its tokenizer or of `tokenizer_from`.
+
+    Raises `UserError` for a folder that is no model or lacks weights.
     """
     try:
         import transformers
@@ -70,9 +72,8 @@ def open_causal_lm(settings: TrainConfig) -> tuple[CausalLM, ModelFolder]:
             raise UserError(f"{path}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:4]))}")
     if lm.get_output_embeddings().bias is not None or any(config.get(name) for name in RESHAPED_LOGITS):
         raise UserError(f"{path}: logits with a bias, a cap or a scale are not supported")
-    tokenizer = path
-    if settings.tokenizer_from:
-        tokenizer = Path(settings.tokenizer_from)
+    tokenizer = Path(settings.tokenizer_from or path)
+    if settings.tokenizer_from or any((path / name).is_file() for name in TOKENIZER_FILES):
         grow(lm, TextTokenizer(tokenizer).size, settings.seed)
         config["vocab_size"] = lm.config.vocab_size
     origins = dict.fromkeys((name.split(".")[0] for name, _ in lm.named_parameters()), str(path))
@@ -82,7 +83,9 @@ def open_causal_lm(settings: TrainConfig) -> tuple[CausalLM, ModelFolder]:
 
 def grow(lm: nn.Module, vocab_size: int, seed: int) -> None:
     """Add embeddings for new words, drawn around the mean of those there are; the same on every process."""
-    if vocab_size > lm.get_input_embeddings().num_embeddings:
+    known = lm.get_input_embeddings().num_embeddings
+    if vocab_size > known:
+        note(f"the tokenizer has {vocab_size:,} words, the model {known:,}: embeddings for the others are made")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             lm.resize_token_embeddings(vocab_size)

@@ -35,7 +35,7 @@ class TrainConfig:
         "", "model folder to start from: config.json, weights, tokenizer; or a finished run's output"
     )
     vit_from: str = option("ckpts/SigLIP", "SigLIP folder, read when init_from holds no vision tower")
-    tokenizer_from: str = option("", "with variant lm: folder of an extended tokenizer, for which embeddings grow")
+    tokenizer_from: str = option("", "with variant lm: folder of an extended tokenizer; embeddings grow to fit it")
     data_config: str = option("", "YAML file with META: a list of path, ratio, type")
     output_dir: str = option("", "checkpoints, logs and the final model; running again with the same one goes on")
     stage: str = option("II", "defaults for trainable_params, lr and vit_lr_scale", choices=("I", "II"))

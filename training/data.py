@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from pre_tokenize.token_file import IGNORE, TokenFiles, TokenSample
 from training.anyres import ImageInput, image_input
 from training.sampler import Key, RankBatches
-from training.sequence import IMAGE_END, IMAGE_TOKENS, Batch, Sample, interleave
+from training.sequence import IMAGE_END, IMAGE_TOKENS, Batch, Sample, discrete, interleave
 from vision_tokenizer.errors import Failed, UserError
 from vision_tokenizer.image_file import read_image
 
@@ -131,13 +131,14 @@ def build_sample(tokens: TokenSample, name: str, rules: SampleRules) -> Sample:
         raise UserError(
             f"{name}: there is an image to be learned, but image tokens are masked. Run with --unmask_image_logits."
         )
-    images = []
-    if rules.continuous is not None:
-        blocks = int((tokens.tokens == IMAGE_END).sum())
-        if blocks != len(tokens.images):
-            raise Failed("images do not match", f"{len(tokens.images)} images for {blocks} blocks of image tokens")
-        images = [rules.continuous(path) for path in tokens.images[: int((ids == IMAGE_END).sum())]]
-    return interleave(name, ids, np.where(mask, ids, IGNORE), images)
+    labels = np.where(mask, ids, IGNORE)
+    if rules.continuous is None:
+        return discrete(name, ids, labels)
+    blocks = int((tokens.tokens == IMAGE_END).sum())
+    if blocks != len(tokens.images):
+        raise Failed("images do not match", f"{len(tokens.images)} images for {blocks} blocks of image tokens")
+    images = [rules.continuous(path) for path in tokens.images[: int((ids == IMAGE_END).sum())]]
+    return interleave(name, ids, labels, images)
 
 
 class Batches(Dataset):

@@ -117,12 +117,12 @@ def _sizes(kind: type[Sizes], config: dict[str, Any], source: Path) -> Sizes:
 
 
 def read_tower(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(vision_config, tensors named `vit.*`) of a SigLIP folder, its text half left out."""
+    """(vision_config, tensors named `vit.*`) of a SigLIP folder: both halves of it, or the tower alone."""
     path, config = read_config(folder)
     prefix = "vision_model."
-    tower = read_state_dict(path, keep=(prefix,))
+    tower = read_state_dict(path, keep=(prefix, "embeddings.", "encoder.", "post_layernorm.", "head."))
     if not tower:
-        raise UserError(f"{path}: no tensors named {prefix}*, so this is no SigLIP folder")
+        raise UserError(f"{path}: no tensors named {prefix}* or encoder.*, so this is no SigLIP folder")
     return config.get("vision_config", config), {f"vit.{name.removeprefix(prefix)}": t for name, t in tower.items()}
 
 

@@ -1,7 +1,7 @@
 """What is printed before the first step, so that a wrong setting is seen before it costs GPU hours."""
 
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,8 +11,10 @@ from torch import nn
 from pre_tokenize.text import TOKENIZER_FILES
 from training.assemble import Data
 from training.config import TrainConfig
+from training.folder import ModelFolder
 from training.llm import LLMConfig
 from training.sequence import IMAGE_END, IMAGE_START, NEWLINE_TOKEN, SEPARATOR, Sample
+from vision_tokenizer.dualvitok import vocabulary
 from vision_tokenizer.errors import Failed, UserError
 
 SHOWN = 60  # tokens of a run of text that are printed
@@ -61,12 +63,14 @@ def data_lines(data: Data) -> str:
     return "\n".join([*lines, f"{len(sampler):,} steps of {sampler.step_size} samples an epoch"])
 
 
-def sample_text(data: Data, model_folder: Path) -> str:
+def sample_text(data: Data, folder: ModelFolder) -> str:
     """The first sample as the model sees it: images as their token counts, what is learned in [[ ]]."""
     sample = _first_usable(data)
-    file = next((model_folder / name for name in TOKENIZER_FILES if (model_folder / name).is_file()), None)
+    file = next((path for name in TOKENIZER_FILES if (path := folder.tokenizer / name).is_file()), None)
     tokenizer = Tokenizer.from_file(str(file)) if file else None
-    return f"{sample.name}, {len(sample)} tokens, learned parts in [[ ]]:\n  " + "".join(_runs(sample, tokenizer))
+    kind = _kinds(sample) if folder.vision else _kinds_of_words(sample, tokenizer)
+    text = "".join(_runs(sample, kind, tokenizer))
+    return f"{sample.name}, {len(sample)} tokens, learned parts in [[ ]]:\n  {text}"
 
 
 def _first_usable(data: Data) -> Sample:
@@ -78,13 +82,31 @@ def _first_usable(data: Data) -> Sample:
     raise UserError(f"no sample of the first step can be used; the last one: {reason}")
 
 
-def _runs(sample: Sample, tokenizer: Tokenizer | None):
-    kind = np.where(sample.features >= 0, 2, 0)  # 0 text, 1 discrete image token, 2 continuous token
-    starts, ends = (np.flatnonzero(sample.tokens == token) for token in (IMAGE_START, IMAGE_END))
-    for start, end in zip(starts, ends, strict=False):
-        kind[start : end + 1] = np.maximum(kind[start : end + 1], 1)
+def _kinds(sample: Sample) -> np.ndarray:
+    """(L,) what each token is: 0 text, 1 discrete image token, 2 continuous token."""
+    kind = np.where(sample.features >= 0, 2, 0)
+    _mark_blocks(sample, kind, IMAGE_START, IMAGE_END)
     kind[np.isin(sample.tokens, (SEPARATOR, IMAGE_END))] = 0
     kind[1:][(sample.tokens[1:] == NEWLINE_TOKEN) & (sample.features[:-1] >= 0)] = 2
+    return kind
+
+
+def _kinds_of_words(sample: Sample, tokenizer: Tokenizer | None) -> np.ndarray:
+    """The same for a language model, whose images are words of its vocabulary, if it has such words."""
+    kind = np.zeros(len(sample), np.int64)
+    frame = [tokenizer and tokenizer.token_to_id(name) for name in (vocabulary.IMAGE_START, vocabulary.IMAGE_END)]
+    if None not in frame:
+        _mark_blocks(sample, kind, *frame)
+    return kind
+
+
+def _mark_blocks(sample: Sample, kind: np.ndarray, first: int, last: int) -> None:
+    starts, ends = (np.flatnonzero(sample.tokens == token) for token in (first, last))
+    for start, end in zip(starts, ends, strict=False):
+        kind[start : end + 1] = np.maximum(kind[start : end + 1], 1)
+
+
+def _runs(sample: Sample, kind: np.ndarray, tokenizer: Tokenizer | None) -> Iterator[str]:
     learned = sample.labels >= 0
     borders = np.flatnonzero((np.diff(kind) != 0) | (np.diff(learned) != 0)) + 1
     for run in np.split(np.arange(len(sample)), borders):

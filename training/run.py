@@ -77,7 +77,7 @@ def begin_output(config: TrainConfig, data: Data, folder: ModelFolder, model: nn
     print(preflight.parts_table(model, folder.origins))
     print(preflight.memory_line(model, config, folder.llm, world))
     print(preflight.data_lines(data))
-    print(preflight.sample_text(data, folder.path), flush=True)
+    print(preflight.sample_text(data, folder), flush=True)
 
 
 def start(

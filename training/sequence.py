@@ -66,6 +66,11 @@ class Batch:
         return replace(self, **{name: getattr(self, name).pin_memory() for name in tensors})
 
 
+def discrete(name: str, tokens: np.ndarray, labels: np.ndarray) -> Sample:
+    """A sample of a model without a vision tower, in whose vocabulary Chameleon's ids mean something else."""
+    return Sample(name, tokens.astype(np.int64), labels.astype(np.int64), np.full(len(tokens), -1), [], 0)
+
+
 def interleave(name: str, tokens: np.ndarray, labels: np.ndarray, images: list[ImageInput]) -> Sample:
     """Put each image's separator and continuous tokens before the end of its block of discrete ones.
 

@@ -1,4 +1,4 @@
-"""Train UniToken on token files: stage I (tower and adapter) and stage II (everything).
+"""Train on token files: UniToken in stage I (tower and adapter) and stage II (everything), or a language model.
 
 One process, on a GPU or without one:
     python training/train.py --stage I --variant anyres --init_from ckpts/Lumina-mGPT-7B-512 --vit_from ckpts/SigLIP \\
@@ -6,6 +6,9 @@ One process, on a GPU or without one:
 All GPUs of a node (several nodes: add --nnodes, --node_rank, --master_addr, --master_port):
     torchrun --nproc_per_node 8 training/train.py ... --batch_size 4 --global_batch_size 128
 On CPU, add --precision fp32.
+A language model alone, of any kind that transformers knows, on text and image codes (exps/ILLUME-lm.sh):
+    torchrun --nproc_per_node 8 training/train.py --variant lm --init_from ckpts/Qwen2.5-7B-Instruct \\
+        --tokenizer_from ckpts/Qwen2.5-dualvitok --data_config configs/data/illume.yaml --output_dir output/ILLUME-lm
 
 Stage II starts from stage I's --output_dir. Running the same command again goes on from the newest checkpoint, with
 any number of processes as long as --global_batch_size stays. The output folder gets config.yaml (the whole
