@@ -38,6 +38,7 @@ class SequenceReader(Protocol):
     codebook_sizes: tuple[int, ...]
     vocab_size: int  # ids lie in [0, vocab_size)
     names: Mapping[int, str]  # of the marks: ids that are neither text nor codes
+    turn_end: int  # the mark that ends a turn
 
     def blocks(self, tokens: np.ndarray) -> list[Block]:
         """The images, in order. Raises `ValueError` for a block that is not well formed, or codes outside of one."""
@@ -63,7 +64,8 @@ class ChameleonReader:
         self.vocab_size = vocabulary.size
         self._is_code = np.zeros(vocabulary.size, bool)
         self._is_code[vocabulary.image_ids] = True
-        self.names = {vocabulary.begin: "start", vocabulary.end_of_turn: "end of turn"}
+        self.turn_end = vocabulary.end_of_turn
+        self.names = {vocabulary.begin: "start", self.turn_end: "end of turn"}
         self.text = plain_decoder(text)
 
     def blocks(self, tokens: np.ndarray) -> list[Block]:
@@ -99,9 +101,9 @@ class DualViTokReader:
         self._image_start, self._image_end = vocabulary.spell([IMAGE_START, IMAGE_END]).tolist()
         self._height, self._width = (int(vocabulary.spell([name])[0]) for name in tag_names(SIDES[0], SIDES[0]))
         self._first_codes = [int(vocabulary.spell([code_name(level, 0)])[0]) for level in range(2)]
-        self._turn_start, self._turn_end = text.ids[TURN_START], text.ids[TURN_END]
+        self._turn_start, self.turn_end = text.ids[TURN_START], text.ids[TURN_END]
         self._answer = text.encode_batch(["assistant\n"])[0]
-        self.names = {self._turn_start: TURN_START, self._turn_end: TURN_END}
+        self.names = {self._turn_start: TURN_START, self.turn_end: TURN_END}
         self.text = plain_decoder(text)
 
     def blocks(self, tokens: np.ndarray) -> list[Block]:
@@ -133,7 +135,7 @@ class DualViTokReader:
         return self._vocabulary.spell(image_names(*size, [grid.tolist() for grid in grids]))
 
     def learned(self, tokens: np.ndarray) -> np.ndarray:
-        turns = _pairs(tokens, self._turn_start, self._turn_end, "turn")
+        turns = _pairs(tokens, self._turn_start, self.turn_end, "turn")
         if not turns or turns[0][0]:
             raise ValueError(f"a sequence begins with {TURN_START}")
         mask = np.zeros(len(tokens), bool)

@@ -10,6 +10,7 @@ import orjson
 
 from vision_tokenizer.annotations import OUTPUT_FIELDS, Dataset
 from vision_tokenizer.codebook_output import Settings
+from vision_tokenizer.dualvitok.model import grid_sizes
 from vision_tokenizer.errors import Failed, UserError
 from vision_tokenizer.jobs.manifest import MANIFEST, read_manifest
 from vision_tokenizer.resolution import anchors, match_anchor, model_size
@@ -81,11 +82,8 @@ def read_lines(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: cannot read ({error.strerror})") from error
 
 
-def parse_line(line: bytes, output: Output, grid_sizes) -> tuple[dict[str, Any], list[StoredImage]]:
-    """An output line -> the item and its images, everything checked that needs no image.
-
-    `grid_sizes(h, w)` gives the branches' grids of an image encoded at h x w. Raises `Failed`.
-    """
+def parse_line(line: bytes, output: Output) -> tuple[dict[str, Any], list[StoredImage]]:
+    """An output line -> the item and its images, everything checked that needs no image. Raises `Failed`."""
     try:
         item = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -98,13 +96,13 @@ def parse_line(line: bytes, output: Output, grid_sizes) -> tuple[dict[str, Any],
         lengths = ", ".join(f"{field}: {len(item[field])}" for field in OUTPUT_FIELDS)
         raise Failed("lengths differ", f"{len(names or [])} images, but {lengths}")
     images = [
-        _stored_image(f"image {number}", name, values, output, grid_sizes)
+        _stored_image(f"image {number}", name, values, output)
         for number, (name, *values) in enumerate(zip(names, *columns, strict=True))
     ]
     return item, images
 
 
-def _stored_image(where: str, name: str, values: Sequence[Any], output: Output, grid_sizes) -> StoredImage:
+def _stored_image(where: str, name: str, values: Sequence[Any], output: Output) -> StoredImage:
     size, grids, anchor = values
     for field, pair in (("image_sizes", size), ("matched_ratios", anchor)):
         if not isinstance(pair, list) or len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):

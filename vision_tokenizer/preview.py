@@ -14,7 +14,6 @@ from vision_tokenizer import report
 from vision_tokenizer.annotations import image_path
 from vision_tokenizer.codebook_read import Output, parse_line, read_lines
 from vision_tokenizer.codes import ImageTokenizer
-from vision_tokenizer.dualvitok.model import grid_sizes
 from vision_tokenizer.errors import Failed, ItemError
 from vision_tokenizer.findings import Sample
 from vision_tokenizer.image import prepare
@@ -61,7 +60,7 @@ def read_contents(output: Output, contents: Contents, sample: Sample[Place], on_
         for number, line in enumerate(read_lines(file), start=1):
             on_item()
             try:
-                _, images = parse_line(line, output, grid_sizes)
+                _, images = parse_line(line, output)
             except Failed:
                 contents.broken += 1
                 continue

@@ -123,15 +123,36 @@ def picture(image: Image.Image, alt: str) -> str:
     return f'<img src="data:image/webp;base64,{content}" alt="{escape(alt)}" {size}>'
 
 
-def pair(original: Image.Image | None, decoded: Image.Image, title: str, text: str) -> str:
+def pair(original: Image.Image | None, decoded: Image.Image, title: str, text: str, learned: bool = False) -> str:
     """Original beside reconstruction, with what is to be said of them."""
     before = picture(original, f"original: {title}") if original else '<div class="absent">no original</div>'
     after = picture(decoded, f"decoded: {title}")
     layout = "stacked" if decoded.width > 1.4 * decoded.height else "beside"
     return (
-        f'<figure class="pair"><div class="{layout}">{before}{after}</div>'
+        f'<figure class="pair{" learned" if learned else ""}"><div class="{layout}">{before}{after}</div>'
         f"<figcaption><b>{escape(title)}</b><span>{escape(text)}</span></figcaption></figure>"
     )
+
+
+def spoken(text: str, learned: bool) -> str:
+    """A piece of a conversation."""
+    return f'<span class="learned">{escape(text)}</span>' if learned else f"<span>{escape(text)}</span>"
+
+
+def mark(name: str, learned: bool) -> str:
+    """A token that is neither text nor image."""
+    return f'<span class="mark{" learned" if learned else ""}">{escape(name)}</span>'
+
+
+def talk(title: str, turns: Sequence[str]) -> str:
+    """A conversation; each turn is HTML of `spoken`, `mark` and `pair`."""
+    said = "".join(f'<div class="said">{turn}</div>' for turn in turns)
+    return f'<article class="talk"><h3>{escape(title)}</h3>{said}</article>'
+
+
+def legend() -> str:
+    kinds = spoken("learned", True) + spoken("given, not learned", False) + mark("a mark", False)
+    return f'<div class="legend">{kinds}</div>'
 
 
 def gallery(pairs: Sequence[str]) -> str:

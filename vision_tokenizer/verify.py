@@ -6,7 +6,7 @@ in `*.rejected.jsonl`, byte for byte, and nothing else is there.
 
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,6 @@ import orjson
 
 from vision_tokenizer.codebook_output import CHUNK_ITEMS, RATIO
 from vision_tokenizer.codebook_read import Output, StoredImage, parse_line, read_lines
-from vision_tokenizer.dualvitok.model import grid_sizes
 from vision_tokenizer.errors import Failed, UserError
 from vision_tokenizer.findings import Findings, Sample
 from vision_tokenizer.jobs.chunks import ChunkTable, Item, chunk_table
@@ -39,7 +38,7 @@ class Place(NamedTuple):
         return f"{self.file}, line {self.line}, image {self.number}"
 
 
-def verify_output(output: Output, sample: Sample[Place], findings: Findings) -> Account:
+def verify_output(output: Output, sample: Sample[Place], findings: Findings, on_item: Callable[[], None]) -> Account:
     """Check a data set's output; returns what was found in it, as an account like the run's own."""
     account, expected = Account(), set()
     with tempfile.TemporaryDirectory() as cache:
@@ -57,7 +56,7 @@ def verify_output(output: Output, sample: Sample[Place], findings: Findings) -> 
                 findings.add("output file missing", f"{file}: {table.items:,} items of {path} have no codes")
                 account.items += table.items
                 continue
-            _Walk(output, table, file, sample, findings, account).run()
+            _Walk(output, table, file, sample, findings, account, on_item).run()
     for file in set(output.files()) - expected:
         findings.add("foreign file", f"{file}: no annotation file of that name")
     _check_statistics(output, account, findings)
@@ -74,6 +73,7 @@ class _Walk:
     sample: Sample[Place]
     findings: Findings
     account: Account
+    on_item: Callable[[], None]
 
     def run(self) -> None:
         items, rejected = deque(), _Rejected(self.file, self.findings)
@@ -102,6 +102,7 @@ class _Walk:
 
     def _accounted(self, item: Item, rejected: "_Rejected") -> bool:
         """Count an item; True if its entry says why it has no line."""
+        self.on_item()
         self.account.items += 1
         entry = rejected.take(item.index)
         if entry:
@@ -115,7 +116,7 @@ class _Walk:
         self.account.done += 1
         where = f"{self.file}, line {number}"
         try:
-            _, images = parse_line(line, self.output, grid_sizes)
+            _, images = parse_line(line, self.output)
         except Failed as error:
             self.findings.add(error.reason, f"{where}: {error.detail}")
             return

@@ -67,15 +67,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     outputs = open_outputs(args)
 
+    from tqdm import tqdm
+
     from vision_tokenizer.findings import Findings, Sample
     from vision_tokenizer.jobs.summary import accounts_table
     from vision_tokenizer.verify import verify_output
 
     findings, sample = Findings(), Sample(args.sample if args.tokenizer_checkpoint else 0, args.seed)
     accounts = {}
-    for output in outputs:
-        print(f"reading {output.folder}", file=sys.stderr)
-        accounts[output.dataset.name] = verify_output(output, sample, findings)
+    with tqdm(desc="reading", unit="item", mininterval=0.2 if sys.stderr.isatty() else 10.0) as bar:
+        for output in outputs:
+            accounts[output.dataset.name] = verify_output(output, sample, findings, bar.update)
     print(accounts_table(accounts))
     print(f"{sum(account.counts['images'] for account in accounts.values()):,} images with codes")
     if args.tokenizer_checkpoint:
