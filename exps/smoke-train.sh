@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 RECORD=${RECORD:-output/quickstart/tokens/record.json}
 TOKENIZER=${TOKENIZER:-output/quickstart/tokenizer} # with which RECORD was made
 OUTPUT=${OUTPUT:-output/smoke-train}
-STEPS=${STEPS:-4}
+STEPS=${STEPS:-12}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_VISIBLE_DEVICES=
 
 mkdir -p "$OUTPUT"

@@ -194,6 +194,15 @@ def test_sharded_and_bin_folders_and_what_releases_carry_along(tmp_path, model, 
     assert found == train(model, text, tmp_path / "other", **TEXT, max_steps=2)
 
 
+def test_a_large_model_is_saved_in_shards_that_load_again(tmp_path, model, text, monkeypatch):
+    monkeypatch.setattr("training.folder.SHARD_BYTES", 1 << 20)
+    one = train(model, text, tmp_path / "one", **TEXT, max_steps=2)
+    index = json.loads((tmp_path / "one" / "final" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2 and index["weight_map"].keys() == synthetic_state().keys()
+    again = train(tmp_path / "one", text, tmp_path / "two", **TEXT, max_steps=1)
+    assert len(one) == 2 and len(again) == 1
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 def test_other_precisions_learn(tmp_path, model, text, precision):
     found = train(model, text, tmp_path, **TEXT, precision=precision, data_parallel="sdp")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -139,29 +140,39 @@ def save_folder(
     """Write a model folder, whole or not at all: weights in safetensors shards, and copies of `files`.
 
     `tensors` are consumed one by one, so that no more than a shard is in memory; `total_bytes` is their sum.
+    Raises `UserError` where the disk is full or not writable.
     """
     temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    shards = list(_write_shards(temporary, tensors, total_bytes))
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _name_shards(temporary, list(_write_shards(temporary, tensors)), total_bytes)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for file in files:
+            shutil.copy(file, temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{target}: cannot write the model ({error}). Make room, then run the same command again."
+        ) from error
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
+    """Give shard files their final names, which tell how many there are, and several an index."""
     if len(shards) == 1:
-        (temporary / "shard-00001.safetensors").replace(temporary / "model.safetensors")
-    else:
-        weight_map = {}
-        for number, names in enumerate(shards, 1):
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            (temporary / f"shard-{number:05d}.safetensors").replace(temporary / name)
-            weight_map |= dict.fromkeys(names, name)
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in files:
-        shutil.copy(file, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.replace(target)
+        (folder / "shard-00001.safetensors").replace(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number:05d}.safetensors").replace(folder / name)
+        weight_map |= dict.fromkeys(names, name)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], total_bytes: int) -> Iterator[list[str]]:
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[str]]:
     """Write shard-0000i.safetensors files; yields the names in each."""
     shard, size, number = {}, 0, 1
     for name, tensor in tensors:

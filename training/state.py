@@ -83,6 +83,7 @@ def save(
         temporary.rename(target)
         sync_folder(target.parent)
         for old in checkpoints(output)[:-keep]:
+            (old / PROGRESS).unlink()  # first, so that a half-removed one is never taken for complete
             shutil.rmtree(old)
     dist.barrier()
 
