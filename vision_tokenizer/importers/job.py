@@ -115,6 +115,8 @@ def _finish(file: _File, root: Path) -> Account:
             for problem in part.problems:
                 problems.write(orjson.dumps(asdict(problem), option=orjson.OPT_APPEND_NEWLINE))
     account.check(str(file.path))
+    if not account.failed:
+        rejected.unlink()
     return account
 
 
