@@ -18,7 +18,7 @@ from vision_tokenizer.jobs.chunks import Item
 ProcessItem = Callable[[dict[str, Any]], dict[str, Any]]  # somebody's own format -> the document's
 
 # what code that takes an item apart raises when the item is not as it expects
-_MALFORMED = (LookupError, TypeError, ValueError, AttributeError)
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
