@@ -208,7 +208,7 @@ def _header(rules: Rules, name: str) -> Header | Failed:
     try:
         path = image_path(rules.dataset.image_dir, name)
         with open_image(path) as image:
-            size, ends = (image.height, image.width), _ends(image.fp.fileno())
+            size, ends = (image.height, image.width), _ends(path)
             if END_MARKS.get(image.format, b"") not in ends:
                 read_image(path)
             if rules.dataset.tokenizer_inference:
@@ -225,8 +225,10 @@ def _digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def _ends(descriptor: int) -> bytes:
+def _ends(path: Path) -> bytes:
     """Size, beginning and end of a file: the same for copies."""
-    size = os.fstat(descriptor).st_size
-    beginning, end = os.pread(descriptor, _SAMPLE, 0), os.pread(descriptor, _SAMPLE, max(size - _SAMPLE, 0))
-    return size.to_bytes(8, "little") + beginning + end
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        beginning = file.read(_SAMPLE)
+        file.seek(max(size - _SAMPLE, 0))
+        return size.to_bytes(8, "little") + beginning + file.read(_SAMPLE)

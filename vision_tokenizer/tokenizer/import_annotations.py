@@ -65,9 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     name, config = args.name or args.root.resolve().name, args.data_config or args.root / "data_config.json"
     write_entry(config, name, entry, args.overwrite)
     print(accounts_table(accounts, "file"))
-    print(
-        f"annotations: {args.root / 'annotations'}   what was left out, and why: {args.root / 'import'}/*.rejected.jsonl"
-    )
+    print(f"annotations: {args.root / 'annotations'}")
+    print(f"what was left out, and why: {args.root / 'import'}/*.rejected.jsonl")
     print(f"in {config}:\n{orjson.dumps({name: entry}, option=orjson.OPT_INDENT_2).decode()}")
     total = Account()
     for account in accounts.values():
