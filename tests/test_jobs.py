@@ -64,6 +64,23 @@ def test_a_part_comes_back_and_must_add_up(tmp_path):
         parts.write(1, Part(Account(items=3, done=2)))
 
 
+def test_a_part_is_replaced_whole_or_done_again(tmp_path, monkeypatch):
+    """Killed between the new files and the new entry, the old entry must not vouch for the new files."""
+    parts = Parts(tmp_path / "parts")
+    payload = parts.path(0, ".jsonl")
+    parts.write(0, Part(account(3, failed=1), [PROBLEM], {payload: b"two lines"}))
+
+    def killed(path, content):
+        write_bytes(path, content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vision_tokenizer.jobs.parts.write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        parts.write(0, Part(account(3), [], {payload: b"three lines"}))
+    assert payload.read_bytes() == b"three lines"
+    assert parts.read(0) is None
+
+
 def test_one_crew_at_a_time(tmp_path):
     holder = (
         "import sys, time; from pathlib import Path; from vision_tokenizer.jobs.lock import run_lock\n"

@@ -45,6 +45,13 @@ def write_bytes(path: Path, content: bytes, sync: bool = True) -> None:
         file.write(content)
 
 
+def remove_file(path: Path) -> None:
+    """Remove `path`, if it is there, before anything that is written from now on."""
+    if path.exists():
+        path.unlink()
+        sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

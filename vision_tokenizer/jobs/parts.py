@@ -1,7 +1,7 @@
 """The finished chunks of one input file: a part is there completely or not at all.
 
 A part is the files that the job wrote for the chunk, then `{chunk}.json`, its entry: the account of the chunk
-and its problems. The entry comes last, so whoever sees it may rely on the rest.
+and its problems. The entry comes last, and goes first where a part is replaced: whoever sees it may rely on the rest.
 """
 
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import orjson
 
-from vision_tokenizer.jobs.files import remove_leftovers, write_bytes
+from vision_tokenizer.jobs.files import remove_file, remove_leftovers, write_bytes
 from vision_tokenizer.jobs.ledger import Account, Problem
 
 
@@ -44,14 +44,11 @@ class Parts:
     def write(self, index: int, part: Part) -> None:
         """Complete the part. Raises `UserError` where the disk refuses; then the part does not exist."""
         part.account.check(f"{self.folder} part {index}")
+        remove_file(self.path(index, ".json"))
         for path, content in part.files.items():
             write_bytes(path, content)
         entry = {"account": part.account.as_dict(), "problems": [asdict(problem) for problem in part.problems]}
         write_bytes(self.path(index, ".json"), orjson.dumps(entry))
-
-    def finished(self) -> int:
-        """How many parts are complete."""
-        return sum(1 for _ in self.folder.glob("[0-9]*.json"))
 
     def read_all(self, count: int) -> Iterator[Part]:
         """Parts 0 to count - 1 in order, one at a time; all of them must be complete."""
