@@ -29,7 +29,7 @@ def test_lines_with_blanks_bom_crlf_and_a_broken_one(tmp_path):
 @given(
     st.lists(
         st.recursive(
-            st.none() | st.integers() | st.floats(allow_nan=False) | st.text(),
+            st.none() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
             lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
             max_leaves=6,
         ),
@@ -67,6 +67,7 @@ def test_a_list_longer_than_the_window(tmp_path, monkeypatch):
         ('[{"a": 1} {"b": 2}]', "expected ',' or ']'"),
         ('[{"a": 1}] 3', "expected nothing after the list"),
         ('[{"a": 1},\n\n{"b": }]', "line 3: not valid JSON"),
+        ("[1,\n" + "[" * 100_000, "line 2: brackets are nested too deeply"),
     ],
 )
 def test_a_json_that_is_no_list_says_where(tmp_path, content, message):
@@ -76,9 +77,24 @@ def test_a_json_that_is_no_list_says_where(tmp_path, content, message):
         read_all(path, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_an_element_is_read_alike_in_both_forms(tmp_path, name):
+    """What the output could not hold is bad in a list, too, and a number of any length is no reason to stop."""
+    values = ["1", "NaN", '"\\ud800"', "1e999", "9" * 5000]
+    elements = [f'{{"id": {value}}}' for value in values]
+    text = "[" + ",\n".join(elements) + "]" if name.endswith(".json") else "\n".join(elements)
+    (tmp_path / name).write_text(text)
+    items = read_all(tmp_path / name, tmp_path)
+    assert items[0].value == {"id": 1}
+    assert all("not valid JSON" in item.error for item in items[1:])
+
+
 def test_a_missing_and_an_empty_file(tmp_path):
     with pytest.raises(UserError, match=r"gone\.jsonl: cannot read the input"):
         read_all(tmp_path / "gone.jsonl", tmp_path)
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match=r"folder\.json: cannot read the input \(Is a directory\)"):
+        read_all(tmp_path / "folder.json", tmp_path)
     (tmp_path / "a.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match="no items"):
         read_all(tmp_path / "a.jsonl", tmp_path)

@@ -21,6 +21,7 @@ from vision_tokenizer.jobs.lock import exclusive
 
 _BLOCK = 1 << 20
 _MAX_ELEMENT = 1 << 28  # of a .json list, in bytes: a broken one must not make us read the rest of the file
+_DECODER = json.JSONDecoder(parse_int=str)  # only finds where an element of a list ends; orjson reads it
 
 
 class Chunk(NamedTuple):
@@ -78,24 +79,28 @@ def chunk_table(path: Path, chunk_items: int, cache: Path) -> ChunkTable:
     with exclusive(cache.with_suffix(".lock")):
         try:
             stat = path.stat()
+            stamp = [path.name, stat.st_size, stat.st_mtime_ns, chunk_items]
+            if cache.exists():
+                stored = orjson.loads(cache.read_bytes())
+                if stored["stamp"] == stamp:
+                    return ChunkTable(path, stored["sha256"], stored["items"], tuple(map(tuple, stored["rows"])))
+            table = _survey(path, chunk_items)
         except OSError as error:
             raise UserError(f"{path}: cannot read the input ({error.strerror})") from error
-        stamp = [stat.st_size, stat.st_mtime_ns, chunk_items]
-        if cache.exists():
-            stored = orjson.loads(cache.read_bytes())
-            if stored["stamp"] == stamp:
-                return ChunkTable(path, stored["sha256"], stored["items"], tuple(map(tuple, stored["rows"])))
-        spans = _list_spans if path.suffix == ".json" else _line_spans
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            rows = tuple(_chunk_rows(spans(_Hashing(file, digest), path), chunk_items))
-        items = sum(row[1] for row in rows)
-        if not items:
-            raise UserError(f"{path}: no items in it. Expected one JSON object a line, or a .json list of objects.")
-        table = ChunkTable(path, digest.hexdigest(), items, rows)
-        stored = {"stamp": stamp, "sha256": table.sha256, "items": items, "rows": rows}
+        stored = {"stamp": stamp, "sha256": table.sha256, "items": table.items, "rows": table.rows}
         write_bytes(cache, orjson.dumps(stored))
         return table
+
+
+def _survey(path: Path, chunk_items: int) -> ChunkTable:
+    spans = _list_spans if path.suffix == ".json" else _line_spans
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        rows = tuple(_chunk_rows(spans(_Hashing(file, digest), path), chunk_items))
+    items = sum(row[1] for row in rows)
+    if not items:
+        raise UserError(f"{path}: no items in it. Expected one JSON object a line, or a .json list of objects.")
+    return ChunkTable(path, digest.hexdigest(), items, rows)
 
 
 def _chunk_rows(spans: Iterator[tuple[int, int, int]], chunk_items: int) -> Iterator[tuple[int, int, int, int, int]]:
@@ -127,17 +132,20 @@ def _line_items(chunk: Chunk, content: bytes) -> Iterator[Item]:
         raw = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
         if not raw:
             continue
-        where = f"line {number}"
-        try:
-            yield Item(index, where, raw, orjson.loads(raw))
-        except orjson.JSONDecodeError as error:
-            yield Item(index, where, raw, None, f"not valid JSON: {error}")
+        yield _item(index, f"line {number}", raw)
         index += 1
 
 
+def _item(index: int, where: str, raw: bytes) -> Item:
+    try:
+        return Item(index, where, raw, orjson.loads(raw))
+    except orjson.JSONDecodeError as error:
+        return Item(index, where, raw, None, f"not valid JSON: {error}")
+
+
 def _list_spans(file: "_Hashing", path: Path) -> Iterator[tuple[int, int, int]]:
-    """Walk a JSON list element by element with bounded memory; the standard decoder finds each one's end."""
-    decoder, text = json.JSONDecoder(), _TextWindow(file, path)
+    """Walk a JSON list element by element with bounded memory."""
+    text = _TextWindow(file, path)
     if text.skip_space() != "[":
         found = "nothing" if not text.peek() else f"{text.peek()!r}"
         raise text.error(f"expected a JSON list, found {found}. One object a line? Then name the file .jsonl.")
@@ -145,8 +153,7 @@ def _list_spans(file: "_Hashing", path: Path) -> Iterator[tuple[int, int, int]]:
     expects_element = text.skip_space() != "]"
     while expects_element:
         start, line = text.byte, text.line
-        end = text.element_end(decoder)
-        text.advance(end)
+        text.advance(text.element_end())
         yield line, start, text.byte
         separator = text.skip_space()
         expects_element = separator == ","
@@ -163,13 +170,13 @@ def _list_spans(file: "_Hashing", path: Path) -> Iterator[tuple[int, int, int]]:
 
 
 def _list_items(chunk: Chunk, content: bytes) -> Iterator[Item]:
-    text, decoder, position = content.decode(), json.JSONDecoder(), 0
+    text, position = content.decode(), 0
     for index in range(chunk.first_item, chunk.first_item + chunk.items):
         while text[position] in " \t\r\n,":
             position += 1
-        value, end = decoder.raw_decode(text, position)
+        _, end = _DECODER.raw_decode(text, position)
         raw = text[position:end].replace("\r", " ").replace("\n", " ")  # a raw newline is never inside a JSON string
-        yield Item(index, f"item {index}", raw.encode(), value)
+        yield _item(index, f"item {index}", raw.encode())
         position = end
 
 
@@ -229,11 +236,11 @@ class _TextWindow:
             self.advance(1)
         return character
 
-    def element_end(self, decoder: json.JSONDecoder) -> int:
+    def element_end(self) -> int:
         """Length in characters of the element that begins here."""
         while True:
             try:
-                _, end = decoder.raw_decode(self._text, self._at)
+                _, end = _DECODER.raw_decode(self._text, self._at)
                 if end < len(self._text) or not self._grow():  # a number may go on in the next block
                     return end - self._at
             except json.JSONDecodeError as error:
@@ -241,6 +248,8 @@ class _TextWindow:
                     line = self.line + self._text.count("\n", self._at, error.pos)
                     cut = "; the file ends before the list does" if error.pos >= len(self._text.rstrip()) else ""
                     raise UserError(f"{self._path}, line {line}: not valid JSON: {error.msg}{cut}") from error
+            except RecursionError as error:
+                raise self.error("brackets are nested too deeply") from error
 
     def error(self, message: str) -> UserError:
         return UserError(f"{self._path}, line {self.line}: {message}")
