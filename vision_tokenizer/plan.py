@@ -109,7 +109,7 @@ def survey_dataset(
     Raises `UserError` where the data set has no files at all.
     """
     total, errors = Survey(), []
-    with tempfile.TemporaryDirectory() as cache, _pool(num_workers) as run:
+    with tempfile.TemporaryDirectory() as cache, _Pool(num_workers) as run:
         tables = []
         for file in rules.dataset.annotation_files():
             try:
@@ -125,7 +125,7 @@ def survey_dataset(
     return total, errors
 
 
-class _pool:
+class _Pool:
     """`run(function, arguments)` over processes, results in order and only a few chunks under way."""
 
     def __init__(self, num_workers: int):
