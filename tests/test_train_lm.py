@@ -6,10 +6,14 @@ import pytest
 import torch
 import transformers
 from conftest import GOLDEN
+from lm_small import extended_tokenizer, golden_lines, write_lines, write_model, write_tokenizer
 from tokenizers import Tokenizer
 from train_small import flags, metrics, text_samples, train, train_processes, write_data_config, write_record
 
+from pre_tokenize import concat_record, pre_tokenize
+from pre_tokenize.extend_tokenizer import extend
 from pre_tokenize.text import TextTokenizer
+from pre_tokenize.token_file import TokenFiles
 from training.causal_lm import open_causal_lm
 from training.config import resolve
 from training.sequence import interleave, pack
@@ -112,6 +116,50 @@ def test_embeddings_grow_for_an_extended_tokenizer(tmp_path, model, data):
     before = transformers.AutoModelForCausalLM.from_pretrained(model).get_input_embeddings().weight
     assert len(grown) == 10383 and (grown[: len(before)] - before).abs().max() < 0.1
     assert grown[len(before) :].std(0).min() > 0, "no two new words start alike"
+
+
+def test_codes_of_images_to_a_trained_model(tmp_path, capsys):
+    """Lines of codebook inference, pre-tokenized, trained on, loaded again: the way of the ILLUME document."""
+    tokenizer = extended_tokenizer(tmp_path)
+    write_lines(tmp_path / "0000.jsonl", golden_lines("generation/fixed_256/0001", "editing/fixed_256/0000"))
+    tokenize = ["--image_tokenizer", "dualvitok", "--tokenizer_dir", tokenizer, "--out_dir", tmp_path / "tokens"]
+    assert pre_tokenize.main([*map(str, tokenize), "--in_filename", str(tmp_path / "0000.jsonl")]) == 0
+    record = tmp_path / "tokens" / "record.json"
+    concat_record.main(["--sub_record_dir", str(tmp_path / "tokens"), "--save_path", str(record)])
+    small = write_model(tmp_path / "small", vocab_size=303, tie_word_embeddings=True)
+    data, steps = write_data_config(tmp_path / "data.yaml", record), {"global_batch_size": 2, "epochs": 20, "lr": 1e-2}
+    found = train(small, data, tmp_path / "output", **LM | steps | {"tokenizer_from": tokenizer})
+    assert found[0]["c_loss"] > 6 and found[-1]["c_loss"] < 0.7 * found[0]["c_loss"]
+    printed = capsys.readouterr()
+    assert "the tokenizer has 8,534 words, the model 303: embeddings for the others are made" in printed.err
+    assert "<height_256><width_256>" in printed.out and "image tokens>" in printed.out
+    final = tmp_path / "output" / "final"
+    samples = list(TokenFiles(record))
+    labels = sum(int(sample.loss_mask[1:].sum()) for sample in samples)
+    assert transformers_loss(final, samples) / labels < 0.7 * found[0]["c_loss"]
+    words = transformers.AutoTokenizer.from_pretrained(final)
+    assert words.convert_tokens_to_ids("<|image_level1_6143|>") == 8533
+    again = train(final, data, tmp_path / "again", **LM | {"epochs": 1})
+    assert again[0]["c_loss"] < 0.7 * found[0]["c_loss"]
+
+
+def test_a_folder_whose_own_tokenizer_was_extended_grows_too(tmp_path):
+    folder = write_model(tmp_path / "model", vocab_size=303)
+    settings = {"init_from": str(folder), "data_config": "x", "output_dir": "x", "variant": "lm"}
+    assert open_causal_lm(resolve(settings))[1].config["vocab_size"] == 303
+    extend(str(write_tokenizer(tmp_path / "original")), folder, (3, 4))
+    opened, grown = open_causal_lm(resolve(settings))
+    assert grown.config["vocab_size"] == grown.llm.vocab_size == 303 + 39 + 7
+    assert len(opened.model.embed_tokens.weight) == 349 and grown.tokenizer == folder
+
+
+def test_ids_that_frame_images_elsewhere_are_words_here(tmp_path, model):
+    """8196 to 8198 and 8803 are marks in Chameleon's vocabulary only."""
+    samples = text_samples(8)
+    for sample in samples:
+        sample.tokens[:4] = 8197, 8198, 8803, 8196
+    data = write_data_config(tmp_path / "data.yaml", write_record(tmp_path / "tokens", samples))
+    assert len(train(model, data, tmp_path / "output", **LM | {"epochs": 1})) == 2
 
 
 def test_bad_input(tmp_path, model, data):
