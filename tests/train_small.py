@@ -20,7 +20,6 @@ from pre_tokenize.token_file import TokenSample, pickle_bytes, shard_bytes
 from training.train import main
 
 VISION_JSON = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 FLAGS = {
     "epochs": 5,
     "batch_size": 4,
@@ -117,9 +116,10 @@ def train(model: Path, data: Path, output: Path, **settings) -> list[dict]:
 
 
 def train_processes(count: int, arguments: list[str]) -> subprocess.Popen:
-    """Start the command under torchrun, on CPU."""
+    """Start the command on CPU, several processes under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
     return subprocess.Popen(
-        [*TORCHRUN, f"--nproc_per_node={count}", "training/train.py", *arguments],
+        [sys.executable, *launcher, "training/train.py", *arguments],
         cwd=Path(__file__).parents[1],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
