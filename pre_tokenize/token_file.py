@@ -10,6 +10,7 @@ import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ SCHEMA = pa.schema(
     }
 )
 IGNORE = -100  # the label of what is not learned
-_OPEN_SHARDS = 128  # kept mapped at a time, far below the usual limit of 1024 open files
+_OPEN_SHARDS = 8192  # kept mapped at a time: a mapping needs no open file, and Linux grants a process 65,530
 
 
 class TokenSample(NamedTuple):
@@ -128,7 +129,7 @@ class _Shard:
             raise UserError(f"{path}: not a token file: expected one batch of {SCHEMA.names}, found {schema.names}")
         batch = batches[0]
         self.rows = batch.num_rows
-        self.manifest: dict[str, Any] = orjson.loads((schema.metadata or {}).get(b"manifest", b"{}"))
+        self.manifest = _manifest((schema.metadata or {}).get(b"manifest", b"{}"))
         self.image_dir: str = self.manifest.get("image_dir", "")
         self._ids = batch["id"].to_numpy()
         self._token_ends, self._tokens = batch["tokens"].offsets.to_numpy(), batch["tokens"].values.to_numpy()
@@ -147,6 +148,12 @@ class _Shard:
         start, end = int(self._mask_ends[row]), int(self._mask_ends[row + 1])
         bits = np.unpackbits(self._mask_bits[start // 8 : (end + 7) // 8], bitorder="little")
         return bits[start % 8 : start % 8 + end - start].view(bool)
+
+
+@lru_cache(maxsize=16)
+def _manifest(content: bytes) -> dict[str, Any]:
+    """Shards of one run share one."""
+    return orjson.loads(content)
 
 
 def read_shard(path: Path) -> list[TokenSample]:
