@@ -5,9 +5,10 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh" train,plot
 OUT=${OUT:-output/quickstart}
 EXAMPLES=configs/data_configs/train_data_examples
+DATA=$EXAMPLES/examples_meta_data_config.json
 CONFIG=configs/example/dualvitok/dualvitok_small.py
 CKPT=$OUT/dualvitok/pytorch_model.bin
-job=(--data_config $EXAMPLES/examples_meta_data_config.json --resolution_type fixed --resolution 256)
+job=(--data_config $DATA --resolution_type fixed --resolution 256)
 tokenizer=(--model_config $CONFIG --tokenizer_checkpoint "$CKPT")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_VISIBLE_DEVICES=
 step() { printf '\n== %s\n' "$*"; }
@@ -16,15 +17,18 @@ step "untrained tokenizers, to have some without a download"
 python -m vision_tokenizer.dualvitok.untrained --config $CONFIG --out "$CKPT"
 python -m vision_tokenizer.chameleon.untrained --out "$OUT/tokenizer"
 
-step "before: what codebook inference will make of the example data"
-python vision_tokenizer/tokenizer/plan_codebook_inference.py "${job[@]}" --model_config $CONFIG --out_dir "$OUT/plan"
+step "before: what codebook inference would make of the example data, at the anchors and at 256 x 256"
+plan=(python vision_tokenizer/tokenizer/plan_codebook_inference.py --data_config $DATA --model_config $CONFIG)
+"${plan[@]}" --resolution_type fixed_anchors --out_dir "$OUT/plan_anchors"
+"${plan[@]}" --resolution_type fixed --resolution 256 --out_dir "$OUT/plan_256"
 
 step "images to codes, two processes"
 torchrun --nproc_per_node=2 vision_tokenizer/tokenizer/tokenizer_codebook_inference.py "${job[@]}" "${tokenizer[@]}"
 
 step "after: is everything there, are the codes right, what do they look like"
 python vision_tokenizer/tokenizer/verify_codebook.py "${job[@]}" "${tokenizer[@]}" --sample 8
-python vision_tokenizer/tokenizer/preview_codes.py "${job[@]}" "${tokenizer[@]}" --out_dir "$OUT/preview"
+python vision_tokenizer/tokenizer/preview_codes.py "${job[@]}" "${tokenizer[@]}" --out_dir "$OUT/preview" \
+  --note "Untrained weights: what these codes decode to is noise."
 
 step "conversations to token files, two processes of a shell loop"
 for i in 0 1; do
@@ -40,6 +44,6 @@ OUTPUT=$OUT/train RECORD=$OUT/tokens/record.json TOKENIZER=$OUT/tokenizer bash e
 
 codes=$EXAMPLES/examples_generation/jsonl_after_tokenizer/dualvitok/fixed_256/0000.jsonl
 step "made from the shipped photographs by untrained models"
-printf '%-18s %s\n' codes $codes report "$OUT/preview/report.html" plan "$OUT/plan/plan.png" \
+printf '%-18s %s\n' codes $codes report "$OUT/preview/report.html" plan "$OUT/plan_anchors/plan.png" \
   tokens "$OUT/tokens/record.json" model "$OUT/train/stage2/final" losses "$OUT/train/stage2/loss.png"
 printf 'a line of codes:   '; head -c 420 $codes; echo ...
