@@ -50,7 +50,9 @@ BROKEN_LINES = [  # (line, kind, reason, part of the detail)
     (b'{"id": 1}', "failed", "no images", "images is missing"),
     (b'{"images": []}', "failed", "no images", "empty list"),
     (b'{"images": [3]}', "failed", "images of wrong type", "[3]"),
-    (b'{"images": null}', "failed", "images of wrong type", "null"),
+    (b'{"images": null}', "failed", "images of wrong type", "None"),
+    (b'{"images": ' + b"[" * 1000 + b"]" * 1000 + b"}", "failed", "images of wrong type", "[[["),
+    (b'{"images": [], "id": ' + b"[" * 1000 + b"]" * 1000 + b"}", "failed", "no images", "empty list"),
     (b'{"images": ["../../x.png"]}', "failed", "image outside image_dir", "../../x.png"),
     (b'{"images": ["/etc/hostname"]}', "failed", "image outside image_dir", "/etc/hostname"),
     (b'{"images": [""]}', "failed", "image outside image_dir", "''"),
@@ -81,7 +83,7 @@ def test_every_bad_line_is_accounted_for_and_the_good_ones_are_done(tmp_path, ph
         assert problem["file"].endswith("a.jsonl")
         assert detail in problem["detail"]
     summary = json.loads(output(tmp_path / "out", "run_summary.json").read_text())["total"]
-    assert (summary["items"], summary["done"], summary["rejected"], summary["failed"]) == (15, 2, 1, 12)
+    assert (summary["items"], summary["done"], summary["rejected"], summary["failed"]) == (17, 2, 1, 14)
 
 
 def test_the_exit_code_follows_max_failed(tmp_path, photo, run):
@@ -133,6 +135,10 @@ def test_every_kind_of_image_file(tmp_path, photo, golden, run):
     (folder / "text.png").write_text("not a picture")
     (folder / "bomb.png").write_bytes(png(60_000, 60_000))
     (folder / "nopixels.png").write_bytes(png(64, 64))
+    photo.save(folder / "odd.dds")
+    content = bytearray((folder / "odd.dds").read_bytes())
+    content[80:84] = b"\x80\0\0\0"  # its pixel format; Pillow raises NotImplementedError
+    (folder / "odd.dds").write_bytes(content)
     names = sorted(path.name for path in folder.iterdir())
     config = make_dataset(tmp_path, {}, b"\n".join(b'{"images": "%s"}' % name.encode() for name in names))
     assert run(config) == 1
@@ -150,9 +156,23 @@ def test_every_kind_of_image_file(tmp_path, photo, golden, run):
         "empty.png": "image unreadable",
         "text.png": "image unreadable",
         "nopixels.png": "image unreadable",
+        "odd.dds": "image unreadable",
         "bomb.png": "image too large",
     }
     assert done["anim.webp"] == done["first.webp"]
+
+
+def test_absolute_names_and_pillows_remarks(tmp_path, photo, dualvitok_config, dualvitok_checkpoint):
+    """As the document has it: image_dir is given from vision_tokenizer/, with a `..`."""
+    clear = photo.convert("P")
+    config = make_dataset(tmp_path, {"good.png": photo}, b'{"images": ["%s/images/clear.png"]}' % bytes(tmp_path))
+    clear.save(tmp_path / "images" / "clear.png", transparency=bytes(range(256)))  # Pillow warns when it converts it
+    (tmp_path / "elsewhere").mkdir()
+    config.write_text(config.read_text().replace(f"{tmp_path}/images", "../images"))
+    process = launch(dualvitok_config, dualvitok_checkpoint, config, *SMALL, cwd=tmp_path / "elsewhere")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "Warning" not in stderr
 
 
 def test_an_unreadable_data_set_does_not_keep_the_others(tmp_path, photo, run, capsys):

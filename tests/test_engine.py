@@ -1,6 +1,8 @@
 """The engine's promises, with a tokenizer that shows exactly what it was given."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -69,6 +71,20 @@ def test_an_unreadable_image_and_an_empty_group():
     assert results["empty"] == {}
     assert isinstance(results["bad"][-1, 32], Failed)
     assert isinstance(results["bad"][7, 32], Encoded)
+
+
+def test_errors_do_not_keep_images_alive():
+    images = weakref.WeakSet()
+
+    def broken(ref):
+        image = torch.zeros(3, 32, 32)
+        images.add(image)
+        raise Failed("image unreadable", str(ref)) from OSError(ref)
+
+    ((_, results),) = Engine(Recorder(), broken, batch_size=2, num_workers=1).encode([("a", range(10))])
+    assert len(results) == 10
+    gc.collect()
+    assert not images
 
 
 def test_a_defect_of_prepare_is_not_swallowed():

@@ -8,6 +8,7 @@ Relative paths are taken against the current folder, as the documents have it, e
 import difflib
 import json
 import os
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -115,7 +116,7 @@ def image_names(item: Any) -> list[str]:
         raise Failed("no images", "the field images is missing")
     names = [item["images"]] if isinstance(item["images"], str) else item["images"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise Failed("images of wrong type", f"expected a list of file names, found {json.dumps(item['images'])[:80]}")
+        raise Failed("images of wrong type", f"expected a list of file names, found {reprlib.repr(item['images'])}")
     if not names:
         raise Failed("no images", "the field images is an empty list")
     for field in OUTPUT_FIELDS:
@@ -131,11 +132,12 @@ def check_conversations(item: dict[str, Any]) -> None:
     """
     turns = item.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise Failed("no conversations", f"expected a list of turns, found {json.dumps(turns)[:80]}")
+        raise Failed("no conversations", f"expected a list of turns, found {reprlib.repr(turns)}")
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise Failed(
-                "turn of wrong type", f'conversations[{number}]: expected {{"from", "value"}}, found {turn!r:.80}'
+                "turn of wrong type",
+                f'conversations[{number}]: expected {{"from", "value"}}, found {reprlib.repr(turn)}',
             )
         if turn.get("from") not in ("human", "gpt"):
             raise Failed(
@@ -152,7 +154,7 @@ def check_conversations(item: dict[str, Any]) -> None:
 def image_path(image_dir: Path, name: str) -> Path:
     """Where `name` lies. Raises `Failed` for one that leaves `image_dir` or cannot be a path."""
     inside = PurePosixPath(os.path.normpath(name)) if name else PurePosixPath("..")
-    if inside.is_absolute() and inside.is_relative_to(image_dir.absolute()):
+    if inside.is_absolute() and inside.is_relative_to(os.path.normpath(image_dir.absolute())):
         return Path(inside)
     if inside.is_absolute() or inside.parts[:1] == ("..",) or "\0" in name:
         raise Failed("image outside image_dir", f"images: {name!r} does not lie in {image_dir}")

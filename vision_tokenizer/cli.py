@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from vision_tokenizer.errors import UserError
@@ -12,6 +13,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 
     Anything else that escapes is a defect of ours and keeps its traceback.
     """
+    warnings.filterwarnings("ignore", module="PIL")  # remarks on single images; bad ones are accounted for
     try:
         code = main() or 0
     except UserError as error:

@@ -123,7 +123,7 @@ class Engine:
         with self.watch("wait for decode"):
             error = decoded.exception()
         if isinstance(error, ItemError):
-            group.finish(ref, error)
+            group.finish(ref, type(error)(error.reason, error.detail))  # its traceback would keep the image alive
             return
         pixels, info, seconds = decoded.result()
         self.watch.add("decode", seconds)

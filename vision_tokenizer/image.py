@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vision_tokenizer.image_file import place_image, read_image
+from vision_tokenizer.image_file import damage_named, place_image, read_image
 from vision_tokenizer.resolution import Placement, model_size
 
 
@@ -50,5 +50,6 @@ def prepare(
     """
     image = read_image(path)
     placement = place_image(path, image, choices, crop_percent_thresh)
-    pixels = to_pixels(to_model_size(fit(image.convert("RGB"), placement)))
-    return pixels, ImageInfo((image.height, image.width), placement.anchor)
+    with damage_named(path):
+        fitted = to_model_size(fit(image.convert("RGB"), placement))
+    return to_pixels(fitted), ImageInfo((image.height, image.width), placement.anchor)

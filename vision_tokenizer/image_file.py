@@ -12,7 +12,7 @@ from vision_tokenizer.errors import Failed, Rejected
 from vision_tokenizer.resolution import Placement, place
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs; also of what a resize may allocate
-# what Pillow's decoders are known to raise on damaged files
+# what Pillow's decoders raise on damaged files, as fuzzing every format showed; AVIF's has only RuntimeError
 _DAMAGE = (
     OSError,
     ValueError,
@@ -21,6 +21,10 @@ _DAMAGE = (
     LookupError,
     ArithmeticError,
     TypeError,
+    RuntimeError,
+    AssertionError,
+    AttributeError,
+    MemoryError,
     struct.error,
     zlib.error,
 )
@@ -28,7 +32,8 @@ _DEEP_MODES = ("I", "F")  # Pillow's conversion to RGB clips them to white inste
 
 
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn what Pillow raises on a bad image into `Failed`."""
     try:
         yield
     except FileNotFoundError as error:
@@ -38,7 +43,7 @@ def _damage_named(path: Path) -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise Failed("image unreadable", f"{path}: not an image file") from error
     except _DAMAGE as error:
-        raise Failed("image unreadable", f"{path}: {error}") from error
+        raise Failed("image unreadable", f"{path}: {error or type(error).__name__}") from error
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -51,7 +56,8 @@ def open_image(path: Path) -> Image.Image:
 
     Raises `Failed`: not found, unreadable (empty, not an image), too large, more than 8 bits a channel.
     """
-    with _damage_named(path):
+    Image.init()  # all formats, once: a thread that loads them when it meets one can hide them from another
+    with damage_named(path):
         image = Image.open(path)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
@@ -66,7 +72,7 @@ def read_image(path: Path) -> Image.Image:
     Raises `Failed` as `open_image` does, and where the pixels are truncated or damaged.
     """
     image = open_image(path)
-    with _damage_named(path):
+    with damage_named(path):
         image.load()
     return image
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vision_tokenizer.errors import Failed
 from vision_tokenizer.image import ImageInfo, to_pixels
-from vision_tokenizer.image_file import MAX_PIXELS, read_image
+from vision_tokenizer.image_file import MAX_PIXELS, damage_named, read_image
 
 PATCH = 32  # crop sides are multiples of it, and the block of an image spells its sides in it
 MAX_RATIO = 4.0
@@ -72,7 +72,8 @@ def crop_image(image: Image.Image, sizes: list[tuple[int, int]]) -> Image.Image:
 def prepare(path: Path, sizes: list[tuple[int, int]]) -> tuple[torch.Tensor, ImageInfo]:
     """Image file -> uint8 pixels of its best crop. Raises `Failed` where the file cannot be read."""
     image = read_image(path)
-    cropped = crop_image(image, sizes)
+    with damage_named(path):
+        cropped = crop_image(image, sizes)
     return to_pixels(cropped), ImageInfo((image.height, image.width), (cropped.height, cropped.width))
 
 

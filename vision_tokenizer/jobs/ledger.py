@@ -15,13 +15,13 @@ class Problem:
     file: str
     where: str  # "line 18" or "item 17"
     item: int  # index among the file's items, from 0
-    id: Any  # the item's own `id`, if it has one
+    id: str | int | float | None  # the item's own `id`, if it has one
     kind: str  # "rejected" or "failed"
     reason: str
     detail: str
 
     @classmethod
-    def of(cls, error: ItemError, file: str, where: str, item: int, id: Any = None) -> "Problem":
+    def of(cls, error: ItemError, file: str, where: str, item: int, id: str | int | float | None = None) -> "Problem":
         return cls(file, where, item, id, error.kind, error.reason, error.detail)
 
 

@@ -1,5 +1,6 @@
 """A chunk while a job works on it: which items are to be done, and what becomes of each."""
 
+import reprlib
 from dataclasses import dataclass
 
 from vision_tokenizer.errors import ItemError
@@ -36,6 +37,8 @@ class OpenChunk:
 
     def fail(self, item: Item, error: ItemError) -> None:
         item_id = item.value.get("id") if isinstance(item.value, dict) else None
+        if not isinstance(item_id, str | int | float | None):
+            item_id = reprlib.repr(item_id)
         file = str(self.task.source.table.path)
         self.problems[item.index] = Problem.of(error, file, item.where, item.index, item_id)
 
