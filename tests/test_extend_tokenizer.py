@@ -27,7 +27,7 @@ def test_the_published_words_in_the_published_order(tmp_path, capsys):
     source = write_tokenizer(tmp_path / "original")
     before, began = vocabulary(source), time.monotonic()
     assert main(["--tokenizer_dir", str(source), "--output_dir", str(tmp_path / "extended")]) is None
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
     ids, first = vocabulary(tmp_path / "extended"), len(before)
     assert len(ids) == first + 7 + 16 + 16 + 32768 + 98304
     assert {name: ids[name] for name in before} == before

@@ -30,7 +30,9 @@ class CausalLM(nn.Module):
         for name, child in lm.named_children():
             self.add_module(name, child)
         if checkpointing:
-            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            name = "activation_checkpointing_enable"  # before transformers 5 the other one
+            enable = getattr(lm, name if hasattr(lm, name) else "gradient_checkpointing_enable")
+            enable({"use_reentrant": False})
         self.train()  # loaded models are not
 
     def units(self) -> list[nn.Module]:
@@ -64,7 +66,8 @@ def open_causal_lm(settings: TrainConfig) -> tuple[CausalLM, ModelFolder]:
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is checked here
     transformers.utils.logging.disable_progress_bar()
     try:
-        lm, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        lm, info = load(path, torch_dtype="auto", output_loading_info=True)  # as stored: mapped files are not copied
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{path}: no causal language model that transformers can load ({error})") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
