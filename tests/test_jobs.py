@@ -108,8 +108,10 @@ def test_a_manifest_refuses_another_value_and_takes_new_inputs(tmp_path):
         check_manifest(tmp_path, {**first, "settings": {"resolution": 512}})
     with pytest.raises(UserError, match=r"inputs.a.jsonl = '1', now it is '2'"):
         check_manifest(tmp_path, {**first, "inputs": {"a.jsonl": "2"}})
-    check_manifest(tmp_path, {**first, "inputs": {"b.jsonl": "2"}})
+    check_manifest(tmp_path, {**first, "inputs": {"a.jsonl": "1", "b.jsonl": "2"}})
     assert read_manifest(tmp_path)["inputs"] == {"a.jsonl": "1", "b.jsonl": "2"}
+    with pytest.raises(UserError, match=r"inputs.b.jsonl = '2', now it is None"):
+        check_manifest(tmp_path, first)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 20])

@@ -43,13 +43,15 @@ class Dataset:
         files = sorted(path for path in self.annotation_dir.iterdir() if path.suffix in (".jsonl", ".json"))
         if not files:
             raise UserError(f"data set {self.name}: no .jsonl or .json file in annotation_dir {self.annotation_dir}")
-        stems = [path.stem for path in files]
-        for stem in stems:
-            if stems.count(stem) > 1:
-                raise UserError(
-                    f"data set {self.name}: {stem}.json and {stem}.jsonl in {self.annotation_dir} would both "
-                    f"be written to {stem}.jsonl. Rename one of them."
-                )
+        outputs: dict[str, str] = {}
+        for path in files:
+            for output in (path.stem, f"{path.stem}.rejected"):
+                other = outputs.setdefault(output, path.name)
+                if other != path.name:
+                    raise UserError(
+                        f"data set {self.name}: {other} and {path.name} in {self.annotation_dir} would both "
+                        f"be written to {output}.jsonl. Rename one of them."
+                    )
         return files
 
 

@@ -11,16 +11,19 @@ import orjson
 from vision_tokenizer.annotations import OUTPUT_FIELDS, Dataset, image_names, image_path
 from vision_tokenizer.codebook_output import (
     RATIO,
+    WORK,
     AnnotationFile,
     Settings,
+    check_folders,
     finish_dataset,
     make_manifest,
     open_files,
     remove_output,
+    remove_unfinished,
 )
 from vision_tokenizer.codes import ImageTokenizer
 from vision_tokenizer.engine import Encoded, Engine
-from vision_tokenizer.errors import Failed, ItemError, UserError
+from vision_tokenizer.errors import Failed, ItemError
 from vision_tokenizer.image import prepare
 from vision_tokenizer.jobs.chunks import Item
 from vision_tokenizer.jobs.claims import Claims
@@ -47,16 +50,20 @@ def run_codebook_inference(
     *,
     num_workers: int,
     restart: str | None = None,
-) -> tuple[dict[str, Account], dict[str, str]]:
+) -> tuple[dict[str, Account], dict[str, list[str]]]:
     """Encode all images of `datasets`.
 
-    Returns, on the first rank, the account of each data set and the error of each that cannot be done at all.
+    Returns, on the first rank, the account of each data set and why files of it, or all of it, cannot be read.
     `restart` None goes on from what is there, "same" makes the output anew with the same settings, "any" with whatever
     settings. Raises `UserError` if an output was made with other settings, or another run is writing it.
     """
+    check_folders(datasets, settings)
     with ExitStack() as locks:
         claims.lead(lambda: _begin(datasets, tokenizer, settings, locks, restart))
         opened, errors = _open_all(datasets, settings)
+        for dataset in datasets:  # the same on every rank, or codes of different kinds would be mixed
+            if files := opened[dataset.name]:
+                check_manifest(settings.folder(dataset), make_manifest(tokenizer, settings, files))
         todo = [file for files in opened.values() for file in files if file.finished() is None]
         progress = Progress(claims, sum(file.table.items for file in todo), "codebook inference")
         prepare_image = partial(
@@ -74,8 +81,10 @@ def run_codebook_inference(
         run_chunks(todo, claims, partial(encode_chunks, engine), progress)
         if claims.rank != 0:
             return {}, {}
-        accounts = {d.name: finish_dataset(d, settings, opened[d.name]) for d in datasets if d.name in opened}
-        return accounts, errors
+        accounts = {
+            d.name: finish_dataset(d, settings, files, errors[d.name]) for d in datasets if (files := opened[d.name])
+        }
+        return accounts, {name: messages for name, messages in errors.items() if messages}
 
 
 def _begin(
@@ -84,12 +93,14 @@ def _begin(
     """Lock the outputs and settle with what is already in them."""
     opened, _ = _open_all(datasets, settings)
     for dataset in datasets:
-        if dataset.name not in opened:
+        files = opened[dataset.name]
+        if not files:
             continue
-        locks.enter_context(run_lock(opened[dataset.name][0].parts.folder.parent))
+        locks.enter_context(run_lock(settings.folder(dataset) / WORK))
+        remove_unfinished(dataset, settings)
         if restart == "any":
             remove_output(dataset, settings)
-        manifest = make_manifest(tokenizer, settings, opened[dataset.name])
+        manifest = make_manifest(tokenizer, settings, files)
         check_manifest(settings.folder(dataset), manifest)
         if restart == "same":
             remove_output(dataset, settings)
@@ -98,20 +109,17 @@ def _begin(
 
 def _open_all(
     datasets: Sequence[Dataset], settings: Settings
-) -> tuple[dict[str, list[AnnotationFile]], dict[str, str]]:
-    """Data set name -> its files, or -> why it has none. One that cannot be read does not keep the others."""
+) -> tuple[dict[str, list[AnnotationFile]], dict[str, list[str]]]:
+    """Data set name -> its files, and -> why others of its files cannot be read."""
     opened: dict[str, list[AnnotationFile]] = {}
-    errors: dict[str, str] = {}
+    errors: dict[str, list[str]] = {}
     for dataset in datasets:
-        try:
-            opened[dataset.name] = open_files(dataset, settings)
-        except UserError as error:
-            errors[dataset.name] = str(error)
+        opened[dataset.name], errors[dataset.name] = open_files(dataset, settings)
     return opened, errors
 
 
 def report(
-    datasets: Sequence[Dataset], settings: Settings, accounts: dict[str, Account], errors: dict[str, str]
+    datasets: Sequence[Dataset], settings: Settings, accounts: dict[str, Account], errors: dict[str, list[str]]
 ) -> str:
     """The run in words and numbers, for the terminal."""
     lines, total = [accounts_table(accounts)] if accounts else [], Account()
@@ -125,7 +133,7 @@ def report(
             lines += [f"  {account.counts['images']:,} images encoded ({sizes or 'none'})"]
     decode = f"decode {total.seconds['decode']:.1f} s in the pool"
     lines += ["", f"time of the encoding processes: {time_line(total, WORK_STAGES)}; {decode}"]
-    lines += [f"data set {name} was not done: {error}" for name, error in errors.items()]
+    lines += [f"not done, of data set {name}: {message}" for name, messages in errors.items() for message in messages]
     return "\n".join(lines)
 
 
@@ -156,7 +164,10 @@ class ChunkWork:
 
     def _lines_of_earlier_run(self) -> dict[int, bytes]:
         done = self._chunk.done_before()
-        return dict(zip(done, self._payload.read_bytes().splitlines(keepends=True), strict=True)) if done else {}
+        if not done:
+            return {}
+        with self._payload.open("rb") as lines:
+            return dict(zip(done, lines, strict=True))
 
     def _image_paths(self, item: Item) -> list[Path]:
         if item.error:

@@ -20,7 +20,7 @@ from vision_tokenizer.annotations import Dataset
 from vision_tokenizer.codes import ImageTokenizer
 from vision_tokenizer.errors import UserError
 from vision_tokenizer.jobs.chunks import chunk_table
-from vision_tokenizer.jobs.files import atomic_write, write_bytes
+from vision_tokenizer.jobs.files import atomic_write, remove_leftovers, write_bytes
 from vision_tokenizer.jobs.ledger import Account
 from vision_tokenizer.jobs.manifest import MANIFEST
 from vision_tokenizer.jobs.parts import Parts
@@ -90,8 +90,12 @@ class AnnotationFile(Source):
 
     def finish(self) -> Account:
         """Join the parts into `output` and `rejected`; drop them unless a rerun may retry what failed."""
-        if account := self.finished():
-            return account
+        account = self.finished() or self._join()
+        if not account.failed:
+            self.parts.remove()
+        return account
+
+    def _join(self) -> Account:
         account = Account()
         with atomic_write(self.output) as lines, atomic_write(self.rejected) as rejected:
             for index, part in enumerate(self.parts.read_all(len(self.table))):
@@ -103,23 +107,42 @@ class AnnotationFile(Source):
             self.rejected.unlink()
         account.check(str(self.output))
         write_bytes(self._mark, orjson.dumps({"account": account.as_dict(), "bytes": self.output.stat().st_size}))
-        if not account.failed:
-            self.parts.remove()
         return account
 
 
-def open_files(dataset: Dataset, settings: Settings) -> list[AnnotationFile]:
-    """The annotation files of a data set with their chunk tables. Raises `UserError` for what is missing or empty."""
-    folder = settings.folder(dataset)
-    return [
-        AnnotationFile(
-            table=chunk_table(path, CHUNK_ITEMS, folder / WORK / f"{path.stem}.chunks.json"),
-            parts=Parts(folder / WORK / path.stem),
-            dataset=dataset,
-            output=folder / f"{path.stem}.jsonl",
-        )
-        for path in dataset.annotation_files()
-    ]
+def open_files(dataset: Dataset, settings: Settings) -> tuple[list[AnnotationFile], list[str]]:
+    """The annotation files of a data set with their chunk tables, and why others of its files cannot be read."""
+    folder, files, errors = settings.folder(dataset), [], []
+    try:
+        for path in dataset.annotation_files():
+            try:
+                table = chunk_table(path, CHUNK_ITEMS, folder / WORK / f"{path.stem}.chunks.json")
+            except UserError as error:
+                errors.append(str(error))
+            else:
+                parts, output = Parts(folder / WORK / path.stem), folder / f"{path.stem}.jsonl"
+                files.append(AnnotationFile(table, parts, dataset, output))
+    except UserError as error:
+        errors.append(str(error))
+    return files, errors
+
+
+def check_folders(datasets: Sequence[Dataset], settings: Settings) -> None:
+    """Raises `UserError` where a data set would be written over another one, or over its own annotations."""
+    owners: dict[Path, Dataset] = {}
+    for dataset in datasets:
+        folder = settings.folder(dataset).resolve()
+        other = owners.setdefault(folder, dataset)
+        if other is not dataset:
+            raise UserError(
+                f"data sets {other.name} and {dataset.name} have the same root, {dataset.root}, so both would be "
+                f"written to {folder}. Give each its own root in the data config."
+            )
+        if folder == dataset.annotation_dir.resolve():
+            raise UserError(
+                f"data set {dataset.name}: its codes would be written over its annotations in {folder}. "
+                "Correct annotation_dir in the data config, or choose another --output_dirname."
+            )
 
 
 def make_manifest(tokenizer: ImageTokenizer, settings: Settings, files: Sequence[AnnotationFile]) -> dict[str, Any]:
@@ -141,19 +164,30 @@ def make_manifest(tokenizer: ImageTokenizer, settings: Settings, files: Sequence
 
 
 def remove_output(dataset: Dataset, settings: Settings) -> None:
-    """Delete all that earlier runs of these settings' folder made, but for chunk tables and locks."""
+    """Delete all that earlier runs of these settings' folder made, but for chunk tables and locks.
+
+    The manifest goes last: whatever is still there when we are killed is never taken for the work of other settings.
+    """
     folder = settings.folder(dataset)
-    for path in (*folder.glob("*.jsonl"), folder / MANIFEST, folder / SUMMARY, settings.statistics_file(dataset)):
-        path.unlink(missing_ok=True)
+    for mark in (folder / WORK).glob("*.done.json"):
+        mark.unlink()
     for path in (folder / WORK).glob("*"):
         if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name.endswith(".done.json"):
-            path.unlink()
+            Parts(path).remove()
+    for path in (*folder.glob("*.jsonl"), folder / SUMMARY, settings.statistics_file(dataset), folder / MANIFEST):
+        path.unlink(missing_ok=True)
 
 
-def finish_dataset(dataset: Dataset, settings: Settings, files: Sequence[AnnotationFile]) -> Account:
-    """Write a data set's output, statistics and summary from the parts of its `files`."""
+def remove_unfinished(dataset: Dataset, settings: Settings) -> None:
+    """Delete what a run that was killed while it wrote its final files has left of them."""
+    for folder in (settings.folder(dataset), settings.folder(dataset) / WORK, settings.statistics_file(dataset).parent):
+        remove_leftovers(folder)
+
+
+def finish_dataset(
+    dataset: Dataset, settings: Settings, files: Sequence[AnnotationFile], errors: Sequence[str]
+) -> Account:
+    """Write a data set's output, statistics and summary from the parts of its `files`; `errors` are of the others."""
     total, per_file = Account(), {}
     for file in files:
         per_file[file.table.path.name] = account = file.finish()
@@ -166,5 +200,6 @@ def finish_dataset(dataset: Dataset, settings: Settings, files: Sequence[Annotat
         dataset=dataset.name,
         total=total.as_dict(),
         files={name: account.as_dict() for name, account in per_file.items()},
+        unreadable=errors,
     )
     return total

@@ -137,6 +137,7 @@ def _line_items(chunk: Chunk, content: bytes) -> Iterator[Item]:
 
 
 def _item(index: int, where: str, raw: bytes) -> Item:
+    raw = raw.replace(b"\r", b" ").replace(b"\n", b" ")  # unescaped, they are never inside a JSON string
     try:
         return Item(index, where, raw, orjson.loads(raw))
     except orjson.JSONDecodeError as error:
@@ -175,8 +176,7 @@ def _list_items(chunk: Chunk, content: bytes) -> Iterator[Item]:
         while text[position] in " \t\r\n,":
             position += 1
         _, end = _DECODER.raw_decode(text, position)
-        raw = text[position:end].replace("\r", " ").replace("\n", " ")  # a raw newline is never inside a JSON string
-        yield _item(index, f"item {index}", raw.encode())
+        yield _item(index, f"item {index}", text[position:end].encode())
         position = end
 
 

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 
+from vision_tokenizer.errors import UserError
+
 _CONNECT = timedelta(minutes=10)
 _FOREVER = timedelta(days=30)  # ranks wait as long as the others work; one that dies takes the crew with it
 
@@ -77,6 +79,12 @@ class Torchrun:
         self._store.wait([f"led/{self._led}"], _FOREVER)
 
     def claim(self, total: int) -> Iterator[int]:
+        agreed = int(self._store.compare_set("total", "", str(total)))
+        if agreed != total:
+            raise UserError(
+                f"rank {self.rank} sees {total} chunks to do where another one sees {agreed}: "
+                "every machine must see the same input and output folders"
+            )
         while (number := self._store.add("claimed", 1) - 1) < total:
             yield number
 

@@ -63,7 +63,7 @@ def sync_folder(folder: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files whose writer, on this machine, is dead. Other machines' are left to them."""
-    for path in folder.glob(f"*.{socket.gethostname()}-*.tmp"):
+    for path in folder.glob(f"*.{socket.gethostname()}-[0-9]*.tmp"):
         if not _alive(int(path.suffixes[-2].rpartition("-")[2])):
             path.unlink(missing_ok=True)
 

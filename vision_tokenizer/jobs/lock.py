@@ -46,8 +46,11 @@ def run_lock(folder: Path, rank: int = 0, splits: int = 1) -> Iterator[None]:
 
 
 def _open(path: Path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("a+")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+")
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({error.strerror}). Make room or fix the permissions.") from error
 
 
 def _flock(file, mode: int) -> bool:

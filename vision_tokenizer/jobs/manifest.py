@@ -15,8 +15,8 @@ MANIFEST = "manifest.json"
 def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write `manifest` into `folder`, or compare it with the one there.
 
-    Entries of its `inputs` (file name -> hash) may join later; any other difference raises `UserError`
-    naming the field and both values.
+    Entries of its `inputs` (file name -> hash) may join later; any other difference, one that is gone too, raises
+    `UserError` naming the field and both values.
     """
     path = folder / MANIFEST
     stored = read_manifest(folder)
@@ -25,7 +25,7 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         return
     before, now = dict(_flat(stored)), dict(_flat(manifest))
     for field in sorted(before.keys() | now.keys()):
-        if field.startswith("inputs.") and (field not in before or field not in now):
+        if field.startswith("inputs.") and field not in before:
             continue
         if before.get(field) != now.get(field):
             raise UserError(

@@ -62,4 +62,7 @@ class Parts:
         remove_leftovers(self.folder)
 
     def remove(self) -> None:
+        """Delete all parts, first their entries: what is left if we are killed is no part."""
+        for entry in self.folder.glob("*.json"):
+            entry.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)

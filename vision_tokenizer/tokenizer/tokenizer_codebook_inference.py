@@ -8,7 +8,8 @@ Eight GPUs, or more machines with one shared folder (`--nnodes 4 --rdzv_backend 
 Without a GPU: add `--device cpu`.
 
 Stop it whenever you like: the same command, with any number of processes, goes on from there. The exit code is 0 if
-every data set was read and at most `--max_failed` of its items failed, 1 if not, 2 for a mistake in the call.
+every annotation file was read and at most `--max_failed` of a data set's items failed, 1 if not, 2 for a mistake in the
+call.
 """
 
 import argparse
