@@ -2,9 +2,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from pre_tokenize.text import TextTokenizer
+from vision_tokenizer.chameleon import untrained
 from vision_tokenizer.chameleon.vocabulary import ChameleonVocabulary, image_token_name
+from vision_tokenizer.chameleon.vqgan import load_chameleon
 from vision_tokenizer.errors import UserError
 
 
@@ -70,3 +73,14 @@ def test_a_missing_token_is_named(ids, name):
     with pytest.raises(UserError, match="no token") as error:
         ChameleonVocabulary({key: value for key, value in ids.items() if key != name}, "text_tokenizer.json")
     assert repr(name) in str(error.value)
+
+
+def test_untrained_tokenizers_have_the_published_ids(tmp_path):
+    untrained.main(["--out", str(tmp_path)])
+    text = TextTokenizer(tmp_path)
+    vocabulary = ChameleonVocabulary(text.ids, "")
+    assert (vocabulary.begin, vocabulary.end_of_turn, vocabulary.new_line) == (0, 8710, 8803)
+    assert vocabulary.grid_ids[16] == 8820 and sorted(vocabulary.image_ids.tolist()) == list(range(4, 8196))
+    assert len(text.encode_batch(["café"])[0]) == 5  # bytes
+    codes = load_chameleon(tmp_path, device="cpu").encode(torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64))[0]
+    assert len(codes.unique()) > 1
