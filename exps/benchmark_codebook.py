@@ -1,19 +1,16 @@
 """Measure codebook inference: the whole job, JPEG decode and JSON included, against the machine's own limits.
 
 Physics. An encoder forward is nearly all matrix products and convolutions: 585 GFLOP for a 256 x 256 image and
-2.55 TFLOP at 512 x 512 with the full model, so images/s are bounded by (matrix rate) / (FLOP per image). The matrix rate
-is measured here, in the same run, since clocks and neighbours change. What keeps the job below it: element-wise
-layers, which are bound by memory bandwidth, image decoding, and padding. Ratios within one run are meaningful; seconds on
-another machine are not.
+2.55 TFLOP at 512 x 512 with the full model, so images/s are bounded by (matrix rate) / (FLOP per image). The matrix
+rate is measured here, in the same run, since clocks and neighbours change. What keeps the job below it: element-wise
+layers, which are bound by memory bandwidth, image decoding, and padding. Ratios within one run are meaningful;
+seconds on another machine are not.
 
 Weights are untrained, which changes no timing. The last line of the output is JSON.
 """
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from measure import describe_machine, run_command
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -169,17 +167,6 @@ def agreement(models: dict[str, DualViTok], images: list[Path], kind: str, resol
     return {d: {b: round(sum(s) / len(s), 4) for b, s in branches.items()} for d, branches in equal.items()}
 
 
-def run_command(arguments: list[str]) -> tuple[float, float]:
-    """A command as a process: its wall seconds and peak memory in MiB."""
-    began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"exit code {process.returncode}: {' '.join(arguments)}")
-    return time.perf_counter() - began, usage.ru_maxrss / 1024
-
-
 def bench_process(checkpoint: Path, args: argparse.Namespace, scratch: Path) -> dict:
     """Start-up and peak memory of the command itself with the small model, few images named by many lines."""
     images = scratch / "thumbnails"
@@ -201,8 +188,7 @@ def bench_process(checkpoint: Path, args: argparse.Namespace, scratch: Path) -> 
 def main() -> None:
     args = parse_args()
     device = local_device(args.device)
-    rows, report = [], {"torch": torch.__version__, "cpu": platform.processor() or platform.machine()}
-    report["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    rows, report = [], describe_machine(device)
     with tempfile.TemporaryDirectory(prefix="vistoken-benchmark-") as folder:
         scratch = Path(folder)
         for name in args.models:

@@ -12,10 +12,8 @@ which changes no timing. The last line of the output is JSON.
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from measure import describe_machine, run_command
 from PIL import Image
 
 from pre_tokenize.chameleon import Settings, load_tokenizers, make_engine, make_manifest
@@ -262,30 +261,10 @@ def bench_memory(tokenizers: Path, args: argparse.Namespace, scratch: Path) -> d
     return result
 
 
-# A process begins with its parent's peak as its own, so a small one stands between this large one and the command.
-LAUNCHER = """
-import resource, subprocess, sys, time
-began = time.perf_counter()
-subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
-print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
-"""
-
-
-def run_command(arguments: list) -> tuple[float, float]:
-    """A command as a process: its wall seconds and peak memory in MiB."""
-    command = [sys.executable, "-c", LAUNCHER, sys.executable, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise SystemExit(f"failed: {' '.join(command[3:])}\n{result.stderr}")
-    seconds, peak = map(float, result.stdout.split())
-    return seconds, peak
-
-
 def main() -> None:
     args = parse_args()
     device = local_device(args.device)
-    report = {"torch": torch.__version__, "cpu": platform.processor() or platform.machine()}
-    report["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    report = describe_machine(device)
     rows = []
     with tempfile.TemporaryDirectory(prefix="vistoken-benchmark-") as folder:
         scratch = Path(folder)
