@@ -19,7 +19,6 @@ final/: a model folder with config.json, safetensors and tokenizer files.
 import os
 
 from vision_tokenizer.cli import run_command
-from vision_tokenizer.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,12 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     from training.run import run  # PyTorch comes in here
 
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    try:
-        run(config, world, local_rank)
-    except UserError:
-        if local_rank == 0:
-            raise
-        return 2  # every process of a node stops for the same reason; one of them says it
+    run(config, world, local_rank)
     return 0
 
 

@@ -1,9 +1,12 @@
 """How every command of the toolkit ends: results with 0, failures with a message and never with 0."""
 
+import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from vision_tokenizer.errors import UserError
 
@@ -17,12 +20,25 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _tell(f"error: {error}")
         code = 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on from here", file=sys.stderr, flush=True)
         code = 130
     sys.exit(code)
+
+
+def _tell(message: str) -> None:
+    """Print why this process ends. Of torchrun's processes on a machine only the first does.
+
+    torchrun ends the others as soon as one has failed, perhaps before it could speak; so each leaves its message with
+    torchrun, too, whose last lines on the screen then hold the first.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        content = {"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}
+        Path(file).write_text(json.dumps(content))
+    if not file or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
 
 
 def note(message: str) -> None:

@@ -1,0 +1,41 @@
+"""What a command says last, alone and as one of torchrun's processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMMAND = """
+import os, time
+from vision_tokenizer.cli import run_command
+from vision_tokenizer.errors import UserError
+
+def main():
+    if os.environ.get("LOCAL_RANK", "1") not in "{failing}":
+        time.sleep(60)  # at work on something else
+    raise UserError("data.json, line 3: no such thing")
+
+run_command(main)
+"""
+
+
+def launch(tmp_path, failing: str, *launcher: str) -> subprocess.CompletedProcess:
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND.format(failing=failing))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(script)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_mistake_is_told_without_traceback(tmp_path):
+    done = launch(tmp_path, "1")
+    assert (done.returncode, done.stderr) == (2, "error: data.json, line 3: no such thing\n")
+
+
+@pytest.mark.parametrize("failing", ["1", "01"])
+def test_torchruns_last_lines_tell_it_whichever_process_failed(tmp_path, failing):
+    done = launch(tmp_path, failing, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    assert done.returncode == 1
+    assert "error: data.json, line 3: no such thing" in done.stderr.split("FAILED")[-1]
+    assert done.stderr.split("Traceback")[0].count("error: data.json") <= 1
