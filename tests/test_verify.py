@@ -78,7 +78,8 @@ def test_a_tampered_code_is_found(output, dualvitok_config, dualvitok_checkpoint
         return lines
 
     rewrite(codes(output), change)
-    assert verify(output) == 0  # nothing but the image can tell
+    assert verify(output) == 1
+    assert "file changed: 1" in capsys.readouterr().out
     model = ("--model_config", dualvitok_config, "--tokenizer_checkpoint", dualvitok_checkpoint)
     assert verify(output, *model) == 1
     said = capsys.readouterr().out

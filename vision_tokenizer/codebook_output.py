@@ -7,7 +7,7 @@ Per data set, in `{root}/{output_dirname}/{tokenizer_version}/{fixed_256 | fixed
 stays while items have failed, so that a rerun need only try those.
 """
 
-import shutil
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -70,7 +70,7 @@ class AnnotationFile(Source):
 
     @property
     def _mark(self) -> Path:
-        """Exists once `output` is complete; holds its account and size."""
+        """Exists once `output` is complete; holds its account, size and hash."""
         return self.output.parent / WORK / f"{self.output.stem}.done.json"
 
     def finished(self) -> Account | None:
@@ -96,18 +96,25 @@ class AnnotationFile(Source):
         return account
 
     def _join(self) -> Account:
-        account = Account()
+        account, digest = Account(), hashlib.sha256()
         with atomic_write(self.output) as lines, atomic_write(self.rejected) as rejected:
             for index, part in enumerate(self.parts.read_all(len(self.table))):
                 account.add(part.account)
-                with self.parts.path(index, ".jsonl").open("rb") as done:
-                    shutil.copyfileobj(done, lines)
+                done = self.parts.path(index, ".jsonl").read_bytes()
+                digest.update(done)
+                lines.write(done)
                 rejected.writelines(orjson.dumps(asdict(problem)) + b"\n" for problem in part.problems)
         if not account.rejected + account.failed:
             self.rejected.unlink()
         account.check(str(self.output))
-        write_bytes(self._mark, orjson.dumps({"account": account.as_dict(), "bytes": self.output.stat().st_size}))
+        written = {"bytes": self.output.stat().st_size, "sha256": digest.hexdigest()}
+        write_bytes(self._mark, orjson.dumps({"account": account.as_dict(), **written}))
         return account
+
+    def summary(self) -> dict[str, Any]:
+        """What the run's summary says of the finished file; `sha256` is what a verifier holds it against."""
+        stored = orjson.loads(self._mark.read_bytes())
+        return {**stored["account"], "sha256": stored["sha256"]}
 
 
 def open_files(dataset: Dataset, settings: Settings) -> tuple[list[AnnotationFile], list[str]]:
@@ -188,10 +195,9 @@ def finish_dataset(
     dataset: Dataset, settings: Settings, files: Sequence[AnnotationFile], errors: Sequence[str]
 ) -> Account:
     """Write a data set's output, statistics and summary from the parts of its `files`; `errors` are of the others."""
-    total, per_file = Account(), {}
+    total = Account()
     for file in files:
-        per_file[file.table.path.name] = account = file.finish()
-        total.add(account)
+        total.add(file.finish())
     total.check(f"data set {dataset.name}")
     statistics = {name: n for name, n in sorted(total.counts.items()) if name.startswith(RATIO) and n}
     write_bytes(settings.statistics_file(dataset), orjson.dumps(statistics, option=orjson.OPT_INDENT_2))
@@ -199,7 +205,7 @@ def finish_dataset(
         settings.folder(dataset) / SUMMARY,
         dataset=dataset.name,
         total=total.as_dict(),
-        files={name: account.as_dict() for name, account in per_file.items()},
+        files={file.table.path.name: file.summary() for file in files},
         unreadable=errors,
     )
     return total

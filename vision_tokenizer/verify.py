@@ -18,6 +18,7 @@ from vision_tokenizer.codebook_read import Output, StoredImage, parse_line, read
 from vision_tokenizer.errors import Failed, UserError
 from vision_tokenizer.findings import Findings, Sample
 from vision_tokenizer.jobs.chunks import ChunkTable, Item, chunk_table
+from vision_tokenizer.jobs.files import sha256_of
 from vision_tokenizer.jobs.ledger import Account
 from vision_tokenizer.jobs.summary import SUMMARY
 from vision_tokenizer.resolution import crop_share, ratio_tag
@@ -175,7 +176,12 @@ def _check_statistics(output: Output, account: Account, findings: Findings) -> N
         if said != found:
             findings.add("statistics differ", f"{path}: {name} is {said}, the lines have {found}")
     path = output.folder / SUMMARY
-    total = _load(path, findings).get("total", {})
+    summary = _load(path, findings)
+    for name, stored in summary.get("files", {}).items():
+        file = output.folder / f"{Path(name).stem}.jsonl"
+        if file.exists() and stored.get("sha256") != sha256_of(file):
+            findings.add("file changed", f"{file}: not the bytes that the run wrote, by the hash in {path.name}")
+    total = summary.get("total", {})
     for name in ("items", "done", "rejected", "failed"):
         if total.get(name) != getattr(account, name):
             findings.add("summary differs", f"{path}: {name} is {total.get(name)}, found {getattr(account, name)}")

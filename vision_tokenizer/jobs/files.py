@@ -1,5 +1,6 @@
 """Files that are either whole or absent: temporary name, fsync, `os.replace`."""
 
+import hashlib
 import os
 import socket
 from collections.abc import Iterator
@@ -50,6 +51,15 @@ def remove_file(path: Path) -> None:
     if path.exists():
         path.unlink()
         sync_folder(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """Of the content, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
