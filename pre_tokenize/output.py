@@ -135,12 +135,15 @@ class Output:
 
 
 def remove_output(folder: Path) -> None:
-    """Delete all that earlier runs made in `folder`, but for the chunk table and locks."""
+    """Delete all that earlier runs made in `folder`, but for the chunk table and locks.
+
+    The manifest goes last: whatever is still there when we are killed is never taken for the work of other settings.
+    """
     for path, _, _ in _records(folder):
         path.unlink(missing_ok=True)
+    Parts(folder / ".work" / "parts").remove()
+    shutil.rmtree(folder / "files", ignore_errors=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    for path in (folder / "files", folder / ".work" / "parts"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _shard(chunk: Chunk) -> str:

@@ -214,7 +214,7 @@ def test_bad_items_fail_and_the_rest_go_on(tokenize, picture, tmp_path, golden):
         "image count": ask("<|image|><|image|>", images=[picture(0)]),
         "no conversation": {"conversations": []},
         "nothing to predict": {"conversations": [{"from": "human", "value": "hm"}]},
-        "bad text": ask("half \ud83d of a pair"),
+        "not JSON": ask("half \ud83d of a pair"),
     }
     items = [*bad.values(), ask("fine"), ask("<|image|>", images=[tmp_path / "empty.png"])]
     assert tokenize(items, "--max_failed", 1) == 0
