@@ -1,16 +1,20 @@
 """DualViTok against the reference's numbers, and what its codes may not depend on."""
 
 import json
+from functools import partialmethod
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from vision_tokenizer.codes import ImageTokenizer
 from vision_tokenizer.dualvitok.model import load_dualvitok
 from vision_tokenizer.dualvitok.semantic import vit_input
 from vision_tokenizer.image import normalize, prepare
-from vision_tokenizer.resolution import anchors
+from vision_tokenizer.resolution import FIXED_ANCHORS, anchors
 
 CASES = {
     "astronaut_256": ("h512_w512.png", anchors("fixed", 256)),
@@ -129,6 +133,22 @@ def test_other_dtypes(dtype, agreement, tokenizer, batch, dualvitok_config, dual
     assert other.semantic_quantizer.codebook.dtype == torch.float32
     for wanted, found in zip(tokenizer.encode(batch), other.encode(batch), strict=True):
         assert (wanted == found).float().mean() >= agreement
+
+
+def test_compiled_every_resolution_has_kernels_of_its_own(tiny_dualvitok, monkeypatch):
+    """Kernels for any size, which torch makes from the second size on, would make codes depend on the order."""
+    counter = CompileCounter()
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=counter))
+    plain, compiled = (load_dualvitok(*tiny_dualvitok, device="cpu", compile=on) for on in (False, True))
+    compiled_graphs = []
+    for height, width in FIXED_ANCHORS[:5]:
+        pixels = torch.rand(1, 3, height // 4 // 16 * 16, width // 4 // 16 * 16) * 2 - 1
+        codes = compiled.encode(pixels)
+        assert all(torch.equal(a, b) for a, b in zip(codes, plain.encode(pixels), strict=True))
+        compiled_graphs.append(counter.frame_count)
+    assert all(before < after for before, after in pairwise(compiled_graphs))
+    compiled.encode(torch.zeros(1, 3, 128, 128))  # the first resolution again
+    assert counter.frame_count == compiled_graphs[-1]
 
 
 def test_protocol(tokenizer):

@@ -148,7 +148,16 @@ def load_dualvitok(
         else:
             part.to(target, kind)
     if compile:
-        for block in (*model.semantic_encoder.model.blocks, *model.semantic_encoder.blocks):
-            block.compile()  # block by block: all of them share what is compiled once
-        model.pixel_encoder.compile()
+        _compile(model)
     return model
+
+
+def _compile(model: DualViTok) -> None:
+    """Kernels of its own for every resolution: codes must not depend on which one came first.
+
+    Block by block, since all blocks of a kind share what is compiled once.
+    """
+    torch._dynamo.config.cache_size_limit = 64  # beyond it, further resolutions would not be compiled
+    for block in (*model.semantic_encoder.model.blocks, *model.semantic_encoder.blocks):
+        block.compile(dynamic=False)
+    model.pixel_encoder.compile(dynamic=False)
