@@ -73,6 +73,15 @@ def test_an_unreadable_image_and_an_empty_group():
     assert isinstance(results["bad"][7, 32], Encoded)
 
 
+def test_an_image_without_codes_fails_alone():
+    def numbered(ref):
+        return torch.full((3, 32, 32), float(ref)), None
+
+    ((_, results),) = Engine(Recorder(), numbered, batch_size=4, num_workers=1).encode([("a", [3, -1, 5])])
+    assert [isinstance(results[ref], Encoded) for ref in (3, -1, 5)] == [True, False, True]
+    assert results[-1].reason == "not a number"
+
+
 def test_errors_do_not_keep_images_alive():
     images = weakref.WeakSet()
 

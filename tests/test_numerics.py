@@ -31,6 +31,13 @@ def test_the_lowest_index_wins_a_tie_within_a_block_and_between_blocks(monkeypat
     assert nearest_codes(features, codebook, half_norms(codebook)).tolist() == [1, 4, 1]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_feature_that_is_not_finite_has_no_code(bad):
+    features = torch.tensor([[1.0, 0.0], [bad, 0.0], [0.0, 1.0]])
+    codebook = torch.eye(2)
+    assert nearest_codes(features, codebook, half_norms(codebook)).tolist() == [0, -1, 1]
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 4e-3)])
 @pytest.mark.parametrize("flat", [False, True])
 def test_group_norm(dtype, tolerance, flat):

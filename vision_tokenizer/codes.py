@@ -24,7 +24,7 @@ class ImageTokenizer(Protocol):
         ...
 
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(B, 3, H, W) float32 in [-1, 1] -> per branch (B, h, w) int64 codes, on `device`."""
+        """(B, 3, H, W) float32 in [-1, 1] -> per branch (B, h, w) int64 codes, on `device`; -1 where there is none."""
         ...
 
     def decode(self, grids: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vision_tokenizer.codes import ImageTokenizer
-from vision_tokenizer.errors import ItemError, UserError
+from vision_tokenizer.errors import Failed, ItemError, UserError
 from vision_tokenizer.image import normalize
 from vision_tokenizer.jobs.progress import Stopwatch
 
@@ -50,6 +50,12 @@ class _Slot(NamedTuple):
     ref: Hashable
     info: Any
     pixels: torch.Tensor
+
+
+def _not_finite(ref: Hashable) -> Failed:
+    return Failed(
+        "not a number", f"{ref}: its features are not finite: a damaged checkpoint, or too much for fp16 (try bf16)"
+    )
 
 
 class Engine:
@@ -172,5 +178,7 @@ class Engine:
                 copied.synchronize()
         branches = [grid.numpy() for grid in host]
         for row, slot in enumerate(slots):
-            slot.group.finish(slot.ref, Encoded(tuple(grid[row] for grid in branches), slot.info))
+            codes = tuple(grid[row] for grid in branches)
+            complete = all(grid.min() >= 0 for grid in codes)
+            slot.group.finish(slot.ref, Encoded(codes, slot.info) if complete else _not_finite(slot.ref))
         self._on_images(len(slots))

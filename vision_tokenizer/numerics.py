@@ -18,6 +18,8 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 TOKENS_AT_ONCE = 1024
 CODES_AT_ONCE = 8192
 
+NO_CODE = -1  # of a feature that is not finite: weights are damaged, or fp16 overflowed
+
 
 def choose_dtype(name: str) -> torch.dtype:
     """The torch dtype of one of the names in `DTYPES`. Raises `UserError`."""
@@ -42,7 +44,8 @@ def nearest_codes(features: Tensor, codebook: Tensor, half_norms: Tensor) -> Ten
     """Index of the codebook row nearest to each feature by Euclidean distance, the lowest on a tie.
 
     `features` (..., d) of any float dtype, `codebook` (K, d) and `half_norms` (K,) = |row|^2 / 2, both fp32; returns
-    (...) int64. |x - c|^2 / 2 without its |x|^2 / 2 is |c|^2 / 2 - x c, so one product per block decides.
+    (...) int64, `NO_CODE` for a feature that is not finite. |x - c|^2 / 2 without its |x|^2 / 2 is |c|^2 / 2 - x c, so
+    one product per block decides.
     """
     tokens = features.float().flatten(0, -2)
     with float32_products(tf32=False):
@@ -62,4 +65,4 @@ def _nearest(tokens: Tensor, codebook: Tensor, half_norms: Tensor) -> Tensor:
         else:
             closer = least < best
             best, index = torch.where(closer, least, best), torch.where(closer, at + start, index)
-    return index
+    return index.masked_fill_(~tokens.isfinite().all(1), NO_CODE)
