@@ -18,6 +18,7 @@ from PIL import Image
 from vision_tokenizer import codebook_output
 from vision_tokenizer.dualvitok.model import load_dualvitok
 from vision_tokenizer.errors import UserError
+from vision_tokenizer.jobs.run import run_chunks
 
 TINY = ("--resolution_type", "fixed", "--resolution", "32", "--batch_size", "2", "--max_failed", "1")
 
@@ -153,6 +154,25 @@ def test_annotation_files_may_join_but_not_leave(job, tmp_path):
     (tmp_path / "annotations" / "2.jsonl").unlink()
     with pytest.raises(UserError, match=r"inputs\.2\.jsonl = '[0-9a-f]{64}', now it is None"):
         job()
+
+
+def test_annotations_that_change_meanwhile(job, tmp_path, monkeypatch):
+    path = tmp_path / "annotations" / "0.jsonl"
+    before = path.read_bytes()
+
+    def run_chunks_and_edit(*args):
+        run_chunks(*args)
+        path.write_bytes(before + b"\n" + before)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"0\.jsonl: changed while it was encoded"):
+        patch.setattr("vision_tokenizer.codebook.run_chunks", run_chunks_and_edit)
+        job()
+    folder = tmp_path / "out/jsonl_after_tokenizer/dualvitok/fixed_32"
+    assert not list(folder.glob("*.jsonl")) and not (folder / ".work" / "0").exists()
+    with pytest.raises(UserError, match=r"inputs\.0\.jsonl"):
+        job()
+    assert job("--overwrite") == 0
+    assert len(read_lines(folder / "0.jsonl")) == 2
 
 
 def test_files_that_would_be_written_over_each_other(job, tmp_path, tiny_dualvitok):

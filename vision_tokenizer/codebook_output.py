@@ -19,7 +19,7 @@ import orjson
 from vision_tokenizer.annotations import Dataset
 from vision_tokenizer.codes import ImageTokenizer
 from vision_tokenizer.errors import UserError
-from vision_tokenizer.jobs.chunks import chunk_table
+from vision_tokenizer.jobs.chunks import ChunkTable, chunk_table
 from vision_tokenizer.jobs.files import atomic_write, remove_leftovers, write_bytes
 from vision_tokenizer.jobs.ledger import Account
 from vision_tokenizer.jobs.manifest import MANIFEST
@@ -96,6 +96,9 @@ class AnnotationFile(Source):
         return account
 
     def _join(self) -> Account:
+        if _chunk_table(self.table.path, self.output.parent).sha256 != self.table.sha256:
+            self.parts.remove()  # nobody knows which of them hold old items, and which new
+            raise UserError(f"{self.table.path}: changed while it was encoded. Run again with --overwrite.")
         account, digest = Account(), hashlib.sha256()
         with atomic_write(self.output) as lines, atomic_write(self.rejected) as rejected:
             for index, part in enumerate(self.parts.read_all(len(self.table))):
@@ -117,13 +120,17 @@ class AnnotationFile(Source):
         return {**stored["account"], "sha256": stored["sha256"]}
 
 
+def _chunk_table(path: Path, folder: Path) -> ChunkTable:
+    return chunk_table(path, CHUNK_ITEMS, folder / WORK / f"{path.stem}.chunks.json")
+
+
 def open_files(dataset: Dataset, settings: Settings) -> tuple[list[AnnotationFile], list[str]]:
     """The annotation files of a data set with their chunk tables, and why others of its files cannot be read."""
     folder, files, errors = settings.folder(dataset), [], []
     try:
         for path in dataset.annotation_files():
             try:
-                table = chunk_table(path, CHUNK_ITEMS, folder / WORK / f"{path.stem}.chunks.json")
+                table = _chunk_table(path, folder)
             except UserError as error:
                 errors.append(str(error))
             else:
