@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from codebook_job import kill_all
 from PIL import Image
 
 from pre_tokenize import concat_record
@@ -89,8 +90,7 @@ def kill_on_progress(process, folder, pause):
     while process.poll() is None and finished_parts(folder) == before and time.monotonic() < patience:
         time.sleep(0.002)
     time.sleep(pause)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all(process, folder)
 
 
 def test_killed_at_every_write(arguments, expected, tmp_path):

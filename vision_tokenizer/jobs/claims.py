@@ -13,7 +13,7 @@ from datetime import timedelta
 
 from vision_tokenizer.errors import UserError
 
-_CONNECT = timedelta(minutes=10)
+_CONNECT = timedelta(minutes=5)
 _FOREVER = timedelta(days=30)  # ranks wait as long as the others work; one that dies takes the crew with it
 
 
