@@ -31,7 +31,7 @@ import orjson
 from tqdm import tqdm
 
 from pre_tokenize.record import Lengths, companions, entry_line, manifest_id, read_entries
-from pre_tokenize.token_file import shard_manifest
+from pre_tokenize.token_file import MAKE_ANEW, shard_manifest
 from vision_tokenizer.cli import run_command
 from vision_tokenizer.errors import UserError
 from vision_tokenizer.jobs.files import atomic_write, write_bytes
@@ -204,7 +204,9 @@ class TokenFileCheck:
             path = Path(file).absolute()
             self._name = str(path)
         if not path.exists():
-            raise UserError(f"{self._folder / file}: named by a sub-record, but there is no such token file")
+            raise UserError(
+                f"{self._folder / file}: a sub-record names this token file, but it does not exist. {MAKE_ANEW}"
+            )
         self._file, self._path, self._rows = file, path, 1
         if path.suffix == ".arrow":
             manifest, self._rows = shard_manifest(path)

@@ -120,7 +120,7 @@ def run_job(
     its lengths; None on a rank of torchrun that is not the first, as these write one record together.
     """
     with ExitStack() as seat:
-        claims.lead(lambda: seat.enter_context(output.begin(claims, overwrite=overwrite)))
+        claims.lead(lambda: seat.enter_context(output.begin(source, claims, overwrite=overwrite)))
         items = sum(source.table[index].items for index in chunks_of(claims, len(source.table)))
         progress = Progress(claims, items, "pre-tokenize", rates=("images",), totals=("tokens",))
         encoder = make_encoder(lambda count: progress.count(images=count))

@@ -9,7 +9,7 @@ complete, and removed where a run begins.
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ class Output:
         return self.manifest["token_files"] == "pkl"
 
     @contextmanager
-    def begin(self, claims: Claims, *, overwrite: bool) -> Iterator[None]:
+    def begin(self, source: Source, claims: Claims, *, overwrite: bool) -> Iterator[None]:
         """Take this process's seat and settle with what is in the folder; leaving the block gives the seat back.
 
         Raises `UserError` if another run is at work here, or if what is here was made in another way.
@@ -77,7 +77,22 @@ class Output:
                     path.unlink(missing_ok=True)
             for folder in (self.folder, self.folder / "files", work):
                 remove_leftovers(folder)
+            self._forget_lost(source, chunks_of(claims, len(source.table)))
             yield
+
+    def _forget_lost(self, source: Source, chunks: Iterable[int]) -> None:
+        """Count chunks as not done whose token files are gone: who finds a damaged one may delete it and run again."""
+        for index in chunks:
+            entries = source.parts.path(index, _ENTRIES)
+            if source.parts.read(index) and not all((self.folder / name).exists() for name in self._names(entries)):
+                source.parts.forget(index)
+
+    def _names(self, entries: Path) -> Iterator[str]:
+        """The token files that a chunk's lines of the record name, an Arrow file once."""
+        for entry in read_entries(entries):
+            yield entry["file"]
+            if not self._as_pickles:
+                return
 
     def chunk_files(self, chunk: Chunk, samples: Sequence[TokenSample], parts: Parts) -> dict[Path, bytes]:
         """What is written for a chunk's samples: its token files, and its lines of the record."""

@@ -81,7 +81,10 @@ def load_item_processor(spec: str | None) -> tuple[Any, str]:
         raise UserError(f"--item_processor {spec}: expected FILE.py:Class, and {file or 'a file'} does not exist")
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError) as error:
+        raise UserError(f"--item_processor {spec}: {path} does not run: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not hasattr(found, "process_item"):
         classes = [key for key, value in vars(module).items() if hasattr(value, "process_item")]
@@ -89,6 +92,8 @@ def load_item_processor(spec: str | None) -> tuple[Any, str]:
             f"--item_processor {spec}: no class {name} with a `process_item` in {path}; "
             f"it has {', '.join(classes) or 'none at all'}"
         )
+    if inspect.signature(found).parameters:
+        raise UserError(f"--item_processor {spec}: {name} is built without arguments, but its __init__ wants some")
     return found(), _sha256(path.read_text())
 
 

@@ -93,7 +93,8 @@ def find_tokenizer(source: str) -> Path:
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         raise UserError(f"{path}: neither {' nor '.join(TOKENIZER_FILES)} in this folder; it holds {found}")
     if not looks_like_hub_id(source):
-        raise UserError(f"{source}: no such file or folder. Name the folder of a Chameleon release, or a hub id.")
+        names = " or ".join(TOKENIZER_FILES)
+        raise UserError(f"{source}: no such file or folder. Name a folder that holds {names}, or a hub id.")
     return _download(source)
 
 

@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
     }
 )
 IGNORE = -100  # the label of what is not learned
+MAKE_ANEW = "Run pre_tokenize.py again: it makes token files that are gone anew."
 _OPEN_SHARDS = 8192  # kept mapped at a time: a mapping needs no open file, and Linux grants a process 65,530
 
 
@@ -120,11 +121,9 @@ class _Shard:
                 reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(use_threads=False))
                 schema, batches = reader.schema, [reader.get_batch(i) for i in range(reader.num_record_batches)]
         except FileNotFoundError as error:
-            raise UserError(f"{path}: the record names this token file, but it does not exist") from error
+            raise UserError(f"{path}: the record names this token file, but it does not exist. {MAKE_ANEW}") from error
         except (pa.ArrowException, OSError) as error:
-            raise UserError(
-                f"{path}: not a token file, or a damaged one ({error}). Tokenise its items again."
-            ) from error
+            raise _damaged(path, error) from error
         if len(batches) != 1 or not schema.equals(SCHEMA) or any(column.null_count for column in batches[0].columns):
             raise UserError(f"{path}: not a token file: expected one batch of {SCHEMA.names}, found {schema.names}")
         batch = batches[0]
@@ -148,6 +147,10 @@ class _Shard:
         start, end = int(self._mask_ends[row]), int(self._mask_ends[row + 1])
         bits = np.unpackbits(self._mask_bits[start // 8 : (end + 7) // 8], bitorder="little")
         return bits[start % 8 : start % 8 + end - start].view(bool)
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not a token file, or a damaged one ({error}). Delete it. {MAKE_ANEW}")
 
 
 @lru_cache(maxsize=16)
@@ -217,9 +220,9 @@ def read_pickle(path: Path) -> TokenSample:
         images = content.get("raw_image") or ()
         item = int(content["id"])
     except FileNotFoundError as error:
-        raise UserError(f"{path}: the record names this token file, but it does not exist") from error
+        raise UserError(f"{path}: the record names this token file, but it does not exist. {MAKE_ANEW}") from error
     except _DAMAGE as error:
-        raise UserError(f"{path}: not a token file, or a damaged one ({error})") from error
+        raise _damaged(path, error) from error
     loss_mask = labels != IGNORE
     if tokens.ndim != 1 or tokens.shape != labels.shape or (tokens[loss_mask] != labels[loss_mask]).any():
         raise UserError(f"{path}: labels must be the tokens themselves or {IGNORE}, one for each token")

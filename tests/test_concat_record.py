@@ -146,7 +146,7 @@ def test_a_missing_or_shortened_token_file_is_named(finished):
     with pytest.raises(UserError, match=r"10-15\.arrow: the sub-record names row 0, the file has 0"):
         run(finished)
     (finished / "files/10-15.arrow").unlink()
-    with pytest.raises(UserError, match=r"10-15\.arrow: named by a sub-record, but there is no"):
+    with pytest.raises(UserError, match=r"10-15\.arrow: a sub-record names .* does not exist. Run pre_tokenize"):
         run(finished)
 
 

@@ -193,11 +193,17 @@ def test_data_in_somebodys_own_format(tokenize, picture, tmp_path):
         ("mine.py", "expected FILE.py:Class"),
         ("mine.py:Nothing", "it has LlavaItems"),
         ("mine.py:Rejected", "it has LlavaItems"),
+        ("broken.py:X", "broken.py does not run: SyntaxError: .*line 1"),
+        ("foreign.py:X", "No module named 'nowhere'"),
+        ("needy.py:X", "built without arguments"),
     ],
 )
 def test_a_wrong_item_processor_is_told(tmp_path, monkeypatch, spec, message):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(LLAVA)
+    Path("broken.py").write_text("class X(:")
+    Path("foreign.py").write_text("import nowhere")
+    Path("needy.py").write_text("class X:\n    def __init__(self, path): ...\n    def process_item(self, item): ...\n")
     with pytest.raises(UserError, match=message):
         load_item_processor(spec)
 
@@ -311,6 +317,22 @@ def files_of(folder):
     """Everything of a finished run that must be the same bytes however it came about."""
     paths = [*(folder / "files").iterdir(), *folder.glob("*-record.jsonl"), folder / "manifest.json"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("form", ["arrow", "pkl"])
+def test_a_token_file_that_is_gone_is_made_anew_and_only_that(tokenize, tmp_path, form):
+    items = [ask(f"Is {number} even?") for number in range(10)] + [{}]
+    more = ("--format", form, "--max_failed", 1)
+    tokenize(items, *more)
+    before = {path: path.read_bytes() for path in (tmp_path / "out/files").iterdir()}
+    times = {path: path.stat().st_mtime_ns for path in before}
+    gone = tmp_path / "out/files" / {"arrow": "4-8.arrow", "pkl": "5.pkl"}[form]
+    gone.unlink()
+    assert tokenize(items, *more) == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "out/files").iterdir()} == before
+    made_anew = {path.stem for path in before if path.stat().st_mtime_ns != times[path]}
+    assert made_anew == {"arrow": {"4-8", "8-11"}, "pkl": {"4", "5", "6", "7", "8", "9"}}[form]  # and what failed
+    assert len(samples(tmp_path / "out")) == 10
 
 
 def test_an_output_of_another_run_is_refused_or_overwritten(tokenize, tmp_path):

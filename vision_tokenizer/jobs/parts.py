@@ -44,11 +44,15 @@ class Parts:
     def write(self, index: int, part: Part) -> None:
         """Complete the part. Raises `UserError` where the disk refuses; then the part does not exist."""
         part.account.check(f"{self.folder} part {index}")
-        remove_file(self.path(index, ".json"))
+        self.forget(index)
         for path, content in part.files.items():
             write_bytes(path, content)
         entry = {"account": part.account.as_dict(), "problems": [asdict(problem) for problem in part.problems]}
         write_bytes(self.path(index, ".json"), orjson.dumps(entry))
+
+    def forget(self, index: int) -> None:
+        """Have the part made anew, by this run or the next."""
+        remove_file(self.path(index, ".json"))
 
     def read_all(self, count: int) -> Iterator[Part]:
         """Parts 0 to count - 1 in order, one at a time; all of them must be complete."""

@@ -84,7 +84,8 @@ def image_folder(args: argparse.Namespace) -> Path:
     """Where the images lie, or will be written. Raises `UserError` for arguments that do not fit the format."""
     in_a_folder = args.format in ("llava", "coco")
     if in_a_folder != (args.image_source is not None):
-        raise UserError(f"--format {args.format} {'needs' if in_a_folder else 'does not take'} --image_source")
+        needs = "needs --image_source, the folder of its images" if in_a_folder else "does not take --image_source"
+        raise UserError(f"--format {args.format} {needs}")
     for given in filter(None, (args.source, args.image_source)):
         if not given.exists():
             raise UserError(f"{given} does not exist")
