@@ -32,6 +32,8 @@ def parse_conversation(item: Any) -> Conversation:
     """Check a data point in the document's format. Raises `Failed`, which says what is wrong with it."""
     if not isinstance(item, dict):
         raise Failed("not an object", f"expected a JSON object, found {type(item).__name__}")
+    if item.get("images") and not item.get("image"):
+        raise Failed("no `image`", "`images`, which belongs to another format: paths are in `image` here")
     images = _images(item.get("image"))
     values = turn_values(item.get("conversations"))
     learned = tuple(turn % 2 == 1 for turn in range(len(values)))

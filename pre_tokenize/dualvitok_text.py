@@ -87,6 +87,8 @@ def _meant(seen: int, generated: list[int], pictures: Sequence[Picture]) -> Pict
 def read_item(item: dict[str, Any], codebook_sizes: Sequence[int]) -> tuple[list[str], list[Picture]]:
     """The turns' texts and the images of a line, checked as far as spelling them needs. Raises `Failed`."""
     values = turn_values(item.get("conversations"))
+    if item.get("image") and not item.get("images"):
+        raise Failed("codes missing", "`image`, which belongs to another format: name what codebook inference wrote")
     names = [item["images"]] if isinstance(item.get("images"), str) else item.get("images") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise Failed("bad `images`", f"expected a list of file names, found {names!r:.60}")

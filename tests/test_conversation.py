@@ -89,6 +89,7 @@ def turns(*values):
         ({"conversations": turns("<|image|>", "b"), "image": ["a", "b"]}, "image count", "2 in"),
         ({"conversations": turns("<|image|>" * 2, "b"), "image": "a"}, "image count", "2 <|image|>"),
         ({"conversations": turns("a", "b"), "image": [1]}, "bad `image`", "found [1]"),
+        ({"conversations": turns("a", "b"), "images": ["x.png"]}, "no `image`", "paths are in `image`"),
         ({"conversations": turns("a", "b"), "image": ""}, "bad `image`", "found ''"),
         ({"conversations": turns("a", "b"), "image": {"path": "x"}}, "bad `image`", "found {'path': 'x'}"),
         ({"conversations": turns("a" + IMAGE_MARK, "b")}, "bad text", "turn 0: contains the Unicode noncharacter"),

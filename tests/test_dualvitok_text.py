@@ -170,11 +170,14 @@ BAD = {
 
 def test_bad_lines_fail_one_by_one_with_line_and_reason(tokenize, tmp_path):
     negative = with_code(1, -1)
+    foreign = {"conversations": [{"from": "human", "value": "<|image|>"}, {"from": "gpt", "value": "A cat."}]}
+    foreign["image"] = ["cat.png"]  # the other document's format
     uncounted = changed(conversations=[*changed()["conversations"][:1], {"from": "gpt", "value": "<image><image>"}])
-    lines = [*BAD.values(), negative, uncounted, changed()]
+    lines = [*BAD.values(), negative, uncounted, foreign, changed()]
     assert tokenize(lines, "--max_failed", 1) == 0
     left_out = rejected(tmp_path / "out")
-    assert [left_out[item]["reason"] for item in range(len(lines) - 1)] == [*BAD, "code out of range", "image count"]
+    reasons = [*BAD, "code out of range", "image count", "codes missing"]
+    assert [left_out[item]["reason"] for item in range(len(lines) - 1)] == reasons
     assert left_out[0]["where"] == "line 1" and left_out[0]["file"].endswith("0000.jsonl")
     assert left_out[0]["detail"].startswith("image 0, level 0: codes lie in [0, 2048), found")
     assert sorted(samples(tmp_path / "out")) == [len(lines) - 1]
