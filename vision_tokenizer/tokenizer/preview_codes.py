@@ -45,16 +45,6 @@ def main(argv: list[str] | None = None) -> int:
     from vision_tokenizer.findings import Sample
     from vision_tokenizer.preview import Contents, decode_place, read_contents, write_report
 
-    contents, sample = Contents(), Sample(args.sample, args.seed)
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(desc="reading", unit="item", mininterval=interval) as bar:
-        for output in outputs:
-            read_contents(output, contents, sample, bar.update)
-    if not sample.drawn:
-        raise UserError(
-            f"{outputs[0].folder}: no image with codes in it; see its run_summary.json and *.rejected.jsonl"
-        )
-
     tokenizer = load_dualvitok(
         args.model_config, args.tokenizer_checkpoint, device=args.device, use_ema=args.use_ema, decoder=True
     )
@@ -64,6 +54,15 @@ def main(argv: list[str] | None = None) -> int:
                 f"{output.folder} was made with the tokenizer {output.fingerprint}, but {args.tokenizer_checkpoint} is "
                 f"{tokenizer.fingerprint}: its decoder would show something else. Name the one it was made with."
             )
+    contents, sample = Contents(), Sample(args.sample, args.seed)
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    with tqdm(desc="reading", unit="item", mininterval=interval) as bar:
+        for output in outputs:
+            read_contents(output, contents, sample, bar.update)
+    if not sample.drawn:
+        raise UserError(
+            f"{outputs[0].folder}: no image with codes in it; see its run_summary.json and *.rejected.jsonl"
+        )
     pairs = [decode_place(tokenizer, place) for place in tqdm(sample.drawn, desc="decoding", mininterval=interval)]
     write_report(args.out_dir, outputs, contents, pairs, args.note)
     print(f"{contents.images:,} images of {contents.items:,} items; {len(pairs):,} decoded")

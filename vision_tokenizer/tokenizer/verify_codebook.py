@@ -73,31 +73,38 @@ def main(argv: list[str] | None = None) -> int:
     from vision_tokenizer.jobs.summary import accounts_table
     from vision_tokenizer.verify import verify_output
 
-    findings, sample = Findings(), Sample(args.sample if args.tokenizer_checkpoint else 0, args.seed)
+    tokenizer = load_tokenizer(args)  # first: a wrong path should not come to light after millions of lines
+    findings, sample = Findings(), Sample(args.sample if tokenizer else 0, args.seed)
     accounts = {}
     with tqdm(desc="reading", unit="item", mininterval=0.2 if sys.stderr.isatty() else 10.0) as bar:
         for output in outputs:
             accounts[output.dataset.name] = verify_output(output, sample, findings, bar.update)
     print(accounts_table(accounts))
     print(f"{sum(account.counts['images'] for account in accounts.values()):,} images with codes")
-    if args.tokenizer_checkpoint:
-        encode_again(args, outputs, sample, findings)
+    if tokenizer:
+        encode_again(tokenizer, args.tokenizer_checkpoint, outputs, sample, findings)
     else:
         print("no image was encoded again: that needs --model_config and --tokenizer_checkpoint")
     print(f"\n{findings}\n\nNOT as it should be" if findings.counts else "\nall as it should be")
     return 1 if findings.counts else 0
 
 
-def encode_again(args: argparse.Namespace, outputs: list, sample, findings) -> None:
+def load_tokenizer(args: argparse.Namespace):
+    if not args.tokenizer_checkpoint:
+        return None
     from vision_tokenizer.dualvitok.model import load_dualvitok
-    from vision_tokenizer.reencode import reencode
 
-    tokenizer = load_dualvitok(
+    return load_dualvitok(
         args.model_config, args.tokenizer_checkpoint, device=args.device, use_ema=args.use_ema, decoder=False
     )
+
+
+def encode_again(tokenizer, checkpoint: str, outputs: list, sample, findings) -> None:
+    from vision_tokenizer.reencode import reencode
+
     for output in outputs:
         if output.fingerprint != tokenizer.fingerprint:
-            found = f"{args.tokenizer_checkpoint} is {tokenizer.fingerprint}"
+            found = f"{checkpoint} is {tokenizer.fingerprint}"
             findings.add("another tokenizer", f"{output.folder} was made with {output.fingerprint}, {found}")
     places = [place for place in sample.drawn if place.output.fingerprint == tokenizer.fingerprint]
     print(f"{len(places):,} images encoded again, one at a time in fp32:")
