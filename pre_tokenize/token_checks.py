@@ -184,12 +184,14 @@ def _item(table: ChunkTable, number: int) -> Item:
     return next(item for item in table.read(chunk) if item.index == number)
 
 
-def check_input(manifest: dict[str, Any], source: Path, findings: Findings) -> None:
+def check_input(manifest: dict[str, Any], source: Path, findings: Findings) -> bool:
     """Whether `source` is the file that the tokens were made from."""
     with tempfile.TemporaryDirectory() as cache:
         found = chunk_table(source, _CHUNK_ITEMS, Path(cache) / "chunks.json").sha256
-    if found != manifest["input"]["sha256"]:
-        findings.add("input changed", f"{source}: not the file that the tokens were made from")
+    if found == manifest["input"]["sha256"]:
+        return True
+    findings.add("input changed", f"{source}: not the file that the tokens were made from, so none was made again")
+    return False
 
 
 def check_tokenizer(manifest: dict[str, Any], text_sha256: str, fingerprint: str | None, findings: Findings) -> None:

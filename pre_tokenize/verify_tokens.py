@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{args.record}: no items in it")
     text, manifest = TextTokenizer(args.text_tokenizer or args.tokenizer_dir), files.manifest()
     reader = load_reader(manifest, text)
+    can_repeat = bool(manifest and args.in_filename)
+    repeat = can_repeat and check_input(manifest, args.in_filename, findings)
     check_record(files.record, manifest, findings)
     interval = 0.2 if sys.stderr.isatty() else 10.0
     with tqdm(total=len(files), desc="reading", unit="item", mininterval=interval) as bar:
@@ -68,10 +70,9 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(files):,} sequences of {found['tokens']:,} tokens, {found['learned'] / max(found['tokens'], 1):.1%} of "
         f"them learned; {found['images']:,} images"
     )
-    if manifest and args.in_filename:
-        check_input(manifest, args.in_filename, findings)
+    if repeat:
         tokenize_again(args, files, manifest, text, reader, findings)
-    else:
+    elif not can_repeat:
         print(f"no item was tokenised again: {'that needs --in_filename' if manifest else 'there is no manifest'}")
     print(f"\n{findings}\n\nNOT as it should be" if findings.counts else "\nall as it should be")
     return 1 if findings.counts else 0
