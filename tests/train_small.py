@@ -116,12 +116,15 @@ def train(model: Path, data: Path, output: Path, **settings) -> list[dict]:
 
 
 def train_processes(count: int, arguments: list[str]) -> subprocess.Popen:
-    """Start the command on CPU, several processes under torchrun."""
+    """Start the command on CPU, several processes under torchrun. A single one computes to the last bit as this process
+    does, which takes the same number of threads.
+    """
+    threads = "1" if count > 1 else str(torch.get_num_threads())
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
     return subprocess.Popen(
         [sys.executable, *launcher, "training/train.py", *arguments],
         cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
