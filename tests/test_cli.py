@@ -39,3 +39,16 @@ def test_torchruns_last_lines_tell_it_whichever_process_failed(tmp_path, failing
     assert done.returncode == 1
     assert "error: data.json, line 3: no such thing" in done.stderr.split("FAILED")[-1]
     assert done.stderr.split("Traceback")[0].count("error: data.json") <= 1
+
+
+def test_a_process_that_leaves_at_once_leaves_nothing_unsaid(tmp_path):
+    """And no thread of C++ meets an interpreter that is being torn down, which would abort the process."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import atexit\n"
+        "from vision_tokenizer.cli import leave_at_once, run_command\n"
+        "atexit.register(print, 'torn down')\n"
+        "run_command(lambda: print('done') or 3, leave_at_once)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "done\n", "")

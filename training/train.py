@@ -18,7 +18,7 @@ final/: a model folder with config.json, safetensors and tokenizer files.
 
 import os
 
-from vision_tokenizer.cli import run_command
+from vision_tokenizer.cli import leave_at_once, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,4 +33,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, leave_at_once)

@@ -11,8 +11,8 @@ from pathlib import Path
 from vision_tokenizer.errors import UserError
 
 
-def run_command(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit with its code; a `UserError` prints its message and exits with 2.
+def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = sys.exit) -> None:
+    """Run `main` and `leave` with its exit code; a `UserError` prints its message and exits with 2.
 
     Anything else that escapes is a defect of ours and keeps its traceback.
     """
@@ -25,7 +25,18 @@ def run_command(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on from here", file=sys.stderr, flush=True)
         code = 130
-    sys.exit(code)
+    leave(code)
+
+
+def leave_at_once(code: int) -> None:
+    """End this process without tearing the interpreter down: for commands that used `torch.distributed`.
+
+    DTensor keeps the process group alive, so gloo's threads outlive it. Such a thread may still have a tensor of the
+    last collective to let go of; before Python 3.14 that aborts the process if the interpreter is being torn down.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _tell(message: str) -> None:
