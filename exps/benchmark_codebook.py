@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vision_tokenizer.annotations import read_data_config
 from vision_tokenizer.codebook import run_codebook_inference
 from vision_tokenizer.codebook_output import Settings
-from vision_tokenizer.device import default_workers, local_device
+from vision_tokenizer.device import default_batch_size, default_workers, local_device
 from vision_tokenizer.dualvitok.config import read_config
 from vision_tokenizer.dualvitok.model import DualViTok, load_dualvitok
 from vision_tokenizer.dualvitok.untrained import main as write_untrained
@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, help="default: the command's")
     parser.add_argument("--images_small", type=int, default=128)
     parser.add_argument("--images_full", type=int, default=16, help="at 256; a quarter of it at the anchors")
     parser.add_argument("--lines", nargs="+", type=int, default=[1_000, 200_000], help="input sizes for peak memory")
@@ -188,6 +188,7 @@ def bench_process(checkpoint: Path, args: argparse.Namespace, scratch: Path) -> 
 def main() -> None:
     args = parse_args()
     device = local_device(args.device)
+    args.batch_size = args.batch_size or default_batch_size(device)
     rows, report = [], describe_machine(device)
     with tempfile.TemporaryDirectory(prefix="vistoken-benchmark-") as folder:
         scratch = Path(folder)
@@ -198,7 +199,7 @@ def main() -> None:
             for model in models.values():
                 for mode in MODES:
                     whole = args.images_small if name == "small" else args.images_full
-                    count = whole if mode == "fixed 256" else max(args.batch_size, whole // 4)
+                    count = whole if mode == "fixed 256" else max(4, args.batch_size, whole // 4)
                     rows.append({"model": name, **bench_mode(model, config, mode, args, count, scratch)})
                     print(json.dumps(rows[-1]), file=sys.stderr)
             if "fp32" in models:

@@ -40,7 +40,7 @@ from vision_tokenizer.chameleon.image import crop_sizes, prepare
 from vision_tokenizer.chameleon.untrained import main as write_untrained
 from vision_tokenizer.chameleon.vocabulary import ChameleonVocabulary
 from vision_tokenizer.chameleon.vqgan import ChameleonVQGAN
-from vision_tokenizer.device import default_workers, local_device
+from vision_tokenizer.device import default_batch_size, default_workers, local_device
 from vision_tokenizer.image import normalize
 from vision_tokenizer.jobs.claims import Solo
 from vision_tokenizer.jobs.summary import table
@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=1_000_000, help="text items, and records, of the large cases")
     parser.add_argument("--reads", type=int, default=20_000)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, help="default: the command's")
     return parser.parse_args()
 
 
@@ -141,13 +141,14 @@ def job(data: Path, out: Path, text: TextTokenizer, vqgan: ChameleonVQGAN, setti
 def bench_job(name: str, tokenizers: Path, args: argparse.Namespace, scratch: Path) -> Iterator[dict]:
     """The job and the plain loop on the same items: distinct images, images that four items share, text alone."""
     rng, device = random.Random(0), local_device(args.device)
-    settings = Settings(512, "square", "fp32", args.batch_size, PER_SHARD)
+    batch_size = args.batch_size or default_batch_size(device)
+    settings = Settings(512, "square", "fp32", batch_size, PER_SHARD)
     text, vqgan = load_tokenizers(None, str(tokenizers), device, settings)
     images = make_images(scratch / f"images-{name}", args.images if name == "small" else max(4, args.images // 6))
     cases = {"distinct images": images}
     if name == "small":
         cases |= {"each image in four items": images[: len(images) // 4] * 4, "text alone": [None] * 20_000}
-    for count in (1, args.batch_size):
+    for count in {1, batch_size}:
         vqgan.encode(torch.zeros(count, 3, 512, 512, device=device))  # warm
     for case, of_item in cases.items():
         data = write_items(scratch / f"{name} {case}.json", (conversation(rng, image) for image in of_item))

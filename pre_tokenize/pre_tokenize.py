@@ -127,7 +127,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     job = parser.add_argument_group("job")
     job.add_argument("--splits", type=int, default=1, help="number of processes of a shell loop")
     job.add_argument("--rank", type=int, default=0, help="which of them this is, from 0")
-    job.add_argument("--batch_size", type=int, help="images per batch (default: 4 on CPU, 32 on a GPU)")
+    job.add_argument("--batch_size", type=int, help="images per batch (default: 1 on CPU, 32 on a GPU)")
     job.add_argument("--num_workers", type=int, help="decoding threads per process (default: the cores, at most 16)")
     job.add_argument("--max_failed", type=float, default=0.01, help="share of failed items up to which we exit with 0")
     job.add_argument("--overwrite", action="store_true", help="delete what is in --out_dir and begin anew")
@@ -172,7 +172,7 @@ def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[
     """How items become sequences, what encodes their images, and what the manifest says, for Chameleon."""
     from pre_tokenize.chameleon import Settings, load_tokenizers, make_engine, make_manifest
     from pre_tokenize.item_processor import ChameleonSequences
-    from vision_tokenizer.device import default_workers, local_device
+    from vision_tokenizer.device import default_batch_size, default_workers, local_device
 
     num_workers = args.num_workers or default_workers()
     os.environ.setdefault("RAYON_NUM_THREADS", str(num_workers))  # of the text tokenizer
@@ -181,7 +181,7 @@ def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[
         target_size=args.target_size,
         crop=args.crop,
         torch_dtype=args.torch_dtype,
-        batch_size=args.batch_size or (32 if device.type == "cuda" else 4),
+        batch_size=args.batch_size or default_batch_size(device),
         items_per_file=args.items_per_file,
     )
     text, vqgan = load_tokenizers(args.text_tokenizer, args.tokenizer_dir, device, settings)

@@ -66,6 +66,26 @@ def test_an_image_named_twice_is_encoded_once():
     assert set(results["a"]) == {(1, 32), (2, 32)}
 
 
+def test_a_cpu_encodes_a_batch_per_thread_side_by_side():
+    class Meeting(Recorder):
+        both = threading.Barrier(2, timeout=30)
+
+        def encode(self, pixels):
+            self.both.wait()
+            assert torch.get_num_threads() == 1
+            return super().encode(pixels)
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        engine = Engine(Meeting(), prepare, batch_size=1, num_workers=2)
+        ((_, results),) = engine.encode([("a", [(n, 32) for n in range(8)])])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert [result.codes[0].item() for result in results.values()] == list(range(8))
+
+
 def test_an_unreadable_image_and_an_empty_group():
     results, _ = run([("empty", []), ("bad", [(-1, 32), (7, 32)])])
     assert results["empty"] == {}

@@ -20,6 +20,7 @@ from vision_tokenizer.errors import Failed, ItemError, UserError
 from vision_tokenizer.image import normalize
 from vision_tokenizer.jobs.progress import Stopwatch
 
+CPU_STREAMS = 8  # at most this many batches side by side on a CPU: each has activations of its own
 MAX_OPEN_GROUPS = 16  # a rare resolution's bucket may hold a group back this long, then it is encoded as it is
 
 Ref = TypeVar("Ref", bound=Hashable)  # what names an image, e.g. its path
@@ -61,7 +62,9 @@ def _not_finite(ref: Hashable) -> Failed:
 class Engine:
     """Encodes groups of images with `tokenizer`; `prepare` runs in `num_workers` threads.
 
-    Pillow and torch release the interpreter lock while they decode, resize and compute, so threads overlap.
+    Pillow and torch release the interpreter lock while they decode, resize and compute, so threads overlap. On a CPU
+    batches are encoded side by side, with a share of torch's threads each: threads that share out every layer among
+    themselves spend more time waiting for one another.
     """
 
     def __init__(
@@ -76,10 +79,12 @@ class Engine:
         self._tokenizer, self._prepare = tokenizer, prepare
         self._batch_size, self._num_workers = batch_size, num_workers
         self._on_images = on_images
-        self._window = 2 * (batch_size + num_workers)  # images decoded or being decoded, ahead of the encoder
         self._on_cuda = tokenizer.device.type == "cuda"
+        self._threads = torch.get_num_threads()
+        self._streams = 1 if self._on_cuda else min(self._threads, CPU_STREAMS)
+        self._window = 2 * (batch_size * self._streams + num_workers)  # images decoded or being decoded, ahead
         self._buckets: dict[tuple[torch.dtype, torch.Size], list[_Slot]] = defaultdict(list)
-        self._launched: deque[tuple[list[_Slot], list[torch.Tensor], Any]] = deque()
+        self._launched: deque[tuple[list[_Slot], Callable[[], list[np.ndarray]]]] = deque()
         self.watch = Stopwatch()
 
     def encode(
@@ -92,6 +97,9 @@ class Engine:
         open_groups: deque[_Group] = deque()
         decoding: deque[tuple[_Group, Ref, Future]] = deque()
         pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="decode")
+        self._encoders = ThreadPoolExecutor(
+            self._streams, "encode", torch.set_num_threads, (self._threads // self._streams,)
+        )
         try:
             for tag, refs in groups:
                 distinct = list(dict.fromkeys(refs))
@@ -112,6 +120,8 @@ class Engine:
             yield from self._finished(open_groups)
         finally:
             pool.shutdown(cancel_futures=True)
+            self._encoders.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._threads)  # MKL's number is the whole process's
 
     @staticmethod
     def _finished(open_groups: deque[_Group]) -> Iterator[tuple[Any, dict]]:
@@ -147,7 +157,7 @@ class Engine:
             self._collect()
 
     def _launch(self, bucket: list[_Slot]) -> None:
-        """Start a batch and empty its bucket; on a GPU the results are collected while the next batch runs."""
+        """Start a batch and empty its bucket; results are collected while later batches run."""
         slots = bucket.copy()
         bucket.clear()
         with self.watch("encode"):
@@ -155,28 +165,42 @@ class Engine:
             batch = torch.zeros((self._batch_size, *first.shape), dtype=first.dtype, pin_memory=self._on_cuda)
             for row, slot in zip(batch, slots, strict=False):
                 row.copy_(slot.pixels)
-            try:
-                codes = self._tokenizer.encode(normalize(batch.to(self._tokenizer.device, non_blocking=True)))
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"{self._tokenizer.device} has too little memory for batches of {self._batch_size} images of "
-                    f"{first.shape[1]} x {first.shape[2]}: choose a smaller --batch_size"
-                ) from error
-            host = [torch.empty(c.shape, dtype=torch.int32, pin_memory=self._on_cuda) for c in codes]
-            for kept, computed in zip(host, codes, strict=True):
-                kept.copy_(computed, non_blocking=True)
-            copied = torch.cuda.current_stream(self._tokenizer.device).record_event() if self._on_cuda else None
-        self._launched.append((slots, host, copied))
-        while len(self._launched) > int(self._on_cuda):
+            start = self._start_on_gpu if self._on_cuda else self._start_on_cpu
+            self._launched.append((slots, start(batch)))
+        while len(self._launched) > self._streams:
             self._collect()
+
+    def _start_on_cpu(self, batch: torch.Tensor) -> Callable[[], list[np.ndarray]]:
+        def codes() -> list[np.ndarray]:
+            return [grid.int().numpy() for grid in self._tokenizer.encode(normalize(batch))]
+
+        return self._encoders.submit(codes).result
+
+    def _start_on_gpu(self, batch: torch.Tensor) -> Callable[[], list[np.ndarray]]:
+        device = self._tokenizer.device
+        try:
+            codes = self._tokenizer.encode(normalize(batch.to(device, non_blocking=True)))
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{device} has too little memory for batches of {len(batch)} images of {batch.shape[2]} x "
+                f"{batch.shape[3]}: choose a smaller --batch_size"
+            ) from error
+        host = [torch.empty(grid.shape, dtype=torch.int32, pin_memory=True) for grid in codes]
+        for kept, computed in zip(host, codes, strict=True):
+            kept.copy_(computed, non_blocking=True)
+        copied = torch.cuda.current_stream(device).record_event()
+
+        def result() -> list[np.ndarray]:
+            copied.synchronize()
+            return [grid.numpy() for grid in host]
+
+        return result
 
     def _collect(self) -> None:
         """Hand the oldest launched batch's codes to their groups."""
-        slots, host, copied = self._launched.popleft()
-        if copied is not None:
-            with self.watch("encode"):
-                copied.synchronize()
-        branches = [grid.numpy() for grid in host]
+        slots, result = self._launched.popleft()
+        with self.watch("encode"):
+            branches = result()
         for row, slot in enumerate(slots):
             codes = tuple(grid[row] for grid in branches)
             complete = all(grid.min() >= 0 for grid in codes)

@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--tokenizer_version", default="dualvitok", help="name of the output folder")
     data.add_argument("--output_dirname", default="jsonl_after_tokenizer", help="name of the folder around it")
     job = parser.add_argument_group("job")
-    job.add_argument("--batch_size", type=int, help="images per batch (default: 4 on CPU, 32 on a GPU)")
+    job.add_argument("--batch_size", type=int, help="images per batch (default: 1 on CPU, 32 on a GPU)")
     job.add_argument("--num_workers", type=int, help="decoding threads per process (default: the cores, at most 16)")
     job.add_argument("--max_failed", type=float, default=0.01, help="share of failed items up to which we exit with 0")
     job.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from what is there")
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from vision_tokenizer.codebook import report, run_codebook_inference
     from vision_tokenizer.codebook_output import Settings
-    from vision_tokenizer.device import default_workers, local_device
+    from vision_tokenizer.device import default_batch_size, default_workers, local_device
     from vision_tokenizer.dualvitok.model import load_dualvitok
     from vision_tokenizer.jobs.claims import crew
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         resolution=args.resolution,
         crop_percent_thresh=args.crop_percent_thresh,
         torch_dtype=args.torch_dtype,
-        batch_size=args.batch_size or (32 if device.type == "cuda" else 4),
+        batch_size=args.batch_size or default_batch_size(device),
         compile=args.compile,
         tokenizer_version=args.tokenizer_version,
         output_dirname=args.output_dirname,
