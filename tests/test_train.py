@@ -130,6 +130,12 @@ def test_what_goes_wrong_on_one_process_ends_all_and_its_reason_is_told(tmp_path
     assert "training/loop.py" not in output  # no traceback of ours
 
 
+def test_other_changed_settings_are_told_on_resume(tmp_path, model, text, capsys):
+    train(model, text, tmp_path, **TEXT, max_steps=3)
+    train(model, text, tmp_path, **TEXT, max_steps=4, lr=1e-4)
+    assert "step_00000003; changed since: lr 0.001 -> 0.0001, max_steps 3 -> 4" in capsys.readouterr().out
+
+
 def test_a_changed_setting_is_refused_on_resume(tmp_path, model, text):
     train(model, text, tmp_path, **TEXT, max_steps=3)
     for changed in ({"batch_size": 4}, {"seed": 1}, {"variant": "anyres"}):

@@ -68,7 +68,7 @@ class TrainConfig:
     seed: int = option(0, "of the data order, dropout and a fresh adapter", low=0)
     # how it runs
     precision: str = option("bf16", "of computation; master weights are fp32", choices=("bf16", "fp16", "tf32", "fp32"))
-    data_parallel: str = option("fsdp", "shard weights throughout, or gather them once a step", choices=("fsdp", "sdp"))
+    data_parallel: str = option("fsdp", "shard weights throughout, or gather once a batch", choices=("fsdp", "sdp"))
     checkpointing: bool = option(False, "recompute activations in the backward pass instead of storing them")
     compile: bool = option(False, "compile each layer")
     num_workers: int = option(4, "data-loader processes", low=0)

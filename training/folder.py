@@ -23,7 +23,6 @@ from vision_tokenizer.errors import UserError
 
 FINAL = "final"  # where a finished run leaves its model, inside its output folder
 SHARD_BYTES = 5 * 2**30
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 NOT_MODEL = ("model.vqmodel.",)  # the image tokenizer that releases carry along
 Sizes = TypeVar("Sizes", LLMConfig, VisionConfig)
 

@@ -4,7 +4,6 @@ The index is a folder of plain arrays named by the record's content, `record.jso
 that has changed gets another one. All processes of a node share its pages.
 """
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 
 from pre_tokenize.record import Record, read_entries
 from vision_tokenizer.errors import UserError
+from vision_tokenizer.jobs.files import sha256_of
 
 BLOCK = 1 << 16
 COLUMNS = {"file_numbers": "<u4", "rows": "<i4", "lengths": "<i4", "ids": "<i8"}
@@ -54,14 +54,10 @@ def _column(folder: Path, name: str) -> np.ndarray:
 
 def fingerprint(record: Path) -> str:
     """Of a record's content: a gigabyte takes about a second."""
-    digest = hashlib.sha256()
     try:
-        with record.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+        return sha256_of(record)[:16]
     except OSError as error:
         raise UserError(f"{record}: cannot read this record ({error.strerror})") from error
-    return digest.hexdigest()[:16]
 
 
 def ensure_index(record: Path, digest: str, parent: Path) -> Path:

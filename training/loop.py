@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -75,7 +74,7 @@ def train(run: Run, progress: Progress, report: Report | None) -> None:
         if iterations // interval > (iterations - run.accumulation) // interval or progress.step == run.total_steps:
             if run.scaler.is_enabled():
                 progress.loss_scale = run.scaler.get_scale()
-            state.save(Path(config.output_dir), run.model, run.optimizer, progress, run.fixed, config.ckpt_max_keep)
+            state.save(config, run.model, run.optimizer, progress, run.fixed)
             if report:
                 report.plot()
 

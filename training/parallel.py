@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+from vision_tokenizer.numerics import choose_dtype
 
 
 @contextmanager
@@ -38,8 +38,7 @@ def shard(model: nn.Module, device: torch.device, precision: str, reshard: bool)
     With `reshard` a unit's weights are gathered again for the backward pass (ZeRO-3), without they stay (ZeRO-2).
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    dtype = COMPUTE_DTYPES[precision]
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=choose_dtype(precision), reduce_dtype=torch.float32)
     for unit in model.units():
         unit.to(device, torch.float32)
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)

@@ -15,7 +15,6 @@ from training.data import Skipped
 from training.llm import LLMConfig
 from training.sequence import Batch
 from training.siglip import VisionConfig
-from vision_tokenizer.errors import UserError
 from vision_tokenizer.jobs.files import write_bytes
 
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
@@ -28,10 +27,8 @@ class Report:
 
     def __init__(self, output: Path, step: int, total_steps: int, interval: int, world: int):
         """`step` is where the run goes on: what an interrupted one logged beyond it is dropped."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("tensorboard is not installed: pip install 'vistoken[train]'") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self.output, self.total_steps, self.interval = output, total_steps, interval
         self.peak = peak_flops() * world
         _drop_after(output / METRICS, step)

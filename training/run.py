@@ -1,5 +1,7 @@
 """A whole run, in order: check everything that can be checked on the CPU, then take the device and train."""
 
+from contextlib import closing, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -34,10 +36,9 @@ def run(config: TrainConfig, world: int, local_rank: int) -> None:
         report = None
         if dist.get_rank() == 0:
             report = Report(Path(config.output_dir), progress.step, job.total_steps, config.log_interval, world)
-        train(job, progress, report)
+        with closing(report) if report else nullcontext():
+            train(job, progress, report)
         finish(config, model, folder)
-        if report:
-            report.close()
 
 
 def starting_point(config: TrainConfig, data: Data) -> tuple[Path | None, Progress]:
@@ -67,6 +68,8 @@ def fixed(config: TrainConfig, data: Data) -> dict:
 
 def begin_output(config: TrainConfig, data: Data, folder: ModelFolder, model: nn.Module, device: torch.device) -> None:
     """Rank 0's preflight: what will happen, in print and in config.yaml."""
+    if find_spec("tensorboard") is None:
+        raise UserError("tensorboard is not installed: pip install 'vistoken[train]'")
     output, world = Path(config.output_dir), dist.get_world_size()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -100,7 +103,8 @@ def start(
     if checkpoint:
         state.load(checkpoint, model, optimizer)
         if dist.get_rank() == 0:
-            print(f"going on from {checkpoint}", flush=True)
+            changed = state.changed(checkpoint, config)
+            print(f"going on from {checkpoint}" + (f"; changed since: {changed}" if changed else ""), flush=True)
     scaler = torch.amp.GradScaler(device.type, progress.loss_scale, enabled=config.precision == "fp16")
     order = RankBatches(
         data.sampler,

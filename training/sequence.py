@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
+from pre_tokenize.token_file import IGNORE
 from training.anyres import NEWLINE, ImageInput
 
 # Chameleon's ids, the same in every release
@@ -22,7 +23,6 @@ SPECIAL_TOKENS = {
     "<sentinel:0>": SEPARATOR,
     "<reserved08799>": NEWLINE_TOKEN,
 }
-NO_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Sample:
 
     name: str  # the record it comes from and its id there
     tokens: np.ndarray  # (L,) int64; 0 under a continuous token
-    labels: np.ndarray  # (L,) int64, NO_LABEL where nothing is learned
+    labels: np.ndarray  # (L,) int64, IGNORE where nothing is learned
     features: np.ndarray  # (L,) int64 row among the features of the sample's tiles, -1 for discrete tokens
     tiles: list[np.ndarray]  # one (N, 3, S, S) uint8 array per image
     feature_count: int  # features that the tower makes of the tiles
@@ -84,7 +84,7 @@ def interleave(name: str, tokens: np.ndarray, labels: np.ndarray, images: list[I
         pieces.append(
             (
                 np.where(newline, NEWLINE_TOKEN, 0),
-                np.full(len(newline), NO_LABEL),
+                np.full(len(newline), IGNORE),
                 np.where(newline, -1, image.layout + row),
             )
         )
@@ -98,7 +98,7 @@ def pack(samples: list[Sample], side: int) -> Batch:
     """Join samples into one sequence. `side` is a tile's, for the blank one that stands in where no sample has any:
     the tower runs on every rank in every step, or sharded parameters would wait for each other forever.
     """
-    targets = [np.append(sample.labels[1:], NO_LABEL) for sample in samples]
+    targets = [np.append(sample.labels[1:], IGNORE) for sample in samples]
     row_starts = np.cumsum([0] + [sample.feature_count for sample in samples])
     rows = [np.where(s.features >= 0, s.features + start, -1) for s, start in zip(samples, row_starts, strict=False)]
     rows = np.concatenate(rows)

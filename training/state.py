@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
+from training.config import TrainConfig
 from vision_tokenizer.errors import UserError
 from vision_tokenizer.jobs.files import sync_folder, write_bytes
 
@@ -59,10 +60,20 @@ def read_progress(checkpoint: Path, fixed: dict[str, Any]) -> Progress:
     return progress
 
 
+def changed(checkpoint: Path, config: TrainConfig) -> str:
+    """The settings that are no longer those of the process that wrote `checkpoint`, in words."""
+    before = json.loads((checkpoint / PROGRESS).read_text()).get("config", {})
+    now = dataclasses.asdict(config)
+    return ", ".join(
+        f"{name} {value!r} -> {now.get(name)!r}" for name, value in before.items() if now.get(name) != value
+    )
+
+
 def save(
-    output: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, fixed: dict[str, Any], keep: int
+    config: TrainConfig, model: nn.Module, optimizer: Optimizer, progress: Progress, fixed: dict[str, Any]
 ) -> None:
     """Write a checkpoint; all processes take part. It gets its name when everything in it is on disk."""
+    output = Path(config.output_dir)
     target = output / FOLDER / f"step_{progress.step:08d}"
     temporary = target.with_name(f"{target.name}.tmp")
     if dist.get_rank() == 0:
@@ -77,12 +88,12 @@ def save(
             "then run the same command again."
         ) from error
     if dist.get_rank() == 0:
-        content = {"progress": dataclasses.asdict(progress), "fixed": fixed}
+        content = {"progress": dataclasses.asdict(progress), "fixed": fixed, "config": dataclasses.asdict(config)}
         write_bytes(temporary / PROGRESS, json.dumps(content, indent=2).encode())
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         sync_folder(target.parent)
-        for old in checkpoints(output)[:-keep]:
+        for old in checkpoints(output)[: -config.ckpt_max_keep]:
             (old / PROGRESS).unlink()  # first, so that a half-removed one is never taken for complete
             shutil.rmtree(old)
     dist.barrier()
