@@ -79,11 +79,12 @@ def load_item_processor(spec: str | None) -> tuple[Any, str]:
     path = Path(file)
     if path.suffix != ".py" or not path.is_file():
         raise UserError(f"--item_processor {spec}: expected FILE.py:Class, and {file or 'a file'} does not exist")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module_spec = importlib.util.spec_from_file_location("vistoken_item_processor", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # a dataclass looks its module up there
     try:
         module_spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, NameError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, ImportError, NameError, AttributeError, LookupError) as error:
         raise UserError(f"--item_processor {spec}: {path} does not run: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not hasattr(found, "process_item"):
@@ -92,8 +93,10 @@ def load_item_processor(spec: str | None) -> tuple[Any, str]:
             f"--item_processor {spec}: no class {name} with a `process_item` in {path}; "
             f"it has {', '.join(classes) or 'none at all'}"
         )
-    if inspect.signature(found).parameters:
-        raise UserError(f"--item_processor {spec}: {name} is built without arguments, but its __init__ wants some")
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise UserError(f"--item_processor {spec}: {name} is built without arguments, but {error}") from error
     return found(), _sha256(path.read_text())
 
 
@@ -128,7 +131,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     job.add_argument("--splits", type=int, default=1, help="number of processes of a shell loop")
     job.add_argument("--rank", type=int, default=0, help="which of them this is, from 0")
     job.add_argument("--batch_size", type=int, help="images per batch (default: 1 on CPU, 32 on a GPU)")
-    job.add_argument("--num_workers", type=int, help="decoding threads per process (default: the cores, at most 16)")
+    job.add_argument(
+        "--num_workers", type=int, help="decoding threads (default: this process's share of the cores, at most 16)"
+    )
     job.add_argument("--max_failed", type=float, default=0.01, help="share of failed items up to which we exit with 0")
     job.add_argument("--overwrite", action="store_true", help="delete what is in --out_dir and begin anew")
     args = parser.parse_args(argv)

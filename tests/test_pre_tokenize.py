@@ -186,6 +186,15 @@ def test_data_in_somebodys_own_format(tokenize, picture, tmp_path):
     assert samples(tmp_path / "out")[0].images == (str(picture(0)),)
 
 
+def test_an_item_processor_may_be_a_dataclass(tmp_path):
+    """With its annotations as texts, for which `dataclass` looks into the file's module."""
+    code = "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Shouting:\n"
+    code += "    mark: str = '!'\n    def process_item(self, item): return item | {'said': self.mark}\n"
+    (tmp_path / "mine.py").write_text(code)
+    processor, _ = load_item_processor(f"{tmp_path / 'mine.py'}:Shouting")
+    assert processor.process_item({}) == {"said": "!"}
+
+
 @pytest.mark.parametrize(
     "spec, message",
     [
@@ -196,6 +205,8 @@ def test_data_in_somebodys_own_format(tokenize, picture, tmp_path):
         ("broken.py:X", "broken.py does not run: SyntaxError: .*line 1"),
         ("foreign.py:X", "No module named 'nowhere'"),
         ("needy.py:X", "built without arguments"),
+        ("lost.py:X", "lost.py does not run: FileNotFoundError: .*labels.json"),
+        ("keyless.py:X", "keyless.py does not run: KeyError: 'LABELS'"),
     ],
 )
 def test_a_wrong_item_processor_is_told(tmp_path, monkeypatch, spec, message):
@@ -203,6 +214,8 @@ def test_a_wrong_item_processor_is_told(tmp_path, monkeypatch, spec, message):
     Path("mine.py").write_text(LLAVA)
     Path("broken.py").write_text("class X(:")
     Path("foreign.py").write_text("import nowhere")
+    Path("lost.py").write_text("open('labels.json')")
+    Path("keyless.py").write_text("import os\nos.environ['LABELS']")
     Path("needy.py").write_text("class X:\n    def __init__(self, path): ...\n    def process_item(self, item): ...\n")
     with pytest.raises(UserError, match=message):
         load_item_processor(spec)
