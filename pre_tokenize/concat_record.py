@@ -226,8 +226,13 @@ def _merged(sub_records: Sequence[Path], spill: Path) -> Iterator[tuple[int, dic
 def _rejected(path: Path) -> Iterator[tuple[int, bytes]]:
     if path.exists():
         with path.open("rb") as file:
-            for line in file:
-                yield orjson.loads(line)["item"], line
+            for number, line in enumerate(file, start=1):
+                try:
+                    item = int(orjson.loads(line)["item"])
+                except (ValueError, LookupError, TypeError) as error:
+                    message = f"{path}, line {number}: not a rejected item ({error}). Run its rank again."
+                    raise UserError(message) from error
+                yield item, line
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

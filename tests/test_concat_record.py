@@ -95,6 +95,14 @@ def test_a_lost_list_of_rejected_items_is_noticed(finished):
         run(finished)
 
 
+@pytest.mark.parametrize("line", ['{"item":20,"rea', "[20]", '{"id":20}', '{"item":null}', '{"item":"x"}'])
+def test_a_damaged_list_of_rejected_items_is_named(finished, line):
+    with companions(sub_record(finished, 2, 3))[0].open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(UserError, match=r"2-of-3-record\.rejected\.jsonl, line 2: not a rejected item"):
+        run(finished)
+
+
 def test_doubled_items_are_named(finished):
     lines = sub_record(finished, 0, 3).read_bytes().splitlines(keepends=True)
     with sub_record(finished, 1, 3).open("ab") as file:
