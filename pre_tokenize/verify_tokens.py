@@ -33,6 +33,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--tokenizer_dir", default="ckpts/chameleon/tokenizer", help="as pre_tokenize.py had it")
     add("--text_tokenizer", help="another folder, file or hub id for the text (default: as above)")
     add("--in_filename", type=Path, help="the conversations that the tokens were made from")
+    add("--image_dir", type=Path, help="where relative image paths begin (default: as pre_tokenize.py had it)")
     add("--item_processor", metavar="FILE.py:Class", help="as pre_tokenize.py had it")
     add("--sample", type=int, default=100, help="items to tokenise again (default: %(default)s)")
     add("--seed", type=int, default=0, help="another one draws other items")
@@ -90,7 +91,7 @@ def tokenize_again(args: argparse.Namespace, files, manifest: dict[str, Any], te
         from vision_tokenizer.reencode import MAX_GAP
 
         settings, vqgan = manifest["settings"], load_chameleon(args.tokenizer_dir, device=args.device)
-        sequences = ChameleonSequences(text, processor.process_item, Path(manifest["image_dir"]))
+        sequences = ChameleonSequences(text, processor.process_item, args.image_dir or Path(manifest["image_dir"]))
         crops = partial(prepare, sizes=crop_sizes(settings["target_size"], settings["crop"]))
         again = Retokenizer(sequences, reader, findings, crops, vqgan, MAX_GAP[settings["torch_dtype"]])
         check_tokenizer(manifest, text.sha256, vqgan.fingerprint, findings)

@@ -18,12 +18,16 @@ from vision_tokenizer.errors import UserError
 def tokenized(tmp_path_factory, golden, chameleon_folder) -> Path:
     """The golden conversations as small token files of two items each."""
     base = tmp_path_factory.mktemp("tokenized")
-    shutil.copy(golden / "chameleon_small" / "conversations.json", base / "data.json")
-    command = ["--in_filename", base / "data.json", "--out_dir", base / "out", "--tokenizer_dir", chameleon_folder]
-    command += ["--target_size", 64, "--items_per_file", 2, "--device", "cpu", "--image_dir", golden / "images"]
-    assert pre_tokenize.main([str(part) for part in (*command, "--max_failed", 1)]) == 0
-    concat_record.main(["--sub_record_dir", str(base / "out"), "--save_path", str(base / "out" / "record.json")])
+    data = shutil.copy(golden / "chameleon_small" / "conversations.json", base / "data.json")
+    pre_tokenize_small(data, base, chameleon_folder, "--image_dir", golden / "images")
     return base
+
+
+def pre_tokenize_small(data: Path, base: Path, tokenizer: Path, *more) -> None:
+    command = ["--in_filename", data, "--out_dir", base / "out", "--tokenizer_dir", tokenizer, "--target_size", 64]
+    command += ["--items_per_file", 2, "--device", "cpu", "--max_failed", 1, *more]
+    assert pre_tokenize.main([str(part) for part in command]) == 0
+    concat_record.main(["--sub_record_dir", str(base / "out"), "--save_path", str(base / "out" / "record.json")])
 
 
 @pytest.fixture
@@ -55,6 +59,16 @@ def test_sound_files_pass_and_tokenise_to_the_same(tokenized, chameleon_folder, 
     record = json.loads((tokenized / "out" / "record.json").read_text())
     assert f"{len(record):,} sequences" in said and f"{len(record):,} items tokenised again; 100.0000% of" in said
     assert "all as it should be" in said
+
+
+def test_images_are_found_from_another_folder(golden, chameleon_folder, tmp_path, monkeypatch):
+    """The tokens were made beside the images, which are named by relative paths."""
+    source = golden / "chameleon_small" / "conversations.json"
+    monkeypatch.chdir(golden / "images")
+    pre_tokenize_small(source, tmp_path, chameleon_folder)
+    monkeypatch.chdir(tmp_path)
+    assert verify(tmp_path, chameleon_folder, "--in_filename", source) == 1
+    assert verify(tmp_path, chameleon_folder, "--in_filename", source, "--image_dir", golden / "images") == 0
 
 
 def test_a_tampered_code_is_found(tokens, chameleon_folder, capsys):
