@@ -12,7 +12,7 @@ import pytest
 
 from vision_tokenizer.annotations import image_names, image_path, read_data_config
 from vision_tokenizer.errors import UserError
-from vision_tokenizer.importers import job
+from vision_tokenizer.importers import formats, job
 from vision_tokenizer.jobs.parts import Parts
 from vision_tokenizer.tokenizer.import_annotations import main
 
@@ -279,6 +279,52 @@ def test_another_import_in_the_same_folder_is_refused(tmp_path, pictures):
         run(tmp_path, "pairs", pictures, task="understanding")
     _, items, _, dataset = run(tmp_path, "pairs", pictures, "--overwrite", task="understanding")
     assert items[0]["conversations"][1]["value"] == "gray" and not dataset.tokenizer_inference
+
+
+TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cup."}]
+TALK = json.dumps({"image": "photo.jpg", "conversations": TURNS})
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_a_source_among_what_is_to_be_written_is_kept(tmp_path, pictures, overwrite):
+    annotations = tmp_path / "imported" / "annotations"
+    annotations.mkdir(parents=True)
+    (annotations / "chat.jsonl").write_text(TALK)
+    with pytest.raises(UserError, match=r"chat\.jsonl: the import would write over its source"):
+        run(tmp_path, "llava", annotations / "chat.jsonl", "--image_source", pictures, *overwrite)
+    assert (annotations / "chat.jsonl").read_text() == TALK
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+@pytest.mark.parametrize("folder", ["annotations", "images"])
+def test_what_no_import_made_is_kept(tmp_path, pictures, folder, overwrite):
+    shard = tar_of(tmp_path / "s.tar", [("x.jpg", (pictures / "photo.jpg").read_bytes()), ("x.txt", b"A cup")])
+    own = tmp_path / "imported" / folder / "own.jsonl"
+    own.parent.mkdir(parents=True)
+    own.write_text(TALK)
+    with pytest.raises(UserError, match=f"{folder}: no manifest in .* says that an import made"):
+        run(tmp_path, "webdataset", shard, *overwrite)
+    assert own.read_text() == TALK
+
+
+def test_images_that_an_earlier_import_only_read_are_kept(tmp_path, pictures):
+    shard = tar_of(tmp_path / "s.tar", [("x.jpg", (pictures / "photo.jpg").read_bytes()), ("x.txt", b"A cup")])
+    images = tmp_path / "imported" / "images"
+    shutil.copytree(pictures, images)
+    (tmp_path / "chat.jsonl").write_text(TALK)
+    run(tmp_path, "llava", tmp_path / "chat.jsonl", "--image_source", images)
+    with pytest.raises(UserError, match="images: no manifest in"):
+        run(tmp_path, "webdataset", shard, "--overwrite")
+    assert len(list(images.iterdir())) == 3
+
+
+def test_a_llava_import_reads_its_chunk_table_once(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(formats, "CHUNK_ITEMS", 1)
+    calls, original = [], formats.chunk_table
+    monkeypatch.setattr(formats, "chunk_table", lambda *given: calls.append(given) or original(*given))
+    (tmp_path / "chat.jsonl").write_text("\n".join([TALK] * 3))
+    _, items, _, _ = run(tmp_path, "llava", tmp_path / "chat.jsonl", "--image_source", pictures)
+    assert len(items) == 3 and len(calls) == 1
 
 
 def test_the_entry_joins_a_config_that_is_there(tmp_path, pictures):

@@ -85,10 +85,14 @@ class Llava(Format):
     """A `.json` list or `.jsonl` of `{"id", "image": name or names, "conversations": [...]}`; other fields are kept."""
 
     def chunks(self, file: Path) -> ChunkTable:
-        return chunk_table(file, CHUNK_ITEMS, self.cache / f"{file.stem}.chunks.json")
+        return self._table
+
+    @cached_property
+    def _table(self) -> ChunkTable:
+        return chunk_table(self.source, CHUNK_ITEMS, self.cache / f"{self.source.stem}.chunks.json")
 
     def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
-        for item in self.chunks(file).read(chunk):
+        for item in self._table.read(chunk):
             item_id = item.value.get("id") if isinstance(item.value, dict) else None
             yield Record(item.index, item.where, item_id, self._item(item.value, item.error))
 

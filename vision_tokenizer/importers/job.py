@@ -8,6 +8,7 @@
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from vision_tokenizer.jobs.claims import Claims
 from vision_tokenizer.jobs.files import atomic_write, write_bytes
 from vision_tokenizer.jobs.ledger import Account, Problem
 from vision_tokenizer.jobs.lock import run_lock
-from vision_tokenizer.jobs.manifest import MANIFEST, check_manifest
+from vision_tokenizer.jobs.manifest import MANIFEST, check_manifest, read_manifest
 from vision_tokenizer.jobs.parts import Part, Parts
 from vision_tokenizer.jobs.progress import Progress
 from vision_tokenizer.jobs.run import Source, Task, run_chunks
@@ -36,6 +37,7 @@ FORMATS: dict[str, type[Format]] = {
     "webdataset": WebDataset,
     "parquet": Parquet,
 }
+_MANIFEST_FORMAT = "vistoken-import-"
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,13 @@ class _File(Source):
 def run_import(kind: str, source: Format, root: Path, claims: Claims, overwrite: bool) -> dict[str, Account]:
     """Import `source` into `root`; returns the account of each annotation file written.
 
-    Raises `UserError` if `root` holds another import, unless it is to be overwritten.
+    Raises `UserError` if `root` holds another import, unless it is to be overwritten; and always where writing would
+    destroy what no import made.
     """
     work = root / "import"
+    _check_folders(work, root, source)
     settings = {
-        "format": f"vistoken-import-{kind}",
+        "format": f"{_MANIFEST_FORMAT}{kind}",
         "settings": {k: str(v) for k, v in asdict(source).items() if k != "cache"},
     }
     with run_lock(work / "locks", claims.rank, claims.world_size):
@@ -73,10 +77,31 @@ def run_import(kind: str, source: Format, root: Path, claims: Claims, overwrite:
     return accounts
 
 
+def _written(root: Path, source: Format) -> list[Path]:
+    """Folders that an import fills, and deletes before it begins anew."""
+    return [root / "annotations", *([source.image_dir] if source.embeds_images else [])]
+
+
+def _check_folders(work: Path, root: Path, source: Format) -> None:
+    """Raises `UserError` where a folder to be written holds what is read, or something that no import wrote there."""
+    earlier = None
+    with suppress(UserError):  # a broken manifest says nothing
+        earlier = FORMATS.get(str((read_manifest(work) or {}).get("format")).removeprefix(_MANIFEST_FORMAT))
+    for folder in _written(root, source):
+        for given in (source.source, *([] if source.embeds_images else [source.image_dir])):
+            if given.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{given}: the import would write over its source in {folder}. Choose another --root.")
+        made = earlier and (earlier.embeds_images or folder != source.image_dir)
+        if not made and folder.is_dir() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder}: no manifest in {work} says that an import made what is there, so it is not written over. "
+                "Choose another --root, or move the folder away."
+            )
+
+
 def _begin(work: Path, root: Path, settings: dict, source: Format, files: Sequence[Path], overwrite: bool) -> None:
     if overwrite:
-        written = [work / "parts", root / "annotations", *([source.image_dir] if source.embeds_images else [])]
-        for folder in written:
+        for folder in (work / "parts", *_written(root, source)):
             shutil.rmtree(folder, ignore_errors=True)
         (work / MANIFEST).unlink(missing_ok=True)
     if source.embeds_images:
