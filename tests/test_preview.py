@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -94,6 +95,19 @@ def test_originals_that_are_gone_are_said_to_be(previewed, tmp_path, golden):
     assert main([*arguments, "--sample", "2", "--out_dir", str(tmp_path / "report")]) == 0
     html = (tmp_path / "report" / "report.html").read_text()
     assert html.count("original not found") == 2 and html.count("<img ") == 2
+
+
+def test_an_original_of_another_shape_is_shown_at_the_stored_anchor(previewed, tmp_path, golden):
+    base, arguments = previewed[0].parent, previewed[1]
+    images = shutil.copytree(golden / "images", tmp_path / "images")
+    for path in images.iterdir():
+        shutil.copy(golden / "images" / "h384_w768.png", path)
+    config = json.loads((base / "meta.json").read_text())
+    changed = write_config(
+        tmp_path / "meta.json", **{name: {**entry, "image_dir": str(images)} for name, entry in config.items()}
+    )
+    assert main(["--data_config", str(changed), *arguments[2:], "--out_dir", str(tmp_path / "report")]) == 0
+    assert "original not found" not in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_another_tokenizer_is_refused(previewed, dualvitok_config, dualvitok_checkpoint, tmp_path):

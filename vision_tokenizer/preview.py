@@ -92,10 +92,10 @@ def _image(pixels: torch.Tensor) -> Image.Image:
 
 
 def decode_place(tokenizer: ImageTokenizer, place: Place) -> Pair:
-    """Decode a stored image and find its original."""
+    """Decode a stored image and find its original, at the stored anchor though it may fit another one by now."""
     output = place.output
     try:
-        original, _ = prepare(image_path(output.dataset.image_dir, place.image.name), output.choices, 0.0)
+        original, _ = prepare(image_path(output.dataset.image_dir, place.image.name), (place.image.anchor,), 0.0)
     except ItemError:
         original = None
     where = f"{output.dataset.name}, {place.file.name} line {place.line}"
