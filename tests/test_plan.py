@@ -1,12 +1,15 @@
 """The plan says what the run does: against the golden codes, and on data with every kind of fault."""
 
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vision_tokenizer.errors import UserError
+from vision_tokenizer.plan import END_MARKS
 from vision_tokenizer.plan_report import image_bytes
 from vision_tokenizer.tokenizer.plan_codebook_inference import main
 
@@ -145,13 +148,42 @@ def test_a_missing_folder_does_not_keep_the_others(tmp_path, golden, capsys):
 
 def test_time_and_picture(tmp_path, golden, capsys):
     pytest.importorskip("matplotlib")
-    from PIL import Image
-
     entries = {"g": entry(tmp_path, golden / "images", golden / "codebook" / "generation" / "annotations")}
     _, datasets, _ = plan(tmp_path, entries, "--images_per_second", "0.5")
     assert datasets["g"]["hours"] == pytest.approx(datasets["g"]["images_to_encode"] / 1800)
     with Image.open(tmp_path / "plan" / "plan.png") as picture:
         assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
+
+
+def test_a_truncated_file_with_a_thumbnail_is_found(tmp_path, golden):
+    """The thumbnail in the EXIF header has an end mark of its own."""
+    small, exif, whole = io.BytesIO(), Image.Exif(), tmp_path / "images" / "a.jpg"
+    with Image.open(golden / "images" / "photo.jpg") as photo:
+        photo.resize((48, 32)).save(small, "JPEG")
+        exif[0x927C] = small.getvalue()
+        whole.parent.mkdir()
+        photo.save(whole, exif=exif)
+    content, mark = whole.read_bytes(), END_MARKS["JPEG"]
+    assert mark in content[:4096] and content.endswith(mark)
+    (tmp_path / "images" / "cut.jpg").write_bytes(content[:8192])
+    (tmp_path / "annotations").mkdir()
+    lines = [json.dumps({"images": [name], "conversations": TALK}) + "\n" for name in ("a.jpg", "cut.jpg")]
+    (tmp_path / "annotations" / "0.jsonl").write_text("".join(lines))
+    _, datasets, problems = plan(tmp_path, {"a": entry(tmp_path, tmp_path / "images", tmp_path / "annotations")})
+    assert datasets["a"]["reasons"] == {"failed: image unreadable": 1} and "cut.jpg" in problems[0]["detail"]
+
+
+def test_data_sets_that_the_run_would_refuse_are_told(tmp_path, golden, capsys):
+    """Two of one root: neither is wrong by itself."""
+    annotations = tmp_path / "annotations"
+    annotations.mkdir()
+    (annotations / "0.jsonl").write_text(json.dumps({"images": ["photo.jpg"], "conversations": TALK}) + "\n")
+    entries = {name: entry(tmp_path, golden / "images", annotations) for name in ("one", "two")}
+    code, datasets, problems = plan(tmp_path, entries)
+    assert code == 1 and not problems and datasets["one"]["done"] == datasets["two"]["done"] == 1
+    shown = capsys.readouterr()
+    assert "error: data sets one and two have the same root" in shown.err and "not be clean" in shown.out
+    assert plan(tmp_path, entries, "--datasets", "two")[0] == 0
 
 
 def test_unknown_names_are_refused(tmp_path, golden):

@@ -1,7 +1,7 @@
 """What codebook inference would do with a data set, from its annotations and image headers: no pixels, no model.
 
-The rules are the job's own functions, so that what is counted here is what will happen. A JPEG or PNG file that lacks
-its end mark is decoded, to see whether it is truncated; other damage behind a sound header shows in the run only.
+The rules are the job's own functions, so that what is counted here is what will happen. A JPEG or PNG file without its
+mark at the end is decoded, to see whether it is truncated; other damage behind a sound header shows in the run only.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ BINS_PER_OCTAVE, MAX_OCTAVES = 12, 4  # of the histogram of width / height
 CHUNK_ITEMS = 64  # that a worker surveys at a time
 END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _SAMPLE = 4096  # bytes from each end of a file that tell copies apart
+_ENDING = 64  # bytes in which a whole file has its end mark; earlier, it may be an embedded thumbnail's
 _WINDOW = 4  # chunks per worker handed out at a time
 
 
@@ -209,7 +210,7 @@ def _header(rules: Rules, name: str) -> Header | Failed:
         path = image_path(rules.dataset.image_dir, name)
         with open_image(path) as image:
             size, ends = (image.height, image.width), _ends(path)
-            if END_MARKS.get(image.format, b"") not in ends:
+            if END_MARKS.get(image.format, b"") not in ends[-_ENDING:]:
                 read_image(path)
             if rules.dataset.tokenizer_inference:
                 place_image(path, image, rules.choices, rules.crop_percent_thresh)

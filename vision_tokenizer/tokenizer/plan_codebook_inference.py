@@ -8,8 +8,8 @@ metadata config and every annotation line, those of data sets that need no codes
 `plan.json`, `plan.png` (with `pip install 'vistoken[plot]'`) and `problems.jsonl`, a line for each thing that is wrong.
 
 The exit code is 0 only if the run would be clean: every file and line read, every image there, every conversation by
-the rules. Items that the crop threshold rejects are counted, not held against it. Truncated files are found; what else
-only decoding the pixels can show is not.
+the rules, no data set written over another. Items that the crop threshold rejects are counted, not held against it.
+Truncated files are found; what else only decoding the pixels can show is not.
 """
 
 import argparse
@@ -52,10 +52,12 @@ def main(argv: list[str] | None = None) -> int:
     datasets = read_data_config(args.data_config)
     if unknown := set(args.datasets or ()) - {dataset.name for dataset in datasets}:
         raise UserError(f"--datasets {', '.join(sorted(unknown))}: not in {args.data_config}")
-    surveys, errors = survey(args, [d for d in datasets if not args.datasets or d.name in args.datasets])
+    chosen = [dataset for dataset in datasets if not args.datasets or dataset.name in args.datasets]
+    surveys, errors = survey(args, chosen)
 
     import orjson
 
+    from vision_tokenizer.codebook_output import Settings, check_folders
     from vision_tokenizer.dualvitok.config import read_config
     from vision_tokenizer.jobs.files import write_bytes
     from vision_tokenizer.plan_report import RELEASED_CODEBOOKS, Estimate, as_dict, describe, draw_ratios
@@ -66,6 +68,12 @@ def main(argv: list[str] | None = None) -> int:
         codebooks = (sizes.semantic_quantizer.codebook_size, sizes.pixel_quantizer.codebook_size)
     estimates = {name: Estimate.of(each, codebooks, args.images_per_second) for name, each in surveys.items()}
     print(describe(surveys, estimates, args.images_per_second))
+    messages = [message for each in errors.values() for message in each]
+    try:
+        settings = Settings(resolution_type=args.resolution_type, resolution=args.resolution)
+        check_folders([dataset for dataset in chosen if dataset.tokenizer_inference], settings)
+    except UserError as error:
+        messages.append(str(error))
     plan = {
         "data_config": str(args.data_config),
         "resolution_type": args.resolution_type,
@@ -80,9 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"no {picture}: {error}", file=sys.stderr)
     print(f"written: {args.out_dir}/plan.json, plan.png, problems.jsonl")
-    for message in (message for each in errors.values() for message in each):
+    for message in messages:
         print(f"error: {message}", file=sys.stderr)
-    clean = all(each.clean for each in surveys.values()) and not any(errors.values())
+    clean = all(each.clean for each in surveys.values()) and not messages
     print("The run would be clean." if clean else "The run would not be clean; see above and problems.jsonl.")
     return 0 if clean else 1
 
