@@ -47,7 +47,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--output_dirname", default="jsonl_after_tokenizer", help="name of the folder around it")
     job = parser.add_argument_group("job")
     job.add_argument("--batch_size", type=int, help="images per batch (default: 1 on CPU, 32 on a GPU)")
-    job.add_argument("--num_workers", type=int, help="decoding threads per process (default: the cores, at most 16)")
+    job.add_argument(
+        "--num_workers", type=int, help="decoding threads (default: this process's share of the cores, at most 16)"
+    )
     job.add_argument("--max_failed", type=float, default=0.01, help="share of failed items up to which we exit with 0")
     job.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from what is there")
     job.add_argument("--overwrite", action="store_true", help="begin anew even if other settings made what is there")
