@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     from pre_tokenize.sequence_reader import load_reader
     from pre_tokenize.text import TextTokenizer
     from pre_tokenize.token_file import TokenFiles
-    from pre_tokenize.token_preview import TALLIED, Renderer, draw, tally, write_report
+    from pre_tokenize.token_preview import TALLIED, Renderer, tally, write_report
+    from vision_tokenizer.findings import draw
 
     files = TokenFiles(args.record, args.image_dir)
     if not len(files):

@@ -2,7 +2,6 @@
 vocabulary, and a sample against the same items tokenised again.
 """
 
-import random
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,8 @@ from pre_tokenize.sequence_reader import SequenceReader
 from pre_tokenize.token_file import TokenFiles, TokenSample
 from vision_tokenizer.engine import Encoded
 from vision_tokenizer.errors import ItemError, UserError
-from vision_tokenizer.findings import Findings
+from vision_tokenizer.findings import Findings, draw
+from vision_tokenizer.image import normalize
 from vision_tokenizer.jobs.chunks import ChunkTable, Item, chunk_table
 from vision_tokenizer.reencode import MAX_GAP, Agreement, differences
 
@@ -136,8 +136,6 @@ class Retokenizer:
             self.findings.add("another text", f"{where}: token {at} is {stored.tokens[at]}, now {fresh.tokens[at]}")
 
     def _encode(self, path: Path, features: dict[Path, torch.Tensor]) -> Encoded | ItemError:
-        from vision_tokenizer.image import normalize
-
         try:
             pixels, info = self.prepare(path)
         except ItemError as error:
@@ -162,18 +160,16 @@ class Retokenizer:
                 self.findings.add("code is not the nearest", detail)
 
 
-def retokenize(files: TokenFiles, source: Path, again: Retokenizer, count: int, seed: int) -> int:
-    """Compare `count` items, drawn evenly, with the input `source`; returns how many there were."""
-    drawn = sorted(random.Random(seed).sample(range(len(files)), min(count, len(files))))
-    with tempfile.TemporaryDirectory() as cache:
-        table = chunk_table(source, _CHUNK_ITEMS, Path(cache) / "chunks.json")
-        for index in drawn:
-            entry = files.record[index]
-            where = f"{entry.file}, row {entry.row}, item {entry.id}"
-            try:
-                again.compare(_item(table, entry.id), files[index], where)
-            except UserError as error:
-                again.findings.add("token file", str(error))
+def retokenize(files: TokenFiles, table: ChunkTable, again: Retokenizer, count: int, seed: int) -> int:
+    """Compare `count` items, drawn evenly, with the input; returns how many there were."""
+    drawn = draw(len(files), count, seed)
+    for index in drawn:
+        entry = files.record[index]
+        where = f"{entry.file}, row {entry.row}, item {entry.id}"
+        try:
+            again.compare(_item(table, entry.id), files[index], where)
+        except UserError as error:
+            again.findings.add("token file", str(error))
     return len(drawn)
 
 
@@ -184,14 +180,14 @@ def _item(table: ChunkTable, number: int) -> Item:
     return next(item for item in table.read(chunk) if item.index == number)
 
 
-def check_input(manifest: dict[str, Any], source: Path, findings: Findings) -> bool:
-    """Whether `source` is the file that the tokens were made from."""
+def check_input(manifest: dict[str, Any], source: Path, findings: Findings) -> ChunkTable | None:
+    """The items of `source`, if that is the file that the tokens were made from."""
     with tempfile.TemporaryDirectory() as cache:
-        found = chunk_table(source, _CHUNK_ITEMS, Path(cache) / "chunks.json").sha256
-    if found == manifest["input"]["sha256"]:
-        return True
+        table = chunk_table(source, _CHUNK_ITEMS, Path(cache) / "chunks.json")
+    if table.sha256 == manifest["input"]["sha256"]:
+        return table
     findings.add("input changed", f"{source}: not the file that the tokens were made from, so none was made again")
-    return False
+    return None
 
 
 def check_tokenizer(manifest: dict[str, Any], text_sha256: str, fingerprint: str | None, findings: Findings) -> None:

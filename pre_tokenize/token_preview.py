@@ -1,6 +1,5 @@
 """Token files as conversations to read, with their images decoded in place, and as distributions."""
 
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -42,11 +41,6 @@ class Contents:
     broken: int = 0  # sequences that verify_tokens.py has something to say about
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # of images, (h, w)
     uses: dict[str, CodeUse] = field(default_factory=dict)
-
-
-def draw(length: int, count: int, seed: int) -> list[int]:
-    """`count` positions of `length`, in order."""
-    return sorted(random.Random(seed).sample(range(length), min(count, length)))
 
 
 def tally(files: TokenFiles, positions: Sequence[int], reader: SequenceReader) -> Contents:

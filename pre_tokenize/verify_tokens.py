@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     text, manifest = TextTokenizer(args.text_tokenizer or args.tokenizer_dir), files.manifest()
     reader = load_reader(manifest, text)
     can_repeat = bool(manifest and args.in_filename)
-    repeat = can_repeat and check_input(manifest, args.in_filename, findings)
+    table = check_input(manifest, args.in_filename, findings) if can_repeat else None
     check_record(files.record, manifest, findings)
     interval = 0.2 if sys.stderr.isatty() else 10.0
     with tqdm(total=len(files), desc="reading", unit="item", mininterval=interval) as bar:
@@ -71,15 +71,15 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(files):,} sequences of {found['tokens']:,} tokens, {found['learned'] / max(found['tokens'], 1):.1%} of "
         f"them learned; {found['images']:,} images"
     )
-    if repeat:
-        tokenize_again(args, files, manifest, text, reader, findings)
+    if table is not None:
+        tokenize_again(args, files, table, manifest, text, reader, findings)
     elif not can_repeat:
         print(f"no item was tokenised again: {'that needs --in_filename' if manifest else 'there is no manifest'}")
     print(f"\n{findings}\n\nNOT as it should be" if findings.counts else "\nall as it should be")
     return 1 if findings.counts else 0
 
 
-def tokenize_again(args: argparse.Namespace, files, manifest: dict[str, Any], text, reader, findings) -> None:
+def tokenize_again(args: argparse.Namespace, files, table, manifest: dict[str, Any], text, reader, findings) -> None:
     from pre_tokenize.pre_tokenize import load_item_processor
     from pre_tokenize.token_checks import Retokenizer, check_tokenizer, retokenize
 
@@ -100,7 +100,7 @@ def tokenize_again(args: argparse.Namespace, files, manifest: dict[str, Any], te
 
         again = Retokenizer(DualViTokSequences(text, processor.process_item), reader, findings)
         check_tokenizer(manifest, text.sha256, None, findings)
-    count = retokenize(files, args.in_filename, again, args.sample, args.seed)
+    count = retokenize(files, table, again, args.sample, args.seed)
     codes = f"; {again.agreement}" if again.agreement.codes else ""
     print(f"{count:,} items tokenised again{codes}")
 

@@ -30,6 +30,11 @@ class Findings:
         return "\n".join(lines)
 
 
+def draw(length: int, count: int, seed: int) -> list[int]:
+    """`count` positions of `length`, drawn evenly, in order; the same ones for the same seed."""
+    return sorted(random.Random(seed).sample(range(length), min(count, length)))
+
+
 class Sample(Generic[T]):
     """`size` things drawn evenly from all that are offered, the same ones for the same seed."""
 
