@@ -97,8 +97,3 @@ def model_size(height: int, width: int) -> tuple[int, int]:
         beta = math.sqrt(MIN_AREA / (height * width))
         h, w = (math.ceil(side * beta / SIDE) * SIDE for side in (height, width))
     return h, w
-
-
-def resolution_text(height: int, width: int) -> str:
-    """What `{resolution_tag}` of a conversation stands for."""
-    return f"<height_{height}><width_{width}>"

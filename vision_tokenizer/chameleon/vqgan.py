@@ -173,7 +173,6 @@ def load_chameleon(
     device: str | torch.device = "auto",
     dtype: str = "fp32",
     decoder: bool = False,
-    compile: bool = False,
 ) -> ChameleonVQGAN:
     """The VQGAN of a folder's `vqgan.yaml` and `vqgan.ckpt`, on its device and in its dtype. Raises `UserError`."""
     folder = Path(folder).expanduser()
@@ -194,6 +193,4 @@ def load_chameleon(
             part.to(target)  # stays fp32
         else:
             part.to(target, kind, memory_format=torch.channels_last)
-    if compile:
-        model.encoder.compile()
     return model
