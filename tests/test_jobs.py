@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vision_tokenizer.errors import Failed, UserError
-from vision_tokenizer.jobs.chunks import chunk_table
+from vision_tokenizer.jobs.chunks import Item, chunk_table
 from vision_tokenizer.jobs.claims import Solo, Split
 from vision_tokenizer.jobs.files import atomic_write, remove_leftovers, write_bytes
 from vision_tokenizer.jobs.ledger import Account, Problem
@@ -20,7 +20,7 @@ from vision_tokenizer.jobs.progress import Progress
 from vision_tokenizer.jobs.run import Source, run_chunks
 from vision_tokenizer.jobs.summary import accounts_table
 
-PROBLEM = Problem.of(Failed("image not found", "x.png"), "a.jsonl", "line 3", 2, id="x")
+PROBLEM = Problem.of(Failed("image not found", "x.png"), Path("a.jsonl"), Item(2, "line 3", b"", {"id": "x"}))
 
 
 def account(items: int, failed: int = 0) -> Account:

@@ -25,7 +25,7 @@ from vision_tokenizer.errors import Failed, ItemError, Rejected, UserError
 from vision_tokenizer.image_file import open_image, place_image, read_image
 from vision_tokenizer.jobs.chunks import ChunkTable, Item, chunk_table
 from vision_tokenizer.jobs.ledger import Account, Problem
-from vision_tokenizer.resolution import anchors, crop_share, match_anchor
+from vision_tokenizer.resolution import crop_share, match_anchor
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # at which the report says how much would be rejected
 BINS_PER_OCTAVE, MAX_OCTAVES = 12, 4  # of the histogram of width / height
@@ -97,10 +97,6 @@ class Rules:
     choices: tuple[tuple[int, int], ...]
     crop_percent_thresh: float
 
-    @classmethod
-    def of(cls, dataset: Dataset, resolution_type: str, resolution: int, crop_percent_thresh: float) -> "Rules":
-        return cls(dataset, anchors(resolution_type, resolution), crop_percent_thresh)
-
 
 def survey_dataset(
     rules: Rules, num_workers: int, on_items: Callable[[int], None], on_problem: Callable[[Problem], None]
@@ -156,16 +152,11 @@ def _survey_chunk(rules: Rules, chunk: tuple[ChunkTable, int]) -> Survey:
             _survey_item(rules, survey, item, look)
         except ItemError as error:
             survey.account.reasons[error.kind, error.reason] += 1
-            survey.problems.append(_problem(error, table.path, item))
+            survey.problems.append(Problem.of(error, table.path, item))
         if error := _format_error(item.value):
             survey.format_errors[error.reason] += 1
-            survey.problems.append(_problem(error, table.path, item))
+            survey.problems.append(Problem.of(error, table.path, item))
     return survey
-
-
-def _problem(error: ItemError, path: Path, item: Item) -> Problem:
-    item_id = item.value.get("id") if isinstance(item.value, dict) else None
-    return Problem.of(error, str(path), item.where, item.index, item_id)
 
 
 def _format_error(value: Any) -> Failed | None:

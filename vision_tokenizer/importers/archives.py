@@ -12,7 +12,7 @@ from pyarrow.parquet import ParquetFile
 
 from vision_tokenizer.errors import Failed, UserError
 from vision_tokenizer.importers.formats import Format, file_stem
-from vision_tokenizer.importers.items import IMAGE_SUFFIXES, TEXT_FIELDS, Record, store_image
+from vision_tokenizer.importers.items import IMAGE_SUFFIXES, TEXT_FIELDS, Record, build_item, store_image
 from vision_tokenizer.jobs.chunks import Chunk
 
 _ROWS = 32  # of a parquet file, held in memory with their images
@@ -57,24 +57,23 @@ class WebDataset(_Folder):
                 yield Record(index, f"after {index} samples", None, members)
             else:
                 key = members[0].key
-                yield Record(index, f"sample {key}", key, self._item(file, key, members))
+                yield Record.of(index, f"sample {key}", key, self._item, file, key, members)
 
-    def _item(self, file: Path, key: str, members: list[_Member]) -> dict[str, Any] | Failed:
+    def _item(self, file: Path, key: str, members: list[_Member]) -> dict[str, Any]:
         if ".." in key.split("/"):
-            return Failed("image outside image_dir", f"{key!r} leaves the folder that its tar file is unpacked to")
+            raise Failed("image outside image_dir", f"{key!r} leaves the folder that its tar file is unpacked to")
         pictures = [member for member in members if member.suffix.endswith(IMAGE_SUFFIXES)]
         if len(pictures) != 1:
             names = ", ".join(member.name for member in members)
-            return Failed("several images" if pictures else "no image", f"expected one image, found {names}")
+            raise Failed("several images" if pictures else "no image", f"expected one image, found {names}")
         try:
             text = self._text(members)
         except orjson.JSONDecodeError as error:
-            return Failed("not JSON", f"{key}.json: {error}")
+            raise Failed("not JSON", f"{key}.json: {error}") from error
         except UnicodeDecodeError as error:
-            return Failed("text unreadable", f"{key}.txt: {error}")
-        return self._build(
-            lambda: [store_image(self.image_dir, f"{file_stem(file)}/{key}", pictures[0].content)], text, key
-        )
+            raise Failed("text unreadable", f"{key}.txt: {error}") from error
+        image = store_image(self.image_dir, f"{file_stem(file)}/{key}", pictures[0].content)
+        return build_item([image], text, self.task, key)
 
     def _text(self, members: list[_Member]) -> Any:
         contents = {member.suffix: member.content for member in members}
@@ -137,26 +136,17 @@ class Parquet(_Folder):
             for batch in parquet.iter_batches(_ROWS, row_groups=[chunk.index], columns=columns):
                 for values in batch.to_pylist():
                     item_id = values.get("id", f"{file_stem(file)}/{row}")
-                    item = self._item(
-                        f"{file_stem(file)}/{row:08d}", values[self.image_field], values[text_field], item_id
-                    )
-                    yield Record(row, f"row {row}", item_id, item)
+                    given = (f"{file_stem(file)}/{row:08d}", values[self.image_field], values[text_field], item_id)
+                    yield Record.of(row, f"row {row}", item_id, self._item, *given)
                     row += 1
         except (OSError, pyarrow.ArrowException) as error:
             damage = Failed("parquet file damaged", f"{file}: {error}; fetch it again")
             yield from (Record(lost, f"row {lost}", None, damage) for lost in range(row, end))
 
-    def _item(self, stem: str, images: Any, text: Any, item_id: Any) -> dict[str, Any] | Failed:
-        several = isinstance(images, list)
-        stems = [f"{stem}_{i}" for i in range(len(images))] if several else [stem]
-        return self._build(
-            lambda: [
-                store_image(self.image_dir, name, _image_bytes(image))
-                for name, image in zip(stems, images if several else [images], strict=True)
-            ],
-            text,
-            item_id,
-        )
+    def _item(self, stem: str, images: Any, text: Any, item_id: Any) -> dict[str, Any]:
+        named = {f"{stem}_{i}": image for i, image in enumerate(images)} if isinstance(images, list) else {stem: images}
+        stored = [store_image(self.image_dir, name, _image_bytes(image)) for name, image in named.items()]
+        return build_item(stored, text, self.task, item_id)
 
     def _text_column(self, file: Path, names: list[str]) -> str:
         wanted = (self.text_field,) if self.text_field else TEXT_FIELDS

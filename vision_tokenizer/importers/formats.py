@@ -6,7 +6,7 @@ A format lists its files, cuts each into chunks, and reads a chunk. Those with t
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -64,12 +64,6 @@ class Format:
     def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
         raise NotImplementedError
 
-    def _build(self, images: Callable[[], list[str]], text: Any, item_id: Any = None) -> dict[str, Any] | Failed:
-        try:
-            return build_item(images(), text, self.task, item_id)
-        except Failed as error:
-            return error
-
 
 def file_stem(file: Path) -> str:
     """`a` of `a.tar.gz`, `a.parquet` or a folder `a`."""
@@ -93,23 +87,19 @@ class Llava(Format):
 
     def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
         for item in self._table.read(chunk):
-            item_id = item.value.get("id") if isinstance(item.value, dict) else None
-            yield Record(item.index, item.where, item_id, self._item(item.value, item.error))
+            yield Record.of(item.index, item.where, item.id, self._item, item.value, item.error)
 
-    def _item(self, value: Any, error: str | None) -> dict[str, Any] | Failed:
+    def _item(self, value: Any, error: str | None) -> dict[str, Any]:
         if error:
-            return Failed("not JSON", error)
+            raise Failed("not JSON", error)
         if not isinstance(value, dict):
-            return Failed("not an object", f"expected a JSON object, found {type(value).__name__}")
+            raise Failed("not an object", f"expected a JSON object, found {type(value).__name__}")
         rest = {key: content for key, content in value.items() if key not in ("image", "images")}
         given = value.get("images", value.get("image"))
         item = rest if given is None or given == [] else {"images": given, **rest}
-        try:
-            if "images" in item:
-                item["images"] = [existing_image(self.image_dir, name) for name in image_names(item)]
-            check_conversations(item)
-        except Failed as problem:
-            return problem
+        if "images" in item:
+            item["images"] = [existing_image(self.image_dir, name) for name in image_names(item)]
+        check_conversations(item)
         return item
 
 
@@ -125,18 +115,17 @@ class Coco(Format):
     def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
         for index in range(chunk.first_item, chunk.first_item + chunk.items):
             where, image, annotation = self._captions[index]
-            yield Record(index, where, annotation.get("id"), self._item(image, annotation))
+            yield Record.of(index, where, annotation.get("id"), self._item, image, annotation)
 
-    def _item(self, image: dict[str, Any] | None, annotation: dict[str, Any]) -> dict[str, Any] | Failed:
+    def _item(self, image: dict[str, Any] | None, annotation: dict[str, Any]) -> dict[str, Any]:
         if image is None:
-            return Failed("unknown image_id", f"image_id {annotation.get('image_id')!r} is not among the images")
+            raise Failed("unknown image_id", f"image_id {annotation.get('image_id')!r} is not among the images")
         if not annotation:
-            return Failed("no caption", f"no annotation has image_id {image['id']!r}")
+            raise Failed("no caption", f"no annotation has image_id {image['id']!r}")
         if not isinstance(annotation.get("caption"), str):
-            return Failed("no caption", "the annotation has no caption; is this a captions_*.json file?")
-        return self._build(
-            lambda: [existing_image(self.image_dir, image["file_name"])], annotation["caption"], annotation.get("id")
-        )
+            raise Failed("no caption", "the annotation has no caption; is this a captions_*.json file?")
+        images = [existing_image(self.image_dir, image["file_name"])]
+        return build_item(images, annotation["caption"], self.task, annotation.get("id"))
 
     @cached_property
     def _captions(self) -> list[tuple[str, dict[str, Any] | None, dict[str, Any]]]:
@@ -184,19 +173,20 @@ class Pairs(Format):
     def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
         for index in range(chunk.first_item, chunk.first_item + chunk.items):
             name = self._names[index]
-            yield Record(index, name, str(PurePosixPath(name).with_suffix("")), self._item(name))
+            item_id = str(PurePosixPath(name).with_suffix(""))
+            yield Record.of(index, name, item_id, self._item, name, item_id)
 
-    def _item(self, name: str) -> dict[str, Any] | Failed:
+    def _item(self, name: str, item_id: str) -> dict[str, Any]:
         text = self.source / PurePosixPath(name).with_suffix(".txt")
         if name.endswith(".txt"):
-            return Failed("no image", f"{text}: no image of that name beside it")
+            raise Failed("no image", f"{text}: no image of that name beside it")
         try:
             caption = text.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            return Failed("no text", f"{text} does not exist")
+        except FileNotFoundError as error:
+            raise Failed("no text", f"{text} does not exist") from error
         except (OSError, UnicodeDecodeError) as error:
-            return Failed("text unreadable", f"{text}: {error}")
-        return self._build(lambda: [name], caption, str(PurePosixPath(name).with_suffix("")))
+            raise Failed("text unreadable", f"{text}: {error}") from error
+        return build_item([name], caption, self.task, item_id)
 
     @cached_property
     def _names(self) -> list[str]:

@@ -1,6 +1,7 @@
 """What an imported item looks like, whatever it came from: the annotation lines of the document's STEP 1."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,14 @@ class Record(NamedTuple):
     where: str  # for messages: "line 18", "row 17", "member a/b.jpg"
     id: Any
     item: dict[str, Any] | Failed
+
+    @classmethod
+    def of(cls, index: int, where: str, id: Any, make: Callable[..., dict[str, Any]], *given: Any) -> "Record":
+        """With the item that `make(*given)` returns, or the `Failed` that it raises."""
+        try:
+            return cls(index, where, id, make(*given))
+        except Failed as error:
+            return cls(index, where, id, error)
 
 
 def build_item(images: list[str], text: Any, task: str, item_id: Any = None) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _part(file: _File, chunk: Chunk) -> Part:
     lines, problems = [], []
     for record in file.format.records(file.path, chunk):
         if isinstance(record.item, Failed):
-            problems.append(Problem.of(record.item, str(file.path), record.where, record.index, record.id))
+            problems.append(Problem.of(record.item, file.path, record))
         else:
             lines.append(orjson.dumps(record.item, option=orjson.OPT_APPEND_NEWLINE))
     if file.format.embeds_images:

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -44,6 +43,10 @@ class Item(NamedTuple):
     value: Any
     error: str | None = None
 
+    @property
+    def id(self) -> Any:
+        return self.value.get("id") if isinstance(self.value, dict) else None
+
 
 @dataclass(frozen=True)
 class ChunkTable:
@@ -58,16 +61,12 @@ class ChunkTable:
     def __getitem__(self, index: int) -> Chunk:
         return Chunk(index, *self.rows[index])
 
-    @cached_property
-    def is_list(self) -> bool:
-        return self.path.suffix == ".json"
-
     def read(self, chunk: Chunk) -> Iterator[Item]:
         """The items of `chunk`, in order. An item that is not JSON comes with its error instead of a value."""
         with self.path.open("rb") as file:
             file.seek(chunk.start)
             content = file.read(chunk.end - chunk.start)
-        return _list_items(chunk, content) if self.is_list else _line_items(chunk, content)
+        return (_list_items if self.path.suffix == ".json" else _line_items)(chunk, content)
 
 
 def chunk_table(path: Path, chunk_items: int, cache: Path) -> ChunkTable:

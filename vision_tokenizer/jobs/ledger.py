@@ -1,11 +1,14 @@
 """The account of a job: every item ends in exactly one of done, rejected, failed."""
 
+import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vision_tokenizer.errors import ItemError
+from vision_tokenizer.jobs.chunks import Item
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,10 @@ class Problem:
     detail: str
 
     @classmethod
-    def of(cls, error: ItemError, file: str, where: str, item: int, id: str | int | float | None = None) -> "Problem":
-        return cls(file, where, item, id, error.kind, error.reason, error.detail)
+    def of(cls, error: ItemError, file: Path, item: Item) -> "Problem":
+        """`item` is one of `file`, or anything else with its `where`, `index` and `id`."""
+        item_id = item.id if isinstance(item.id, str | int | float | None) else reprlib.repr(item.id)
+        return cls(str(file), item.where, item.index, item_id, error.kind, error.reason, error.detail)
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """A chunk while a job works on it: which items are to be done, and what becomes of each."""
 
-import reprlib
 from dataclasses import dataclass
 
 from vision_tokenizer.errors import ItemError
@@ -36,11 +35,7 @@ class OpenChunk:
         return [item for index, item in self.items.items() if index not in settled]
 
     def fail(self, item: Item, error: ItemError) -> None:
-        item_id = item.value.get("id") if isinstance(item.value, dict) else None
-        if not isinstance(item_id, str | int | float | None):
-            item_id = reprlib.repr(item_id)
-        file = str(self.task.source.table.path)
-        self.problems[item.index] = Problem.of(error, file, item.where, item.index, item_id)
+        self.problems[item.index] = Problem.of(error, self.task.source.table.path, item)
 
     def close(self, done: int) -> tuple[Account, list[Problem]]:
         """The account and the problems, in input order, once `done` items are done and the rest have failed."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import orjson
 
-from vision_tokenizer.jobs.files import remove_file, remove_leftovers, write_bytes
+from vision_tokenizer.jobs.files import remove_file, write_bytes
 from vision_tokenizer.jobs.ledger import Account, Problem
 
 
@@ -61,9 +61,6 @@ class Parts:
             if part is None:
                 raise AssertionError(f"{self.folder}: part {index} of {count} is missing")
             yield part
-
-    def remove_leftovers(self) -> None:
-        remove_leftovers(self.folder)
 
     def remove(self) -> None:
         """Delete all parts, first their entries: what is left if we are killed is no part."""

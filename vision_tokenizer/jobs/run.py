@@ -8,10 +8,12 @@ and the next run does it. Killing the process anywhere loses only the open chunk
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from vision_tokenizer.jobs.chunks import Chunk, ChunkTable
 from vision_tokenizer.jobs.claims import Claims
+from vision_tokenizer.jobs.files import remove_leftovers
 from vision_tokenizer.jobs.parts import Part, Parts
 from vision_tokenizer.jobs.progress import Progress
 
@@ -38,7 +40,7 @@ Process = Callable[[Iterator[Task]], Iterable[tuple[Task, Part]]]
 def run_chunks(sources: Sequence[Source], claims: Claims, process: Process, progress: Progress) -> None:
     """Do every chunk of `sources` that is not complete, and wait until the rest of the crew has, too."""
     for source in sources:
-        source.parts.remove_leftovers()
+        remove_leftovers(source.parts.folder)
     for task, part in process(_open_tasks(sources, claims, progress)):
         task.source.parts.write(task.chunk.index, part)
         progress.part(part.account)
@@ -48,30 +50,12 @@ def run_chunks(sources: Sequence[Source], claims: Claims, process: Process, prog
 
 
 def _open_tasks(sources: Sequence[Source], claims: Claims, progress: Progress) -> Iterator[Task]:
-    numbered = _Numbering([len(source.table) for source in sources])
-    for number in claims.claim(numbered.total):
-        source_index, chunk_index = numbered.find(number)
-        source = sources[source_index]
+    starts = [0, *accumulate(len(source.table) for source in sources)]  # chunks of all sources are numbered through
+    for number in claims.claim(starts[-1]):
+        at = bisect_right(starts, number) - 1
+        source, chunk_index = sources[at], number - starts[at]
         previous = source.parts.read(chunk_index)
         if previous is not None and not previous.account.failed:
             progress.found(previous.account)
         else:
             yield Task(source, source.table[chunk_index], previous)
-
-
-class _Numbering:
-    """Chunks of all sources numbered through."""
-
-    def __init__(self, lengths: Sequence[int]):
-        self._starts = [0]
-        for length in lengths:
-            self._starts.append(self._starts[-1] + length)
-
-    @property
-    def total(self) -> int:
-        return self._starts[-1]
-
-    def find(self, number: int) -> tuple[int, int]:
-        """Chunk number over all sources -> (source, chunk in it)."""
-        source = bisect_right(self._starts, number) - 1
-        return source, number - self._starts[source]

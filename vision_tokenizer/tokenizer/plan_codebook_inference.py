@@ -122,7 +122,7 @@ def survey(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[dict, dic
                 tqdm.write(f"{problem.file}, {problem.where}: {problem.reason}: {problem.detail}", file=sys.stderr)
 
         for dataset in datasets:
-            rules = Rules.of(dataset, args.resolution_type, args.resolution, args.crop_percent_thresh)
+            rules = Rules(dataset, anchors(args.resolution_type, args.resolution), args.crop_percent_thresh)
             workers = args.num_workers or default_workers()
             try:
                 surveys[dataset.name], errors[dataset.name] = survey_dataset(rules, workers, bar.update, note)
