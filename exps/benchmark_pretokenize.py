@@ -32,7 +32,7 @@ from pre_tokenize.chameleon import Settings, load_tokenizers, make_engine, make_
 from pre_tokenize.conversation import parse_conversation
 from pre_tokenize.item_processor import ChameleonSequences, assemble
 from pre_tokenize.job import run_job
-from pre_tokenize.output import Output, open_source
+from pre_tokenize.output import OutputFolder, open_source
 from pre_tokenize.record import entry_line, sub_record
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenFiles, TokenSample, pickle_bytes, shard_bytes
@@ -132,7 +132,7 @@ def job(data: Path, out: Path, text: TextTokenizer, vqgan: ChameleonVQGAN, setti
     manifest = make_manifest(settings, source.table, text, vqgan) | {"token_files": "arrow", "image_dir": "."}
     sequences = ChameleonSequences(text, lambda item: item, Path())
     engine = partial(make_engine, vqgan, settings, default_workers())
-    _, account, _ = run_job(source, Output(out, manifest), sequences, engine, Solo(), overwrite=False)
+    _, account, _ = run_job(source, OutputFolder(out, manifest), sequences, engine, Solo(), overwrite=False)
     if account.done != account.items:
         raise SystemExit(f"only {account.done} of {account.items} items were tokenized")
     return clock.rates(account.items)

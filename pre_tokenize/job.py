@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from pre_tokenize.output import Output, chunks_of, leads
+from pre_tokenize.output import OutputFolder
 from pre_tokenize.record import Lengths, companions
 from pre_tokenize.token_file import TokenSample
 from vision_tokenizer.engine import Encoded
@@ -51,7 +51,7 @@ class Encoder(Protocol):
 class ChunkWork:
     """One chunk in progress: what its items need, what they already have, and then its part."""
 
-    def __init__(self, task: Task, sequences: Sequences, output: Output):
+    def __init__(self, task: Task, sequences: Sequences, output: OutputFolder):
         """Read the chunk's items and tokenise their text; of a chunk done before, only those that failed."""
         self.task = task
         self._chunk = OpenChunk.read(task)
@@ -70,7 +70,7 @@ class ChunkWork:
         for draft in self._drafts.values():
             yield from draft.paths
 
-    def part(self, images: Images, sequences: Sequences, output: Output) -> Part:
+    def part(self, images: Images, sequences: Sequences, output: OutputFolder) -> Part:
         """The finished chunk: its samples in input order, its problems, its account."""
         samples = dict(self._kept)
         for index, draft in self._drafts.items():
@@ -86,7 +86,7 @@ class ChunkWork:
 
 
 def tokenize_chunks(
-    tasks: Iterator[Task], *, sequences: Sequences, encoder: Encoder, output: Output, progress: Progress
+    tasks: Iterator[Task], *, sequences: Sequences, encoder: Encoder, output: OutputFolder, progress: Progress
 ) -> Iterator[tuple[Task, Part]]:
     """The job's `process`: read each chunk, have its images encoded, join text and images."""
 
@@ -107,7 +107,7 @@ def tokenize_chunks(
 
 def run_job(
     source: Source,
-    output: Output,
+    output: OutputFolder,
     sequences: Sequences,
     make_encoder: Callable[[Callable[[int], None]], Encoder],
     claims: Claims,
@@ -121,12 +121,12 @@ def run_job(
     """
     with ExitStack() as seat:
         claims.lead(lambda: seat.enter_context(output.begin(source, claims, overwrite=overwrite)))
-        items = sum(source.table[index].items for index in chunks_of(claims, len(source.table)))
+        items = sum(source.table[index].items for index in claims.chunk_range(len(source.table)))
         progress = Progress(claims, items, "pre-tokenize", rates=("images",), totals=("tokens",))
         encoder = make_encoder(lambda count: progress.count(images=count))
         process = partial(tokenize_chunks, sequences=sequences, encoder=encoder, output=output, progress=progress)
         run_chunks([source], claims, process, progress)
-        return output.write_record(source, claims) if leads(claims) else None
+        return output.write_record(source, claims) if claims.leads else None
 
 
 def report(input_file: Path, record: Path, account: Account, lengths: Lengths, max_seq_len: int) -> str:

@@ -21,7 +21,7 @@ from pre_tokenize.record import Lengths, companions, entry_line, manifest_id, re
 from pre_tokenize.token_file import TokenSample, pickle_bytes, read_pickle, read_shard, shard_bytes
 from vision_tokenizer.errors import UserError
 from vision_tokenizer.jobs.chunks import Chunk, ChunkTable, chunk_table
-from vision_tokenizer.jobs.claims import Claims, Split
+from vision_tokenizer.jobs.claims import Claims
 from vision_tokenizer.jobs.files import atomic_write, remove_leftovers
 from vision_tokenizer.jobs.ledger import Account
 from vision_tokenizer.jobs.lock import exclusive, run_lock
@@ -30,7 +30,6 @@ from vision_tokenizer.jobs.parts import Parts
 from vision_tokenizer.jobs.run import Source
 from vision_tokenizer.jobs.summary import write_summary
 
-FORMATS = ("arrow", "pkl")
 _ANY_RECORD = re.compile(r"(\d+)-of-(\d+)-record\.(jsonl|rejected\.jsonl|summary\.json)")
 _ENTRIES = ".record.jsonl"  # of one chunk, beside its part
 
@@ -47,7 +46,7 @@ def input_facts(table: ChunkTable) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputFolder:
     """Where and how token files are written. `manifest` has at least `input`, `image_dir` and `token_files`."""
 
     folder: Path
@@ -63,9 +62,8 @@ class Output:
 
         Raises `UserError` if another run is at work here, or if what is here was made in another way.
         """
-        seat = _seat(claims)
         work = self.folder / ".work"
-        with run_lock(work, *seat):
+        with run_lock(work, *claims.seat):
             with exclusive(work / "manifest.lock"):
                 if overwrite:
                     remove_output(self.folder)
@@ -73,11 +71,11 @@ class Output:
                     _require_no_token_files(self.folder)
                 check_manifest(self.folder, self.manifest)
             for path, rank, splits in _records(self.folder):
-                if (rank, splits) == seat or splits != seat[1]:
+                if (rank, splits) == claims.seat or splits != claims.seat[1]:
                     path.unlink(missing_ok=True)
             for folder in (self.folder, self.folder / "files", work):
                 remove_leftovers(folder)
-            self._forget_lost(source, chunks_of(claims, len(source.table)))
+            self._forget_lost(source, claims.chunk_range(len(source.table)))
             yield
 
     def _forget_lost(self, source: Source, chunks: Iterable[int]) -> None:
@@ -121,13 +119,12 @@ class Output:
 
     def write_record(self, source: Source, claims: Claims) -> tuple[Path, Account, Lengths]:
         """List what this seat's chunks, all of them complete, hold; the record is there last."""
-        rank, splits = _seat(claims)
-        record = sub_record(self.folder, rank, splits)
+        record = sub_record(self.folder, *claims.seat)
         rejected_path, summary_path = companions(record)
         account, lengths = Account(), Lengths()
         with atomic_write(record) as out:
             with atomic_write(rejected_path) as rejected:
-                for index in chunks_of(claims, len(source.table)):
+                for index in claims.chunk_range(len(source.table)):
                     part = source.parts.read(index)
                     if part is None:
                         raise AssertionError(f"{source.parts.folder}: chunk {index} is missing")
@@ -163,21 +160,6 @@ def remove_output(folder: Path) -> None:
 
 def _shard(chunk: Chunk) -> str:
     return f"files/{chunk.first_item}-{chunk.first_item + chunk.items}.arrow"
-
-
-def _seat(claims: Claims) -> tuple[int, int]:
-    """(rank, splits) of the record that this process writes; the ranks of torchrun share one."""
-    return (claims.rank, claims.world_size) if isinstance(claims, Split) else (0, 1)
-
-
-def leads(claims: Claims) -> bool:
-    """Whether this process writes a record of its own."""
-    return claims.rank == 0 or isinstance(claims, Split)
-
-
-def chunks_of(claims: Claims, total: int) -> range:
-    """The chunks, of `total`, that its record lists."""
-    return claims.chunk_range(total) if isinstance(claims, Split) else range(total)
 
 
 def _records(folder: Path) -> Iterator[tuple[Path, int, int]]:

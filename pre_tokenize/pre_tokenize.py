@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     processor, processor_hash = load_item_processor(args.item_processor)
 
     from pre_tokenize.job import report, run_job
-    from pre_tokenize.output import Output, open_source
+    from pre_tokenize.output import OutputFolder, open_source
     from vision_tokenizer.jobs.claims import Split, crew
 
     parts = dualvitok_parts if args.image_tokenizer == "dualvitok" else chameleon_parts
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     manifest |= {"token_files": args.format, "image_dir": str(args.image_dir), "item_processor": processor_hash}
     finished = run_job(
         source,
-        Output(args.out_dir, manifest),
+        OutputFolder(args.out_dir, manifest),
         sequences,
         make_encoder,
         Split(args.rank, args.splits) if args.splits > 1 else crew(),

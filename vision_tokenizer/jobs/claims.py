@@ -21,9 +21,15 @@ class Solo:
     """One process does all."""
 
     rank, world_size = 0, 1
+    leads = True  # whether this process tells of its progress and its result
+    seat = 0, 1  # which result of how many its work goes into: a range has its own, the ranks of torchrun share one
 
     def __init__(self) -> None:
         self._tallies: Counter[str] = Counter()
+
+    def chunk_range(self, total: int) -> range:
+        """The chunks in [0, total) that go into the seat's result."""
+        return range(total)
 
     def lead(self, step: Callable[[], None]) -> None:
         """Run `step` on the first rank while the others wait for it."""
@@ -31,7 +37,7 @@ class Solo:
 
     def claim(self, total: int) -> Iterator[int]:
         """Chunk numbers in [0, total) that this process is to do."""
-        yield from range(total)
+        yield from self.chunk_range(total)
 
     def tally(self, counts: Mapping[str, int]) -> None:
         """Add to the crew's counters."""
@@ -51,10 +57,7 @@ class Split(Solo):
 
     def __init__(self, rank: int, splits: int):
         super().__init__()
-        self.rank, self.world_size = rank, splits
-
-    def claim(self, total: int) -> Iterator[int]:
-        yield from self.chunk_range(total)
+        self.rank, self.world_size = self.seat = rank, splits
 
     def chunk_range(self, total: int) -> range:
         return range(self.rank * total // self.world_size, (self.rank + 1) * total // self.world_size)
@@ -63,13 +66,19 @@ class Split(Solo):
 class Torchrun:
     """A rank under torchrun. Its counters live in the store that torchrun itself rendezvoused through."""
 
+    seat = 0, 1
+
     def __init__(self) -> None:
         from torch.distributed import PrefixStore, rendezvous
 
         store, self.rank, self.world_size = next(iter(rendezvous("env://", timeout=_CONNECT)))
+        self.leads = self.rank == 0
         # after an elastic restart the counters begin anew; finished chunks are known from the disk
         self._store = PrefixStore(f"vistoken/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self._led = 0
+
+    def chunk_range(self, total: int) -> range:
+        return range(total)
 
     def lead(self, step: Callable[[], None]) -> None:
         self._led += 1

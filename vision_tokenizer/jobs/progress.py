@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from vision_tokenizer.jobs.claims import Claims, Split
+from vision_tokenizer.jobs.claims import Claims
 from vision_tokenizer.jobs.ledger import Account
 
 
@@ -31,9 +31,8 @@ class Progress:
         self._began = time.monotonic()
         # a log file gets a line now and then, a terminal a live bar
         interval = 0.2 if sys.stderr.isatty() else 10.0
-        silent = claims.rank != 0 and not isinstance(claims, Split)
         self._bar = tqdm(
-            total=total, desc=description, unit="item", mininterval=interval, disable=silent, smoothing=0.1
+            total=total, desc=description, unit="item", mininterval=interval, disable=not claims.leads, smoothing=0.1
         )
         self._found = 0
 
