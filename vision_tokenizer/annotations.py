@@ -9,10 +9,12 @@ import difflib
 import json
 import os
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from vision_tokenizer.cli import note
 from vision_tokenizer.errors import Failed, UserError
 
 _FIELDS = {"root": str, "image_dir": str, "annotation_dir": str, "tokenizer_inference": bool}
@@ -55,8 +57,11 @@ class Dataset:
         return files
 
 
-def read_data_config(path: Path) -> list[Dataset]:
-    """The data sets of a metadata config. Raises `UserError` naming the data set and field that is wrong."""
+def read_data_config(path: Path, names: Sequence[str] | None = None) -> list[Dataset]:
+    """The data sets of a metadata config, or those of `names`.
+
+    Raises `UserError` naming the data set and field that is wrong, or the name that is not in it.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
     except OSError as error:
@@ -67,7 +72,22 @@ def read_data_config(path: Path) -> list[Dataset]:
         raise UserError(f"{path}: {error}") from error
     if not isinstance(config, dict) or not config:
         raise UserError(f"{path}: expected an object of data sets, found {type(config).__name__}")
-    return [_dataset(path, name, entry) for name, entry in config.items()]
+    datasets = [_dataset(path, name, entry) for name, entry in config.items()]
+    for name in names or ():
+        if name not in config:
+            raise UserError(f"--datasets {name}: not in {path}, which has {', '.join(config)}")
+    return [dataset for dataset in datasets if not names or dataset.name in names]
+
+
+def select_datasets(path: Path, names: Sequence[str] | None) -> list[Dataset]:
+    """Those to encode; the ones that need no codes are named and left out."""
+    datasets = read_data_config(path, names)
+    chosen = [dataset for dataset in datasets if dataset.tokenizer_inference]
+    if skipped := [dataset.name for dataset in datasets if not dataset.tokenizer_inference]:
+        note(f"skipped, tokenizer_inference is false: {', '.join(skipped)}")
+    if not chosen:
+        raise UserError(f"{path}: no data set with tokenizer_inference true is left to encode")
+    return chosen
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

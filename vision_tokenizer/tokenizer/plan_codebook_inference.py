@@ -49,11 +49,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    datasets = read_data_config(args.data_config)
-    if unknown := set(args.datasets or ()) - {dataset.name for dataset in datasets}:
-        raise UserError(f"--datasets {', '.join(sorted(unknown))}: not in {args.data_config}")
-    chosen = [dataset for dataset in datasets if not args.datasets or dataset.name in args.datasets]
-    surveys, errors = survey(args, chosen)
+    datasets = read_data_config(args.data_config, args.datasets)
+    surveys, errors = survey(args, datasets)
 
     import orjson
 
@@ -71,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     messages = [message for each in errors.values() for message in each]
     try:
         settings = Settings(resolution_type=args.resolution_type, resolution=args.resolution)
-        check_folders([dataset for dataset in chosen if dataset.tokenizer_inference], settings)
+        check_folders([dataset for dataset in datasets if dataset.tokenizer_inference], settings)
     except UserError as error:
         messages.append(str(error))
     plan = {

@@ -15,9 +15,8 @@ call.
 import argparse
 from pathlib import Path
 
-from vision_tokenizer.annotations import Dataset, read_data_config
+from vision_tokenizer.annotations import select_datasets
 from vision_tokenizer.cli import note, run_command
-from vision_tokenizer.errors import UserError
 from vision_tokenizer.resolution import RESOLUTION_TYPES
 
 DTYPES = ("fp32", "tf32", "bf16", "fp16")
@@ -62,23 +61,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} is a share from 0 to 1, not {getattr(args, name)}")
     return args
-
-
-def select_datasets(config: Path, names: list[str] | None) -> list[Dataset]:
-    """The data sets to encode; those that need no codes are named and left out."""
-    datasets = read_data_config(config)
-    known = [dataset.name for dataset in datasets]
-    for name in names or ():
-        if name not in known:
-            raise UserError(f"--datasets {name}: not in {config}, which has {', '.join(known)}")
-    chosen = [dataset for dataset in datasets if not names or dataset.name in names]
-    skipped = [dataset.name for dataset in chosen if not dataset.tokenizer_inference]
-    if skipped:
-        note(f"skipped, tokenizer_inference is false: {', '.join(skipped)}")
-    chosen = [dataset for dataset in chosen if dataset.tokenizer_inference]
-    if not chosen:
-        raise UserError(f"{config}: no data set with tokenizer_inference true is left to encode")
-    return chosen
 
 
 def main(argv: list[str] | None = None) -> int:

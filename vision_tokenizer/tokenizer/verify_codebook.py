@@ -16,9 +16,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from vision_tokenizer.annotations import select_datasets
 from vision_tokenizer.cli import run_command
 from vision_tokenizer.resolution import RESOLUTION_TYPES
-from vision_tokenizer.tokenizer.tokenizer_codebook_inference import select_datasets
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
