@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vision_tokenizer.codes import ImageTokenizer
 from vision_tokenizer.dualvitok.model import load_dualvitok
-from vision_tokenizer.image import normalize, to_model_size, to_pixels
+from vision_tokenizer.image import denormalize, normalize, to_image, to_model_size, to_pixels
 from vision_tokenizer.image_file import is_deep
 
 BATCH = 8  # images of one size that go through the model together
@@ -61,8 +61,7 @@ class Tokenizer:
         self._check(codes)
         if codes[0].ndim == 3:
             return self.model.decode(codes).clamp(-1, 1)
-        pixels = self.model.decode(tuple(grid[None] for grid in codes))[0].clamp(-1, 1)
-        return Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+        return to_image(denormalize(self.model.decode(tuple(grid[None] for grid in codes))[0]))
 
     def _check(self, codes: Codes) -> None:
         if len(codes) != len(self.model.branches):

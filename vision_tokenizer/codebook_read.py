@@ -53,6 +53,19 @@ class Output(NamedTuple):
         return sorted(path for path in self.folder.glob("*.jsonl") if not path.name.endswith(".rejected.jsonl"))
 
 
+class Place(NamedTuple):
+    """An image in the output."""
+
+    output: Output
+    file: Path
+    line: int
+    number: int  # among the images of the line
+    image: StoredImage
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}, image {self.number}"
+
+
 def open_output(dataset: Dataset, where: Settings) -> Output:
     """The output of a data set. `where` need only have the settings that name its folder; the rest comes from the
     manifest. Raises `UserError` if there is no output, or its manifest is not one of this tag.

@@ -28,6 +28,16 @@ def normalize(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels.float() / 255 - 0.5) / 0.5 if pixels.dtype == torch.uint8 else pixels
 
 
+def denormalize(pixels: torch.Tensor) -> torch.Tensor:
+    """The inverse: [-1, 1] -> uint8, on the CPU; what lies outside is clipped."""
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+
+
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    """uint8 (3, H, W) -> RGB image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
 def fit(image: Image.Image, placement: Placement) -> Image.Image:
     """Resize an RGB image to cover its anchor and cut the centre out."""
     (h, w), (top, left) = placement.anchor, placement.offset

@@ -12,14 +12,13 @@ from PIL import Image
 
 from vision_tokenizer import report
 from vision_tokenizer.annotations import image_path
-from vision_tokenizer.codebook_read import Output, parse_line, read_lines
+from vision_tokenizer.codebook_read import Output, Place, parse_line, read_lines
 from vision_tokenizer.codes import ImageTokenizer
 from vision_tokenizer.errors import Failed, ItemError
 from vision_tokenizer.findings import Sample
-from vision_tokenizer.image import prepare
+from vision_tokenizer.image import denormalize, prepare, to_image
 from vision_tokenizer.jobs.files import write_bytes
 from vision_tokenizer.quality import CodeUse, psnr, ssim
-from vision_tokenizer.verify import Place
 
 MOST_USED = 8  # codes listed per branch
 
@@ -76,19 +75,14 @@ def read_contents(output: Output, contents: Contents, sample: Sample[Place], on_
 
 def decode_codes(tokenizer: ImageTokenizer, grids: Sequence) -> torch.Tensor:
     """One image's code grids (h, w) -> uint8 pixels (3, H, W)."""
-    pixels = tokenizer.decode(tuple(torch.as_tensor(grid, dtype=torch.int64)[None] for grid in grids))[0]
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    return denormalize(tokenizer.decode(tuple(torch.as_tensor(grid, dtype=torch.int64)[None] for grid in grids))[0])
 
 
 def make_pair(title: str, place: str, original: torch.Tensor | None, decoded: torch.Tensor) -> Pair:
     """Both uint8 (3, H, W)."""
     if original is None:
-        return Pair(title, place, None, _image(decoded), math.nan, math.nan)
-    return Pair(title, place, _image(original), _image(decoded), psnr(original, decoded), ssim(original, decoded))
-
-
-def _image(pixels: torch.Tensor) -> Image.Image:
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        return Pair(title, place, None, to_image(decoded), math.nan, math.nan)
+    return Pair(title, place, to_image(original), to_image(decoded), psnr(original, decoded), ssim(original, decoded))
 
 
 def decode_place(tokenizer: ImageTokenizer, place: Place) -> Pair:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from vision_tokenizer.annotations import image_path
+from vision_tokenizer.codebook_read import Place
 from vision_tokenizer.errors import Failed, ItemError
 from vision_tokenizer.findings import Findings
 from vision_tokenizer.image import normalize, prepare
-from vision_tokenizer.verify import Place
 
 # by the dtype of the run; codes are compared with fp32's
 MAX_GAP = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}

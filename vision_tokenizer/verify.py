@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 
 from vision_tokenizer.codebook_output import CHUNK_ITEMS, RATIO
-from vision_tokenizer.codebook_read import Output, StoredImage, parse_line, read_lines
+from vision_tokenizer.codebook_read import Output, Place, parse_line, read_lines
 from vision_tokenizer.errors import Failed, UserError
 from vision_tokenizer.findings import Findings, Sample
 from vision_tokenizer.jobs.chunks import ChunkTable, Item, chunk_table
@@ -24,19 +24,6 @@ from vision_tokenizer.jobs.summary import SUMMARY
 from vision_tokenizer.resolution import crop_share, ratio_tag
 
 LOOK_AHEAD = 256  # items in which the one of an unexpected line is looked for
-
-
-class Place(NamedTuple):
-    """An image in the output."""
-
-    output: Output
-    file: Path
-    line: int
-    number: int  # among the images of the line
-    image: StoredImage
-
-    def __str__(self) -> str:
-        return f"{self.file}, line {self.line}, image {self.number}"
 
 
 def verify_output(output: Output, sample: Sample[Place], findings: Findings, on_item: Callable[[], None]) -> Account:
