@@ -20,9 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--size", choices=CHANNELS, default="small", help="small: 32 channels instead of 128")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_text_tokenizer(args.out / "text_tokenizer.json")
     write_vqgan(args.out, CHANNELS[args.size])
+    write_text_tokenizer(args.out / "text_tokenizer.json")
     print(f"untrained Chameleon tokenizers are in {args.out}")
     return 0
 
@@ -33,13 +32,13 @@ def write_vqgan(folder: Path, channels: int) -> None:
 
     from vision_tokenizer.chameleon.vqgan import ChameleonVQGAN, read_sizes
     from vision_tokenizer.dualvitok.untrained import untrained_state
-    from vision_tokenizer.jobs.files import atomic_write
+    from vision_tokenizer.jobs.files import atomic_write, write_bytes
 
     width = 2 * channels  # of the latents and the codebook
     conv = {"ch": channels, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "z_channels": width}
     conv |= {"attn_resolutions": [], "resolution": 512, "in_channels": 3, "out_ch": 3, "double_z": False}
     params = {"embed_dim": width, "n_embed": 8192, "ddconfig": conv}
-    (folder / "vqgan.yaml").write_text(yaml.safe_dump({"model": {"params": params}}))
+    write_bytes(folder / "vqgan.yaml", yaml.safe_dump({"model": {"params": params}}).encode())
     with torch.device("meta"):
         model = ChameleonVQGAN(read_sizes(folder / "vqgan.yaml"), decoder=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -51,6 +50,7 @@ def write_text_tokenizer(path: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     from vision_tokenizer.chameleon.vocabulary import CODEBOOK_SIZE, image_token_name
+    from vision_tokenizer.jobs.files import write_bytes
 
     special = ["<eoss>", "<racm3:break>", *(f"<sentinel:{n}>" for n in range(512))]
     special += [f"<reserved{8706 + n:05d}>" for n in range(294)]
@@ -65,7 +65,7 @@ def write_text_tokenizer(path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (*begin, *special)])
-    tokenizer.save(str(path))
+    write_bytes(path, tokenizer.to_str(pretty=True).encode())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ codes, but the codes mean nothing and decode to noise. Needs no GPU; the small m
 
 import argparse
 import hashlib
-import os
 from pathlib import Path
 
 from vision_tokenizer.cli import run_command
@@ -50,14 +49,13 @@ def main(argv: list[str] | None = None) -> int:
 
     from vision_tokenizer.dualvitok.config import read_config
     from vision_tokenizer.dualvitok.model import DualViTok
+    from vision_tokenizer.jobs.files import atomic_write
 
     with torch.device("meta"):
         model = DualViTok(read_config(args.config), decoder=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = args.out.with_name(f"{args.out.name}.{os.getpid()}.tmp")
-    torch.save(untrained_state(shapes), unfinished)
-    unfinished.replace(args.out)
+    with atomic_write(args.out) as file:
+        torch.save(untrained_state(shapes), file)
     print(f"wrote {args.out}: untrained weights, for trying things out only")
     return 0
 
