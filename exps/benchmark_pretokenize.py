@@ -28,12 +28,12 @@ import torch
 from measure import describe_machine, run_command
 from PIL import Image
 
-from pre_tokenize.chameleon import Settings, load_tokenizers, make_engine, make_manifest
+from pre_tokenize.chameleon import ChameleonSequences, Settings, load_tokenizers, make_engine, make_manifest
 from pre_tokenize.conversation import parse_conversation
-from pre_tokenize.item_processor import ChameleonSequences, assemble
 from pre_tokenize.job import run_job
 from pre_tokenize.output import OutputFolder, open_source
 from pre_tokenize.record import entry_line, sub_record
+from pre_tokenize.sequences import join
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenFiles, TokenSample, pickle_bytes, shard_bytes
 from vision_tokenizer.chameleon.image import crop_sizes, prepare
@@ -120,7 +120,8 @@ def one_by_one(data: Path, out: Path, text: TextTokenizer, vqgan: ChameleonVQGAN
             codes = vqgan.encode(normalize(pixels[None].to(vqgan.device)))[0][0]
             blocks.append(vocabulary.image_block(codes.cpu().numpy()))
         [marked] = text.encode_batch([parsed.text])
-        tokens, mask = assemble(marked, parsed.learned, blocks, vocabulary.begin, vocabulary.end_of_turn)
+        ends = [[vocabulary.end_of_turn]] * len(parsed.learned)
+        tokens, mask = join(marked, parsed.learned, blocks, [vocabulary.begin], ends)
         (out / f"{number}.pkl").write_bytes(pickle_bytes(TokenSample(number, tokens, mask, parsed.images)))
     return clock.rates(len(items))
 
@@ -129,7 +130,7 @@ def job(data: Path, out: Path, text: TextTokenizer, vqgan: ChameleonVQGAN, setti
     """The job, from opening the input to its record."""
     clock = Clock()
     source = open_source(data, out, settings.items_per_file)
-    manifest = make_manifest(settings, source.table, text, vqgan) | {"token_files": "arrow", "image_dir": "."}
+    manifest = make_manifest(settings, text, vqgan, source.table) | {"token_files": "arrow", "image_dir": "."}
     sequences = ChameleonSequences(text, lambda item: item, Path())
     engine = partial(make_engine, vqgan, settings, default_workers())
     _, account, _ = run_job(source, OutputFolder(out, manifest), sequences, engine, Solo(), overwrite=False)

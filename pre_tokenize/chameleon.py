@@ -1,21 +1,27 @@
-"""What pre_tokenize.py does with the Chameleon tokenizers: load them, record them, put them to work."""
+"""What pre_tokenize.py does with the Chameleon tokenizers: load them, record them, put them to work.
 
-from collections.abc import Callable
+A sequence is `<s>`, then turns that each end in an id of their own; images are blocks of ids in their places.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pre_tokenize.output import input_facts
+from pre_tokenize.conversation import Conversation, parse_conversation
+from pre_tokenize.output import common_manifest
+from pre_tokenize.sequences import Draft, Images, ProcessItem, join, tokenize_items
 from pre_tokenize.text import TextTokenizer
+from pre_tokenize.token_file import TokenSample
 from vision_tokenizer.chameleon.image import crop_sizes, prepare
-from vision_tokenizer.chameleon.vocabulary import CODEBOOK_SIZE, PIXELS_PER_TOKEN
+from vision_tokenizer.chameleon.vocabulary import CODEBOOK_SIZE, PIXELS_PER_TOKEN, ChameleonVocabulary
 from vision_tokenizer.chameleon.vqgan import ChameleonVQGAN, load_chameleon
 from vision_tokenizer.engine import Engine
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.jobs.chunks import ChunkTable
+from vision_tokenizer.errors import ItemError, UserError
+from vision_tokenizer.jobs.chunks import ChunkTable, Item
 
 
 @dataclass(frozen=True)
@@ -43,18 +49,36 @@ def load_tokenizers(
     return tokenizer, vqgan
 
 
-def make_manifest(settings: Settings, table: ChunkTable, text: TextTokenizer, vqgan: ChameleonVQGAN) -> dict[str, Any]:
-    return {
-        "format": "vistoken-tokens-1",
-        "image_tokenizer": {"name": vqgan.name, "fingerprint": vqgan.fingerprint},
-        "text_tokenizer": text.sha256,
-        "vocab_size": text.size,
-        "vocabulary": text.vocabulary,
-        "settings": asdict(settings),
-        "device": vqgan.device.type,
-        "input": input_facts(table),
-        "versions": {name: version(name) for name in ("vistoken", "torch", "pillow", "tokenizers")},
-    }
+class ChameleonSequences:
+    """Items to Chameleon sequences.
+
+    Args:
+        text: the text tokenizer of a Chameleon release.
+        process_item: brings an item to the document's format.
+        image_dir: where relative image paths begin.
+    """
+
+    def __init__(self, text: TextTokenizer, process_item: ProcessItem, image_dir: Path):
+        self._text, self._process_item, self._image_dir = text, process_item, image_dir
+        self.vocabulary = ChameleonVocabulary(text.ids, str(text.path))
+        text.forbid(self.vocabulary.image_ids)
+
+    def drafts(self, items: Sequence[Item]) -> Iterator[Draft | ItemError]:
+        return tokenize_items(items, self._parse, self._text, self._image_dir)
+
+    def sample(self, draft: Draft, images: Images) -> TokenSample:
+        learned, blocks = draft.parsed.learned, []
+        for path in draft.paths:
+            result = images[path]
+            if isinstance(result, ItemError):
+                raise result
+            blocks.append(self.vocabulary.image_block(result.codes[0]))
+        ends = [[self.vocabulary.end_of_turn]] * len(learned)
+        tokens, loss_mask = join(draft.marked, learned, blocks, [self.vocabulary.begin], ends)
+        return TokenSample(draft.item, tokens, loss_mask, draft.parsed.images)
+
+    def _parse(self, value: dict[str, Any]) -> Conversation:
+        return parse_conversation(self._process_item(value))
 
 
 def make_engine(
@@ -67,4 +91,15 @@ def make_engine(
         batch_size=settings.batch_size,
         num_workers=num_workers,
         on_images=on_images,
+    )
+
+
+def make_manifest(settings: Settings, text: TextTokenizer, vqgan: ChameleonVQGAN, table: ChunkTable) -> dict[str, Any]:
+    """What decides the token files."""
+    return common_manifest(
+        table,
+        text,
+        {"name": vqgan.name, "fingerprint": vqgan.fingerprint},
+        {"settings": asdict(settings), "device": vqgan.device.type},
+        packages=("vistoken", "torch", "pillow", "tokenizers"),
     )

@@ -6,6 +6,7 @@ conversation may end on a human turn. `<|image|>` marks the place of each image,
 images come before the first human turn. What a gpt turn says, its images and its end included, is learned.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ class Conversation:
     text: str  # every turn followed by END_MARK, IMAGE_MARK in the place of each image
     learned: tuple[bool, ...]  # per turn
     images: tuple[str, ...]
+    words: tuple[tuple[str, ...], ...] = ()  # names of ids for the places of IMAGE_MARK, where they are known already
 
 
 def parse_conversation(item: Any) -> Conversation:
@@ -36,9 +38,7 @@ def parse_conversation(item: Any) -> Conversation:
         raise Failed("no `image`", "`images`, which belongs to another format: paths are in `image` here")
     images = _images(item.get("image"))
     values = turn_values(item.get("conversations"))
-    learned = tuple(turn % 2 == 1 for turn in range(len(values)))
-    if not any(learned):
-        raise Failed("nothing to predict", "no gpt turn in the conversation")
+    learned = learned_turns(values)
     text = END_MARK.join([*values, ""])
     symbols = text.count(IMAGE_SYMBOL)
     if symbols == 0:
@@ -71,6 +71,13 @@ def turn_values(turns: Any) -> list[str]:
             raise Failed("role out of order", f"turn {number}: expected {expected}, found {_short(turn.get('from'))}")
         values.append(_clean(turn["value"], number))
     return values
+
+
+def learned_turns(values: Sequence[str]) -> tuple[bool, ...]:
+    """Of turns, human first, which are learned."""
+    if len(values) < 2:
+        raise Failed("nothing to predict", "no gpt turn in the conversation")
+    return tuple(turn % 2 == 1 for turn in range(len(values)))
 
 
 def _clean(text: str, number: int) -> str:

@@ -10,47 +10,23 @@ an input image in the form in which it writes one: as its codes, which are not l
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pre_tokenize.conversation import END_MARK, IMAGE_MARK
+from pre_tokenize.conversation import END_MARK, IMAGE_MARK, Conversation, learned_turns
 from pre_tokenize.dualvitok_text import read_item, spell
-from pre_tokenize.item_processor import ProcessItem, join, tokenize_items
-from pre_tokenize.job import ChunkWork, Images
-from pre_tokenize.output import input_facts
+from pre_tokenize.job import ChunkWork
+from pre_tokenize.output import common_manifest
+from pre_tokenize.sequences import Draft, Images, ProcessItem, join, tokenize_items
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenSample
 from vision_tokenizer.dualvitok.vocabulary import DualViTokVocabulary
-from vision_tokenizer.errors import Failed, ItemError, UserError
+from vision_tokenizer.errors import ItemError, UserError
 from vision_tokenizer.jobs.chunks import ChunkTable, Item
 from vision_tokenizer.jobs.manifest import MANIFEST, read_manifest
 from vision_tokenizer.jobs.progress import Stopwatch
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-
-
-@dataclass(frozen=True)
-class Spelt:
-    """A checked line: text with marks, and the words in their places."""
-
-    text: str
-    words: tuple[tuple[str, ...], ...]
-    learned: tuple[bool, ...]  # per turn
-    images: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A line whose text is ids already. It waits for no image."""
-
-    item: int
-    marked: np.ndarray  # (N,) ids, END after each turn and IMAGE in the place of words
-    spelt: Spelt
-    paths: tuple[Path, ...] = ()
 
 
 class DualViTokSequences:
@@ -78,29 +54,23 @@ class DualViTokSequences:
         self._last = [end, *new_line]
 
     def drafts(self, items: Sequence[Item]) -> Iterator[Draft | ItemError]:
-        """Each item with its text tokenised, all texts in one batch, or why it cannot be done."""
-        for item, found in zip(items, tokenize_items(items, self._parse, self._text), strict=True):
-            yield found if isinstance(found, ItemError) else Draft(item.index, found[1], found[0])
+        return tokenize_items(items, self._parse, self._text)
 
     def sample(self, draft: Draft, images: Images) -> TokenSample:
-        """The finished sequence; `images` is empty."""
-        spelt = draft.spelt
-        blocks = [self.vocabulary.spell(words) for words in spelt.words]
-        ends = [self._to_question if learned else self._to_answer for learned in spelt.learned[:-1]]
-        tokens, loss_mask = join(draft.marked, spelt.learned, blocks, self._begin, [*ends, self._last])
-        return TokenSample(draft.item, tokens, loss_mask, spelt.images)
+        parsed = draft.parsed
+        blocks = [self.vocabulary.spell(words) for words in parsed.words]
+        ends = [self._to_question if learned else self._to_answer for learned in parsed.learned[:-1]]
+        tokens, loss_mask = join(draft.marked, parsed.learned, blocks, self._begin, [*ends, self._last])
+        return TokenSample(draft.item, tokens, loss_mask, parsed.images)
 
-    def _parse(self, value: dict[str, Any]) -> Spelt:
+    def _parse(self, value: dict[str, Any]) -> Conversation:
         values, pictures = read_item(self._process_item(value), self.vocabulary.codebook_sizes)
-        if len(values) == 1:
-            raise Failed("nothing to predict", "no gpt turn in the conversation")
-        text, words = "", []
+        learned, text, words = learned_turns(values), "", []
         for turn, pieces in enumerate(spell(values, pictures, inputs=True)):
             text += "" if turn % 2 else "user\n"
             text += "".join(piece if isinstance(piece, str) else IMAGE_MARK for piece in pieces) + END_MARK
             words += [piece for piece in pieces if not isinstance(piece, str)]
-        learned = tuple(turn % 2 == 1 for turn in range(len(values)))
-        return Spelt(text, tuple(words), learned, tuple(picture.name for picture in pictures))
+        return Conversation(text, learned, tuple(picture.name for picture in pictures), tuple(words))
 
 
 class NoImages:
@@ -114,7 +84,9 @@ class NoImages:
             yield work, {}
 
 
-def make_manifest(table: ChunkTable, items_per_file: int, sequences: DualViTokSequences, text: TextTokenizer) -> dict:
+def make_manifest(
+    items_per_file: int, text: TextTokenizer, sequences: DualViTokSequences, table: ChunkTable
+) -> dict[str, Any]:
     """What decides the token files. Raises `UserError` where the lines come from codebooks of other sizes."""
     codebook = read_manifest(table.path.parent) or {}  # absent beside lines that were moved, or made elsewhere
     tokenizer = codebook.get("tokenizer", {})
@@ -124,13 +96,10 @@ def make_manifest(table: ChunkTable, items_per_file: int, sequences: DualViTokSe
             f"{table.path.parent / MANIFEST}: the codes come from codebooks of {tokenizer.get('codebook_sizes')}, "
             f"{text.path} has words for {list(known)}. Extend the tokenizer with --semantic_size and --pixel_size."
         )
-    return {
-        "format": "vistoken-tokens-1",
-        "image_tokenizer": {"name": "dualvitok", "fingerprint": tokenizer.get("fingerprint")},
-        "text_tokenizer": text.sha256,
-        "vocab_size": text.size,
-        "vocabulary": text.vocabulary,
-        "settings": {"turns": "chatml", "items_per_file": items_per_file},
-        "input": input_facts(table),
-        "versions": {name: version(name) for name in ("vistoken", "tokenizers")},
-    }
+    return common_manifest(
+        table,
+        text,
+        {"name": "dualvitok", "fingerprint": tokenizer.get("fingerprint")},
+        {"settings": {"turns": "chatml", "items_per_file": items_per_file}},
+        packages=("vistoken", "tokenizers"),
+    )

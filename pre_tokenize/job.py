@@ -1,6 +1,6 @@
 """The job of the UniToken document: conversations to token files, chunk by chunk."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -8,10 +8,9 @@ from typing import Protocol
 
 from pre_tokenize.output import OutputFolder
 from pre_tokenize.record import Lengths, companions
+from pre_tokenize.sequences import Draft, Images, Sequences
 from pre_tokenize.token_file import TokenSample
-from vision_tokenizer.engine import Encoded
 from vision_tokenizer.errors import ItemError
-from vision_tokenizer.jobs.chunks import Item
 from vision_tokenizer.jobs.claims import Claims
 from vision_tokenizer.jobs.ledger import Account
 from vision_tokenizer.jobs.open_chunk import OpenChunk
@@ -21,23 +20,6 @@ from vision_tokenizer.jobs.run import Source, Task, run_chunks
 from vision_tokenizer.jobs.summary import accounts_table, time_line
 
 STAGES = ("text", "wait for decode", "encode", "write")  # of the thread that feeds the device
-
-Images = Mapping[Path, Encoded | ItemError]
-
-
-class Draft(Protocol):
-    """An item on its way to a sequence; `paths` are the images whose codes it needs."""
-
-    @property
-    def paths(self) -> Sequence[Path]: ...
-
-
-class Sequences(Protocol):
-    """How items become sequences, in two steps around the encoding of their images: see `ChameleonSequences`."""
-
-    def drafts(self, items: Sequence[Item]) -> Iterable[Draft | ItemError]: ...
-
-    def sample(self, draft: Draft, images: Images) -> TokenSample: ...
 
 
 class Encoder(Protocol):

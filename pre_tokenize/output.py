@@ -12,12 +12,14 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from pre_tokenize.record import Lengths, companions, entry_line, manifest_id, read_entries, sub_record
+from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenSample, pickle_bytes, read_pickle, read_shard, shard_bytes
 from vision_tokenizer.errors import UserError
 from vision_tokenizer.jobs.chunks import Chunk, ChunkTable, chunk_table
@@ -40,9 +42,24 @@ def open_source(path: Path, folder: Path, chunk_items: int) -> Source:
     return Source(chunk_table(path, chunk_items, work / "chunks.json"), Parts(work / "parts"))
 
 
-def input_facts(table: ChunkTable) -> dict[str, Any]:
-    """The input's entry in the manifest; concat_record.py counts on `items`."""
-    return {"name": table.path.name, "sha256": table.sha256, "items": table.items}
+def common_manifest(
+    table: ChunkTable,
+    text: TextTokenizer,
+    image_tokenizer: Mapping[str, str | None],
+    more: Mapping[str, Any],
+    packages: Iterable[str],
+) -> dict[str, Any]:
+    """What every manifest tells, and `more`; concat_record.py counts on the items of `input`."""
+    return {
+        "format": "vistoken-tokens-1",
+        "image_tokenizer": image_tokenizer,
+        "text_tokenizer": text.sha256,
+        "vocab_size": text.size,
+        "vocabulary": text.vocabulary,
+        **more,
+        "input": {"name": table.path.name, "sha256": table.sha256, "items": table.items},
+        "versions": {name: version(name) for name in packages},
+    }
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,7 @@ from vision_tokenizer.cli import run_command
 from vision_tokenizer.errors import UserError
 
 if TYPE_CHECKING:
-    from pre_tokenize.job import Sequences
-    from vision_tokenizer.jobs.chunks import ChunkTable
+    from pre_tokenize.sequences import Sequences
 
 
 class ItemProcessor:
@@ -170,13 +169,9 @@ def _check_dualvitok(args: argparse.Namespace, parser: argparse.ArgumentParser) 
         parser.error(f"{args.in_filename} lists items without codes; name the .jsonl beside it")
 
 
-Describe = Callable[["ChunkTable"], dict[str, Any]]  # the input's chunks -> the manifest
-
-
-def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[Sequences, Callable, Describe]":
-    """How items become sequences, what encodes their images, and what the manifest says, for Chameleon."""
-    from pre_tokenize.chameleon import Settings, load_tokenizers, make_engine, make_manifest
-    from pre_tokenize.item_processor import ChameleonSequences
+def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[Sequences, Callable, Callable]":
+    """How items become sequences, what makes the encoder of their images, and what makes the input's manifest."""
+    from pre_tokenize.chameleon import ChameleonSequences, Settings, load_tokenizers, make_engine, make_manifest
     from vision_tokenizer.device import default_batch_size, default_workers, local_device
 
     num_workers = args.num_workers or default_workers()
@@ -192,10 +187,10 @@ def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[
     text, vqgan = load_tokenizers(args.text_tokenizer, args.tokenizer_dir, device, settings)
     sequences = ChameleonSequences(text, process_item, args.image_dir)
     make_encoder = partial(make_engine, vqgan, settings, num_workers)
-    return sequences, make_encoder, lambda table: make_manifest(settings, table, text, vqgan)
+    return sequences, make_encoder, partial(make_manifest, settings, text, vqgan)
 
 
-def dualvitok_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[Sequences, Callable, Describe]":
+def dualvitok_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[Sequences, Callable, Callable]":
     """The same for codes that codebook inference has written: there is nothing left to encode."""
     from pre_tokenize.dualvitok import DualViTokSequences, NoImages, make_manifest
     from pre_tokenize.text import TextTokenizer
@@ -204,11 +199,7 @@ def dualvitok_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.num_workers or default_workers()))
     text = TextTokenizer(args.tokenizer_dir)
     sequences = DualViTokSequences(text, process_item)
-    return (
-        sequences,
-        lambda on_images: NoImages(),
-        lambda table: make_manifest(table, args.items_per_file, sequences, text),
-    )
+    return sequences, lambda on_images: NoImages(), partial(make_manifest, args.items_per_file, text, sequences)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -220,9 +211,9 @@ def main(argv: list[str] | None = None) -> int:
     from vision_tokenizer.jobs.claims import Split, crew
 
     parts = dualvitok_parts if args.image_tokenizer == "dualvitok" else chameleon_parts
-    sequences, make_encoder, describe = parts(args, processor.process_item)
+    sequences, make_encoder, make_manifest = parts(args, processor.process_item)
     source = open_source(args.in_filename, args.out_dir, args.items_per_file)
-    manifest = describe(source.table)
+    manifest = make_manifest(source.table)
     manifest |= {"token_files": args.format, "image_dir": str(args.image_dir), "item_processor": processor_hash}
     finished = run_job(
         source,

@@ -12,9 +12,9 @@ import numpy as np
 import orjson
 import torch
 
-from pre_tokenize.job import Sequences
 from pre_tokenize.record import Record, companions
 from pre_tokenize.sequence_reader import SequenceReader
+from pre_tokenize.sequences import Sequences
 from pre_tokenize.token_file import TokenFiles, TokenSample
 from vision_tokenizer.engine import Encoded
 from vision_tokenizer.errors import ItemError, UserError

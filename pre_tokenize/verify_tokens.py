@@ -85,7 +85,7 @@ def tokenize_again(args: argparse.Namespace, files, table, manifest: dict[str, A
 
     processor, _ = load_item_processor(args.item_processor)
     if manifest["image_tokenizer"]["name"] == "chameleon":
-        from pre_tokenize.item_processor import ChameleonSequences
+        from pre_tokenize.chameleon import ChameleonSequences
         from vision_tokenizer.chameleon.image import crop_sizes, prepare
         from vision_tokenizer.chameleon.vqgan import load_chameleon
         from vision_tokenizer.reencode import MAX_GAP

@@ -1,12 +1,10 @@
-import json
-
 import numpy as np
 import pytest
 from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from pre_tokenize.conversation import END_MARK, IMAGE_MARK, parse_conversation
-from pre_tokenize.item_processor import assemble
+from pre_tokenize.sequences import join
 from pre_tokenize.text import TextTokenizer
 from vision_tokenizer.chameleon.vocabulary import ChameleonVocabulary
 from vision_tokenizer.errors import Failed, UserError
@@ -22,47 +20,6 @@ def text(golden):
 @pytest.fixture(scope="module")
 def vocabulary(text):
     return ChameleonVocabulary(text.ids, "")
-
-
-def golden_cases():
-    cases = []
-    for items, expected, crop in [
-        ("conversations", "expected_tokens", "square"),
-        ("conversations", "expected_tokens", "variable"),
-        ("more_conversations", "more_expected_tokens", None),
-    ]:
-        for index in range(11 if crop else 4):
-            if (crop, index) != ("square", 10):  # the image there is not square: no golden crop
-                cases.append(pytest.param(items, expected, crop, index, id=f"{items}-{crop}-{index}"))
-    return cases
-
-
-def tokenize(item, blocks, text, vocabulary):
-    conversation = parse_conversation(item)
-    marked = text.encode_batch([conversation.text])[0]
-    if isinstance(marked, Failed):
-        raise marked
-    return assemble(marked, conversation.learned, blocks, vocabulary.begin, vocabulary.end_of_turn)
-
-
-@pytest.mark.parametrize("items, expected, crop, index", golden_cases())
-def test_golden_sequences(golden, text, vocabulary, items, expected, crop, index):
-    """Ids and labels of the reference, given its image blocks."""
-    item = json.loads((golden / "chameleon_small" / f"{items}.json").read_text())[index]
-    wanted = json.loads((golden / "chameleon_small" / f"{expected}.json").read_text())
-    wanted = (wanted[crop] if crop else wanted)[str(index)]
-    if wanted.get("error") == "FileNotFoundError":
-        assert parse_conversation(item).images == ("nowhere.png",)  # well formed: the image is what fails
-        return
-    if "error" in wanted:
-        with pytest.raises(Failed):
-            parse_conversation(item)
-        return
-    tokens = np.array(wanted["token"], np.int32)
-    blocks = [tokens[start:end] for start, end in vocabulary.image_spans(tokens)]
-    result = tokenize(item, blocks, text, vocabulary)
-    np.testing.assert_array_equal(result[0], tokens)
-    np.testing.assert_array_equal(np.where(result[1], result[0], -100), wanted["label"])
 
 
 def turns(*values):
@@ -125,7 +82,10 @@ SMUGGLED = "<racm3:break><reserved08820><reserved08820>IMGIMGAZ<reserved08799><e
 @pytest.mark.parametrize("values", [(SMUGGLED, "b"), ("a", SMUGGLED)])
 def test_special_tokens_written_in_a_text_stay_text(values, text, vocabulary):
     """A user who writes out an image block, or the end of a turn, gets the words that they wrote."""
-    tokens, loss_mask = tokenize({"conversations": turns(*values)}, [], text, vocabulary)
+    conversation = parse_conversation({"conversations": turns(*values)})
+    [marked] = text.encode_batch([conversation.text])
+    ends = [[vocabulary.end_of_turn]] * 2
+    tokens, loss_mask = join(marked, conversation.learned, [], [vocabulary.begin], ends)
     assert tokens[0] == vocabulary.begin
     assert [int(token) for token in tokens[1:] if token < 9004] == [vocabulary.end_of_turn] * 2
     assert not list(vocabulary.image_spans(tokens))
@@ -149,7 +109,7 @@ def test_a_word_that_the_tokenizer_reads_as_an_image_fails(tmp_path):
 
 def test_a_tokenizer_that_swallows_a_turn_fails_the_item():
     with pytest.raises(Failed, match="turns not found again"):
-        assemble(np.array([5, -2, 6]), (False, True), [], 0, 8710)
+        join(np.array([5, -2, 6]), (False, True), [], [0], [[8710], [8710]])
 
 
 @pytest.mark.parametrize("content", ["{}", "not json", '{"model": 3}'])

@@ -22,7 +22,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # complete but not yet under its name, or has its name and is not yet safe. The parent computes nothing with torch.
 MORTAL = """
 import os, signal, socket, sys
-import pre_tokenize.chameleon, pre_tokenize.item_processor, vision_tokenizer.jobs.files
+import pre_tokenize.chameleon, pre_tokenize.job, vision_tokenizer.jobs.files
 from pre_tokenize.pre_tokenize import main
 
 def mortal_fsync(descriptor, left=[0]):

@@ -1,21 +1,22 @@
-"""One item to one sequence: text ids, image blocks in their places, and the mask of what is learned."""
+"""Items to sequences: what both kinds of image tokens have in common. See `chameleon.py` and `dualvitok.py`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
-from pre_tokenize.conversation import Conversation, parse_conversation
+from pre_tokenize.conversation import Conversation
 from pre_tokenize.text import END, IMAGE, TextTokenizer
 from pre_tokenize.token_file import TokenSample
-from vision_tokenizer.chameleon.vocabulary import ChameleonVocabulary
 from vision_tokenizer.engine import Encoded
 from vision_tokenizer.errors import Failed, ItemError
 from vision_tokenizer.jobs.chunks import Item
 
 ProcessItem = Callable[[dict[str, Any]], dict[str, Any]]  # somebody's own format -> the document's
+Parse = Callable[[dict[str, Any]], Conversation]
+Images = Mapping[Path, Encoded | ItemError]
 
 # what code that takes an item apart raises when the item is not as it expects
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, AssertionError)
@@ -23,78 +24,42 @@ _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, AssertionError
 
 @dataclass(frozen=True)
 class Draft:
-    """An item whose text is ids already, while its images are still files."""
+    """An item whose text is ids already, while its images may still be files."""
 
     item: int
     marked: np.ndarray  # (N,) ids, END after each turn and IMAGE in the place of each image
-    learned: tuple[bool, ...]  # per turn
-    images: tuple[str, ...]  # as the item names them
-    paths: tuple[Path, ...]  # where they are
+    parsed: Conversation
+    paths: tuple[Path, ...] = ()  # the images whose codes it needs
 
 
-class ChameleonSequences:
-    """Items to Chameleon sequences, in two steps around the encoding of their images.
+class Sequences(Protocol):
+    """How items become sequences, in two steps around the encoding of their images."""
 
-    Args:
-        text: the text tokenizer of a Chameleon release.
-        process_item: brings an item to the document's format.
-        image_dir: where relative image paths begin.
-    """
-
-    def __init__(self, text: TextTokenizer, process_item: ProcessItem, image_dir: Path):
-        self._text, self._process_item, self._image_dir = text, process_item, image_dir
-        self.vocabulary = ChameleonVocabulary(text.ids, str(text.path))
-        text.forbid(self.vocabulary.image_ids)
-
-    def drafts(self, items: Sequence[Item]) -> Iterator[Draft | ItemError]:
+    def drafts(self, items: Sequence[Item]) -> Iterable[Draft | ItemError]:
         """Each item with its text tokenised, all texts in one batch, or why it cannot be done."""
-        for item, found in zip(items, tokenize_items(items, self._parse, self._text), strict=True):
-            if isinstance(found, ItemError):
-                yield found
-                continue
-            conversation, marked = found
-            paths = tuple(self._image_dir / image for image in conversation.images)
-            yield Draft(item.index, marked, conversation.learned, conversation.images, paths)
+        ...
 
-    def sample(self, draft: Draft, images: Mapping[Path, Encoded | ItemError]) -> TokenSample:
+    def sample(self, draft: Draft, images: Images) -> TokenSample:
         """The finished sequence. Raises the error of the first image that has one."""
-        blocks = []
-        for path in draft.paths:
-            result = images[path]
-            if isinstance(result, ItemError):
-                raise result
-            blocks.append(self.vocabulary.image_block(result.codes[0]))
-        tokens, loss_mask = assemble(
-            draft.marked, draft.learned, blocks, self.vocabulary.begin, self.vocabulary.end_of_turn
-        )
-        return TokenSample(draft.item, tokens, loss_mask, draft.images)
-
-    def _parse(self, value: dict[str, Any]) -> Conversation:
-        return parse_conversation(self._process_item(value))
-
-
-class Parsed(Protocol):
-    """A checked item; `text` has a mark after each turn and one in the place of each block of other ids."""
-
-    @property
-    def text(self) -> str: ...
-
-
-AnyParsed = TypeVar("AnyParsed", bound=Parsed)
+        ...
 
 
 def tokenize_items(
-    items: Sequence[Item], parse: Callable[[dict[str, Any]], AnyParsed], text: TextTokenizer
-) -> Iterator[tuple[AnyParsed, np.ndarray] | ItemError]:
-    """Each item as parsed, with the ids of its text, all texts in one batch; or why it cannot be done."""
+    items: Sequence[Item], parse: Parse, text: TextTokenizer, image_dir: Path | None = None
+) -> Iterator[Draft | ItemError]:
+    """The drafts of `items`; those of images that are still files have their paths, which begin at `image_dir`."""
     parsed = [_parsed(item, parse) for item in items]
     ids = iter(text.encode_batch([found.text for found in parsed if not isinstance(found, ItemError)]))
-    for found in parsed:
+    for item, found in zip(items, parsed, strict=True):
         marked = found if isinstance(found, ItemError) else next(ids)
-        yield marked if isinstance(marked, ItemError) else (found, marked)
+        if isinstance(marked, ItemError):
+            yield marked
+        else:
+            paths = () if image_dir is None else tuple(image_dir / image for image in found.images)
+            yield Draft(item.index, marked, found, paths)
 
 
-def _parsed(item: Item, parse: Callable[[dict[str, Any]], AnyParsed]) -> AnyParsed | ItemError:
+def _parsed(item: Item, parse: Parse) -> Conversation | ItemError:
     if item.error is not None:
         return Failed("not JSON", item.error)
     if not isinstance(item.value, dict):
@@ -105,13 +70,6 @@ def _parsed(item: Item, parse: Callable[[dict[str, Any]], AnyParsed]) -> AnyPars
         return error
     except _MALFORMED as error:
         return Failed("process_item", f"{type(error).__name__}: {error}")
-
-
-def assemble(
-    marked: np.ndarray, learned: Sequence[bool], blocks: Sequence[np.ndarray], begin: int, end_of_turn: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """`join` for a vocabulary with one id that opens a sequence and one that closes a turn."""
-    return join(marked, learned, blocks, [begin], [[end_of_turn]] * len(learned))
 
 
 def join(
