@@ -1,15 +1,22 @@
-"""One progress bar for the whole crew, on rank 0."""
+"""Progress bars: of one process, and one for the whole crew, on rank 0."""
 
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
 from vision_tokenizer.jobs.claims import Claims
 from vision_tokenizer.jobs.ledger import Account
+
+
+def bar(description: str, total: int | None = None, **more: Any) -> tqdm:
+    """A bar over items: live in a terminal, a line now and then in a log file. `more` is for `tqdm`."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=description, unit="item", mininterval=interval, **more)
 
 
 class Progress:
@@ -29,11 +36,7 @@ class Progress:
         self._claims, self._rates, self._totals = claims, rates, totals
         self._names = ("items", "found", "rejected", "failed", *rates, *totals)
         self._began = time.monotonic()
-        # a log file gets a line now and then, a terminal a live bar
-        interval = 0.2 if sys.stderr.isatty() else 10.0
-        self._bar = tqdm(
-            total=total, desc=description, unit="item", mininterval=interval, disable=not claims.leads, smoothing=0.1
-        )
+        self._bar = bar(description, total, disable=not claims.leads, smoothing=0.1)
         self._found = 0
 
     def count(self, **tallies: int) -> None:

@@ -98,31 +98,27 @@ def survey(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[dict, dic
     from dataclasses import asdict
 
     import orjson
-    from tqdm import tqdm
 
     from vision_tokenizer.device import default_workers
     from vision_tokenizer.jobs.files import atomic_write
     from vision_tokenizer.jobs.ledger import Problem
+    from vision_tokenizer.jobs.progress import bar
     from vision_tokenizer.plan import Rules, Survey, survey_dataset
 
     surveys, errors, shown = {}, {}, Counter()
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    with (
-        atomic_write(args.out_dir / "problems.jsonl") as file,
-        tqdm(desc="reading", unit="item", mininterval=interval) as bar,
-    ):
+    with atomic_write(args.out_dir / "problems.jsonl") as file, bar("reading") as progress:
 
         def note(problem: Problem) -> None:
             file.write(orjson.dumps(asdict(problem), option=orjson.OPT_APPEND_NEWLINE))
             shown[problem.reason] += 1
             if shown[problem.reason] <= EXAMPLES and problem.kind == "failed":
-                tqdm.write(f"{problem.file}, {problem.where}: {problem.reason}: {problem.detail}", file=sys.stderr)
+                progress.write(f"{problem.file}, {problem.where}: {problem.reason}: {problem.detail}", file=sys.stderr)
 
         for dataset in datasets:
             rules = Rules(dataset, anchors(args.resolution_type, args.resolution), args.crop_percent_thresh)
             workers = args.num_workers or default_workers()
             try:
-                surveys[dataset.name], errors[dataset.name] = survey_dataset(rules, workers, bar.update, note)
+                surveys[dataset.name], errors[dataset.name] = survey_dataset(rules, workers, progress.update, note)
             except UserError as error:
                 surveys[dataset.name], errors[dataset.name] = Survey(), [str(error)]
     return surveys, errors

@@ -9,7 +9,6 @@ GPU if there is one (`--device cpu` if not).
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from vision_tokenizer.cli import run_command
@@ -39,10 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     outputs = open_outputs(args)
 
-    from tqdm import tqdm
-
     from vision_tokenizer.dualvitok.model import load_dualvitok
     from vision_tokenizer.findings import Sample
+    from vision_tokenizer.jobs.progress import bar
     from vision_tokenizer.preview import Contents, decode_place, read_contents, write_report
 
     tokenizer = load_dualvitok(
@@ -55,15 +53,14 @@ def main(argv: list[str] | None = None) -> int:
                 f"{tokenizer.fingerprint}: its decoder would show something else. Name the one it was made with."
             )
     contents, sample = Contents(), Sample(args.sample, args.seed)
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(desc="reading", unit="item", mininterval=interval) as bar:
+    with bar("reading") as progress:
         for output in outputs:
-            read_contents(output, contents, sample, bar.update)
+            read_contents(output, contents, sample, progress.update)
     if not sample.drawn:
         raise UserError(
             f"{outputs[0].folder}: no image with codes in it; see its run_summary.json and *.rejected.jsonl"
         )
-    pairs = [decode_place(tokenizer, place) for place in tqdm(sample.drawn, desc="decoding", mininterval=interval)]
+    pairs = [decode_place(tokenizer, place) for place in bar("decoding", iterable=sample.drawn)]
     write_report(args.out_dir, outputs, contents, pairs, args.note)
     print(f"{contents.images:,} images of {contents.items:,} items; {len(pairs):,} decoded")
     print(f"look at {args.out_dir / 'report.html'} and {args.out_dir / 'contact_sheet.png'}")

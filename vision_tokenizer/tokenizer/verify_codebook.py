@@ -13,7 +13,6 @@ on a GPU if there is one (`--device cpu` if not).
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from vision_tokenizer.annotations import select_datasets
@@ -67,18 +66,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     outputs = open_outputs(args)
 
-    from tqdm import tqdm
-
     from vision_tokenizer.findings import Findings, Sample
+    from vision_tokenizer.jobs.progress import bar
     from vision_tokenizer.jobs.summary import accounts_table
     from vision_tokenizer.verify import verify_output
 
     tokenizer = load_tokenizer(args)  # first: a wrong path should not come to light after millions of lines
     findings, sample = Findings(), Sample(args.sample if tokenizer else 0, args.seed)
     accounts = {}
-    with tqdm(desc="reading", unit="item", mininterval=0.2 if sys.stderr.isatty() else 10.0) as bar:
+    with bar("reading") as progress:
         for output in outputs:
-            accounts[output.dataset.name] = verify_output(output, sample, findings, bar.update)
+            accounts[output.dataset.name] = verify_output(output, sample, findings, progress.update)
     print(accounts_table(accounts))
     print(f"{sum(account.counts['images'] for account in accounts.values()):,} images with codes")
     if tokenizer:
