@@ -47,14 +47,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
-    from tqdm import tqdm
-
     from pre_tokenize.sequence_reader import load_reader
     from pre_tokenize.text import TextTokenizer
     from pre_tokenize.token_checks import check_input, check_record, check_sequences
     from pre_tokenize.token_file import TokenFiles
     from vision_tokenizer.errors import UserError
     from vision_tokenizer.findings import Findings
+    from vision_tokenizer.jobs.progress import bar
 
     files, findings = TokenFiles(args.record), Findings()
     if not len(files):
@@ -64,9 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     can_repeat = bool(manifest and args.in_filename)
     table = check_input(manifest, args.in_filename, findings) if can_repeat else None
     check_record(files.record, manifest, findings)
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(total=len(files), desc="reading", unit="item", mininterval=interval) as bar:
-        found = check_sequences(files, reader, findings, bar.update)
+    with bar("reading", len(files)) as progress:
+        found = check_sequences(files, reader, findings, progress.update)
     print(
         f"{len(files):,} sequences of {found['tokens']:,} tokens, {found['learned'] / max(found['tokens'], 1):.1%} of "
         f"them learned; {found['images']:,} images"
