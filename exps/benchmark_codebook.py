@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import describe_machine, run_command
+from measure import REPO, describe_machine, make_images, matrix_rate, measure_command
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,12 +34,10 @@ from vision_tokenizer.jobs.claims import Solo
 from vision_tokenizer.jobs.summary import table
 from vision_tokenizer.resolution import anchors
 
-REPO = Path(__file__).parents[1]
 CONFIGS = {
     "small": REPO / "configs/example/dualvitok/dualvitok_small.py",
     "full": REPO / "configs/example/dualvitok/dualvitok_anyres_max512.py",
 }
-PHOTOS = REPO / "configs/data_configs/train_data_examples/examples_generation/images"
 COMMAND = REPO / "vision_tokenizer/tokenizer/tokenizer_codebook_inference.py"
 MODES = {"fixed 256": ("fixed", 256), "anchors": ("fixed_anchors", 512)}
 
@@ -57,20 +55,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def matrix_rate(device: torch.device, dtype: str) -> float:
-    """The best observed rate of a large square product, FLOP/s."""
-    size = 8192 if device.type == "cuda" else 2048
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
-    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in "ab")
-    best = 0.0
-    for _ in range(8):
-        began = time.perf_counter()
-        (a @ b)[0, 0].item()
-        best = max(best, 2 * size**3 / (time.perf_counter() - began))
-    return best
-
-
 def flop_per_image(config: Path, height: int, width: int) -> int:
     """Of encoding, counted by torch on the meta device."""
     with torch.device("meta"):
@@ -80,17 +64,6 @@ def flop_per_image(config: Path, height: int, width: int) -> int:
             model.semantic_features(pixels)
             model.pixel_features(pixels)
     return counter.get_total_flops()
-
-
-def make_images(folder: Path, count: int, ratio: float) -> Path:
-    """`count` JPEGs of about one megapixel and of one width / height, made from the example photographs."""
-    folder.mkdir(parents=True)
-    photos = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))]
-    size = (round((1e6 * ratio) ** 0.5), round((1e6 / ratio) ** 0.5))
-    for number in range(count):
-        turned = photos[number % len(photos)].rotate(7 * (number // len(photos)), expand=False)
-        turned.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=92)
-    return folder
 
 
 def write_dataset(base: Path, images: Path, lines: list[list[str]]) -> Path:
@@ -171,17 +144,17 @@ def bench_process(checkpoint: Path, args: argparse.Namespace, scratch: Path) -> 
     """Start-up and peak memory of the command itself with the small model, few images named by many lines."""
     images = scratch / "thumbnails"
     images.mkdir()
-    for path in make_images(scratch / "large", 3, 1.0).iterdir():
+    for path in make_images(scratch / "large", 3):
         Image.open(path).resize((64, 64)).save(images / path.name)
     names = sorted(path.name for path in images.iterdir())
     common = ["--model_config", str(CONFIGS["small"]), "--tokenizer_checkpoint", str(checkpoint), "--device", "cpu"]
     common += ["--resolution_type", "fixed", "--resolution", "32"]
-    result = {"help_seconds": round(run_command([str(COMMAND), "--help"])[0], 2), "peak_mib": {}}
+    result = {"help_seconds": round(measure_command([str(COMMAND), "--help"])[0], 2), "peak_mib": {}}
     first = write_dataset(scratch / "first", images, [[names[0]]])
-    result["one_image_seconds"] = round(run_command([str(COMMAND), *common, "--data_config", str(first)])[0], 1)
+    result["one_image_seconds"] = round(measure_command([str(COMMAND), *common, "--data_config", str(first)])[0], 1)
     for lines in [] if args.skip_memory else args.lines:
         data = write_dataset(scratch / f"lines-{lines}", images, [[names[n % len(names)]] for n in range(lines)])
-        result["peak_mib"][lines] = round(run_command([str(COMMAND), *common, "--data_config", str(data)])[1])
+        result["peak_mib"][lines] = round(measure_command([str(COMMAND), *common, "--data_config", str(data)])[1])
     return result
 
 

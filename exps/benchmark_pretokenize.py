@@ -25,8 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from measure import describe_machine, run_command
-from PIL import Image
+from measure import REPO, describe_machine, make_images, measure_command
 
 from pre_tokenize.chameleon import ChameleonSequences, Settings, load_tokenizers, make_engine, make_manifest
 from pre_tokenize.conversation import parse_conversation
@@ -45,8 +44,6 @@ from vision_tokenizer.image import normalize
 from vision_tokenizer.jobs.claims import Solo
 from vision_tokenizer.jobs.summary import table
 
-REPO = Path(__file__).parents[1]
-PHOTOS = REPO / "configs/data_configs/train_data_examples/examples_generation/images"
 WORDS = (REPO / "LICENSE").read_text().split()
 COMMAND, CONCAT = REPO / "pre_tokenize/pre_tokenize.py", REPO / "pre_tokenize/concat_record.py"
 PER_SHARD = 512
@@ -75,17 +72,6 @@ def write_items(path: Path, items: Iterable[dict]) -> Path:
             file.write(("[\n" if number == 0 else ",\n") + json.dumps(item))
         file.write("\n]\n")
     return path
-
-
-def make_images(folder: Path, count: int) -> list[Path]:
-    """JPEGs of about a megapixel, cut from the example photographs, no two alike."""
-    folder.mkdir(parents=True)
-    photos = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))]
-    paths = [folder / f"{number}.jpg" for number in range(count)]
-    for number, path in enumerate(paths):
-        turned = photos[number % len(photos)].rotate(5 * number)
-        turned.resize((1000, 1000), Image.Resampling.BICUBIC).save(path, quality=92)
-    return paths
 
 
 class Rates(NamedTuple):
@@ -200,7 +186,7 @@ def bench_files(args: argparse.Namespace, scratch: Path) -> dict:
     """Size, random reads and joining of `--items` short sequences."""
     arrow, pickles = write_million(scratch / "million", args.items)
     record = arrow / "record.json"
-    seconds, peak = run_command([CONCAT, "--sub_record_dir", arrow, "--save_path", record])
+    seconds, peak = measure_command([CONCAT, "--sub_record_dir", arrow, "--save_path", record])
     files = {"arrow": TokenFiles(record), "pkl": TokenFiles(pickles / "record.jsonl")}
     order = np.random.default_rng(1).integers(0, args.items, args.reads)
     reads = {}
@@ -228,7 +214,7 @@ def bench_files(args: argparse.Namespace, scratch: Path) -> dict:
 
 def run_concat_of(folder: Path, count: int) -> float:
     arrow, _ = write_million(folder, count)
-    return run_command([CONCAT, "--sub_record_dir", arrow, "--save_path", arrow / "record.json"])[1]
+    return measure_command([CONCAT, "--sub_record_dir", arrow, "--save_path", arrow / "record.json"])[1]
 
 
 def disk_use(folder: Path) -> tuple[int, int]:
@@ -254,7 +240,7 @@ def bench_memory(tokenizers: Path, args: argparse.Namespace, scratch: Path) -> d
         data = write_items(scratch / "text.json", (conversation(rng) for _ in range(count)))
         out = scratch / f"memory-{count}"
         command = [COMMAND, "--in_filename", data, "--out_dir", out, "--tokenizer_dir", tokenizers, "--device", "cpu"]
-        seconds, peak = run_command(command)
+        seconds, peak = measure_command(command)
         result[count] = {
             "peak_mib": round(peak),
             "seconds": round(seconds, 1),

@@ -13,7 +13,6 @@ only and a chunk at a time) and a plain loop (random batches padded to their lon
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measure import describe_machine, matrix_rate
 from PIL import Image
 from torch import nn
 
@@ -181,7 +181,7 @@ def utilisation() -> dict[str, float | str]:
     """7B-shaped layers in both stages' settings, compiled and not, against the device's matrix product."""
     if not torch.cuda.is_available():
         return {"skipped": "no GPU"}
-    found = {"matmul_tflops": matmul_rate() / 1e12}
+    found = {"matmul_tflops": matrix_rate(torch.device("cuda"), "bf16") / 1e12}
     for stage in STAGES:
         for compiled in (False, True):
             with process_group() as device:
@@ -227,13 +227,6 @@ def sharded_steps(stage: str, compiled: bool, device: torch.device) -> dict[str,
     }
 
 
-def matmul_rate() -> float:
-    """Operations a second of one large bf16 product."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    timed(lambda: [a @ b for _ in range(10)])
-    return 20 * 2 * 8192**3 / timed(lambda: [a @ b for _ in range(20)])
-
-
 def timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
@@ -259,8 +252,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.loop:
         print(json.dumps(measure_loop(args.loop)))
         return 0
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, CPU"
-    results = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    results = {**machine, "threads": torch.get_num_threads()}
     for part in args.parts.split(","):
         results[part] = PARTS[part]()
         print(part, json.dumps(results[part], indent=2), flush=True)

@@ -1,11 +1,17 @@
-"""What the benchmarks share: commands as processes, and the machine in words."""
+"""What the benchmarks share: commands as processes, photographs, the matrix rate, and the machine in words."""
 
 import os
 import platform
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import torch
+from PIL import Image
+
+REPO = Path(__file__).parents[1]
+PHOTOS = REPO / "configs/data_configs/train_data_examples/examples_generation/images"
 
 # A process begins with its parent's peak as its own, so a small one stands between this large one and the command.
 _LAUNCHER = """
@@ -16,7 +22,7 @@ print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).
 """
 
 
-def run_command(arguments: list) -> tuple[float, float]:
+def measure_command(arguments: list) -> tuple[float, float]:
     """A Python command as a process: its wall seconds and peak memory in MiB."""
     command = [sys.executable, "-c", _LAUNCHER, sys.executable, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -24,6 +30,34 @@ def run_command(arguments: list) -> tuple[float, float]:
         raise SystemExit(f"failed: {' '.join(command[3:])}\n{result.stderr}")
     seconds, peak = map(float, result.stdout.split())
     return seconds, peak
+
+
+def make_images(folder: Path, count: int, ratio: float = 1.0) -> list[Path]:
+    """JPEGs of about a megapixel and of one width / height, made from the example photographs, no two alike."""
+    folder.mkdir(parents=True)
+    photos = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))]
+    size = (round((1e6 * ratio) ** 0.5), round((1e6 / ratio) ** 0.5))
+    paths = [folder / f"{number}.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
+        turned = photos[number % len(photos)].rotate(7 * (number // len(photos)))
+        turned.resize(size, Image.Resampling.BICUBIC).save(path, quality=92)
+    return paths
+
+
+def matrix_rate(device: torch.device, dtype: str) -> float:
+    """The best observed rate of a large square product, FLOP/s."""
+    size, products = (8192, 10) if device.type == "cuda" else (2048, 1)
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in "ab")
+    best = 0.0
+    for _ in range(8):
+        began = time.perf_counter()
+        for _ in range(products):
+            product = a @ b
+        product[0, 0].item()  # waits for the device
+        best = max(best, products * 2 * size**3 / (time.perf_counter() - began))
+    return best
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
