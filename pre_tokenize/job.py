@@ -104,7 +104,7 @@ def run_job(
     with ExitStack() as seat:
         claims.lead(lambda: seat.enter_context(output.begin(source, claims, overwrite=overwrite)))
         items = sum(source.table[index].items for index in claims.chunk_range(len(source.table)))
-        progress = Progress(claims, items, "pre-tokenize", rates=("images",), totals=("tokens",))
+        progress = Progress(claims, items, "tokens", rates=("images",), totals=("tokens",))
         encoder = make_encoder(lambda count: progress.count(images=count))
         process = partial(tokenize_chunks, sequences=sequences, encoder=encoder, output=output, progress=progress)
         run_chunks([source], claims, process, progress)

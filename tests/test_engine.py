@@ -142,6 +142,18 @@ def test_a_rare_resolution_does_not_hold_groups_back_for_ever(monkeypatch):
     assert held <= 12  # 3 open groups and the decode window, however long the input
 
 
+def test_a_group_is_handed_out_as_soon_as_it_is_done():
+    prepared = []
+
+    def counted(ref):
+        prepared.append(ref)
+        return prepare(ref)
+
+    engine = Engine(Recorder(), counted, batch_size=1, num_workers=1)
+    first, _ = next(engine.encode([("a", [(0, 32)]), ("b", [(n, 32) for n in range(1, 1000)])]))
+    assert first == "a" and len(prepared) < 100
+
+
 def test_leaving_early_stops_the_pool():
     threads = threading.active_count()
     for _ in Engine(Recorder(), prepare, batch_size=2, num_workers=3).encode((n, [(n, 32)]) for n in range(10**6)):

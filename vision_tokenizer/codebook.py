@@ -65,7 +65,7 @@ def run_codebook_inference(
             if files := opened[dataset.name]:
                 check_manifest(settings.folder(dataset), make_manifest(tokenizer, settings, files))
         todo = [file for files in opened.values() for file in files if file.finished() is None]
-        progress = Progress(claims, sum(file.table.items for file in todo), "codebook inference")
+        progress = Progress(claims, sum(file.table.items for file in todo), "codes")
         prepare_image = partial(
             prepare,
             choices=anchors(settings.resolution_type, settings.resolution),

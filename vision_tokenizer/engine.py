@@ -109,6 +109,7 @@ class Engine:
                     decoding.append((group, ref, pool.submit(self._timed_prepare, ref)))
                     if len(decoding) > self._window:
                         self._fill(*decoding.popleft())
+                        yield from self._finished(open_groups)
                 if len(open_groups) > MAX_OPEN_GROUPS:
                     while decoding and decoding[0][0] is open_groups[0]:
                         self._fill(*decoding.popleft())
@@ -116,6 +117,7 @@ class Engine:
                 yield from self._finished(open_groups)
             while decoding:
                 self._fill(*decoding.popleft())
+                yield from self._finished(open_groups)
             self._flush()
             yield from self._finished(open_groups)
         finally:

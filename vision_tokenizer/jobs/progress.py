@@ -71,7 +71,6 @@ class Progress:
         self._bar.update(now["items"] + now["found"] - self._bar.n)
 
     def close(self) -> None:
-        self.refresh()
         self._bar.close()
 
 

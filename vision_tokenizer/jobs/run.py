@@ -7,6 +7,7 @@ and the next run does it. Killing the process anywhere loses only the open chunk
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -41,12 +42,13 @@ def run_chunks(sources: Sequence[Source], claims: Claims, process: Process, prog
     """Do every chunk of `sources` that is not complete, and wait until the rest of the crew has, too."""
     for source in sources:
         remove_leftovers(source.parts.folder)
-    for task, part in process(_open_tasks(sources, claims, progress)):
-        task.source.parts.write(task.chunk.index, part)
-        progress.part(part.account)
-    for _ in claims.wait_for_crew():
+    with closing(progress):
+        for task, part in process(_open_tasks(sources, claims, progress)):
+            task.source.parts.write(task.chunk.index, part)
+            progress.part(part.account)
+        for _ in claims.wait_for_crew():
+            progress.refresh()
         progress.refresh()
-    progress.close()
 
 
 def _open_tasks(sources: Sequence[Source], claims: Claims, progress: Progress) -> Iterator[Task]:
