@@ -54,6 +54,26 @@ def test_tensor_batches(tokenizer, images):
     assert decoded.shape == (2, 3, 96, 64) and decoded.abs().max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("photo.jpg", "found <class 'str'>"),
+        (["photo.jpg"], "found <class 'list'>"),
+        (torch.zeros(3, 32, 32), r"found \(3, 32, 32\)"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.int64), "found torch.int64"),
+        (torch.full((1, 3, 32, 32), 255.0), "found torch.float32"),
+    ],
+)
+def test_what_is_no_image(tokenizer, images, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        tokenizer.encode(images)
+
+
+def test_a_device_of_no_kind(files):
+    with pytest.raises(UserError, match="unknown device 'gpu'"):
+        load_tokenizer(*files, device="gpu")
+
+
 def test_codes_that_no_codebook_has(tokenizer):
     good = torch.zeros(2, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"semantic codes lie in \[0, 256\), found 0 to 256"):

@@ -38,11 +38,15 @@ class Tokenizer:
 
         A side that is no multiple of 16 is resized to the nearest one, as are images above 1024 * 1024 or below
         32 * 32 pixels. A tensor (B, 3, H, W), uint8 or float in [-1, 1], -> grids (B, h, w).
+
+        Raises `ValueError` for tensors of another shape, kind or range, and `TypeError` for what is no image.
         """
         if isinstance(images, Tensor):
-            return self.model.encode(normalize(images))
+            return self.model.encode(normalize(_checked(images)))
         if isinstance(images, Image.Image):
             return self.encode([images])[0]
+        if not isinstance(images, Sequence) or not all(isinstance(image, Image.Image) for image in images):
+            raise TypeError(f"expected a PIL image, a list of them or a tensor (B, 3, H, W), found {type(images)}")
         pixels = [_pixels(image) for image in images]
         results: list[Codes] = [()] * len(pixels)
         for rows in _batches([tensor.shape for tensor in pixels]):
@@ -69,6 +73,14 @@ class Tokenizer:
         for name, grid, size in zip(self.model.branches, codes, self.model.codebook_sizes, strict=True):
             if grid.min() < 0 or grid.max() >= size:
                 raise ValueError(f"{name} codes lie in [0, {size}), found {grid.min()} to {grid.max()}")
+
+
+def _checked(pixels: Tensor) -> Tensor:
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"expected a tensor (B, 3, H, W), found {tuple(pixels.shape)}")
+    if pixels.dtype != torch.uint8 and not (pixels.is_floating_point() and pixels.abs().max() <= 1):
+        raise ValueError(f"expected uint8, or float in [-1, 1], found {pixels.dtype} in {list(pixels.aminmax())}")
+    return pixels
 
 
 def _pixels(image: Image.Image) -> Tensor:

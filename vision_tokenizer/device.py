@@ -17,6 +17,8 @@ def local_device(name: str | torch.device) -> torch.device:
         return torch.device(name)
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda or, say, cuda:1")
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here. Use --device cpu, or install torch's CUDA build.")
     index = int(os.environ.get("LOCAL_RANK", "0"))

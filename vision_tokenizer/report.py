@@ -86,7 +86,8 @@ def histogram(counts: Counter[int], unit: str) -> str:
         for i, tall in enumerate(heights)
         if columns[i]
     )
-    ends = f"<span>{low:,}</span><span>{escape(unit)}</span><span>{low + len(columns) * step - 1:,}</span>"
+    what = f"{escape(unit)}; the highest column: {columns.max():,}"
+    ends = f"<span>{low:,}</span><span>{what}</span><span>{low + len(columns) * step - 1:,}</span>"
     return f'<figure class="plot">{_svg(drawn)}<figcaption>{ends}</figcaption></figure>'
 
 
@@ -105,7 +106,10 @@ def rank_curve(counts: np.ndarray) -> str:
         f"{log10(rank) / right * _PLOT_WIDTH:.1f},{_PLOT_HEIGHT - log10(used[rank - 1]) / top * (_PLOT_HEIGHT - 4):.1f}"
         for rank in ranks
     )
-    ends = f"<span>most used: {used[0]:,} times</span><span>code {len(used):,}: {used[-1]:,}</span>"
+    ends = (
+        f"<span>most used: {used[0]:,} times</span><span>uses by rank, both axes logarithmic</span>"
+        f"<span>code {len(used):,}: {used[-1]:,}</span>"
+    )
     drawn = _svg(f'<polyline points="{points}"/>')
     return f'<figure class="plot">{drawn}<figcaption>{ends}</figcaption></figure>'
 
