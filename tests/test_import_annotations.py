@@ -177,6 +177,16 @@ def test_webdataset(tmp_path, pictures):
     assert problems[0]["where"] == "sample 003"
 
 
+def test_a_key_that_occurs_again_does_not_change_the_first_ones_image(tmp_path, pictures):
+    gray, palette = (pictures / "gray.png").read_bytes(), (pictures / "palette.png").read_bytes()
+    samples = [("a.png", gray), ("a.txt", b"Grey"), ("b.png", gray), ("b.txt", b"Grey"), ("a.png", palette)]
+    shard = tar_of(tmp_path / "s.tar", [*samples, ("a.txt", b"Again")])
+    code, items, problems, dataset = run(tmp_path, "webdataset", shard)
+    assert code == 1 and [item["images"] for item in items] == [["s/a.png"], ["s/b.png"]]
+    assert (dataset.image_dir / "s" / "a.png").read_bytes() == gray
+    assert [(p["where"], p["reason"]) for p in problems] == [("sample a", "key occurs twice")]
+
+
 def test_a_truncated_tar_keeps_what_can_be_read_and_says_so(tmp_path, pictures):
     photo = (pictures / "photo.jpg").read_bytes()
     shard = tar_of(
@@ -220,6 +230,12 @@ def test_parquet_with_hugging_face_images(tmp_path, pictures):
         ("row 4", "no text"),
     ]
     assert "far.jpg" in problems[1]["detail"]
+
+
+def test_parquet_with_the_names_of_images_says_so(tmp_path):
+    file = parquet_of(tmp_path / "p.parquet", {"image": ["cat.jpg", None], "text": ["a", "b"]}, rows=2)
+    _, _, problems, _ = run(tmp_path, "parquet", file)
+    assert [p["detail"] for p in problems] == ["the bytes are not in the file, only 'cat.jpg'", "the image is null"]
 
 
 def test_parquet_with_conversations_and_several_images(tmp_path, pictures):

@@ -1,5 +1,6 @@
 """Sources with the images inside their files: tar shards and parquet. The images are written to the new data set."""
 
+import reprlib
 import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
@@ -52,11 +53,15 @@ class WebDataset(_Folder):
         return [Chunk(0, 0, 0, 0, 0, 0)]  # a tar file can only be read from its beginning
 
     def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
+        seen: set[str] = set()
         for index, members in enumerate(_samples(file)):
             if isinstance(members, Failed):
                 yield Record(index, f"after {index} samples", None, members)
+            elif (key := members[0].key) in seen:  # its image would take the place of the first one's
+                twice = Failed("key occurs twice", f"{key!r} stands for another sample earlier in {file}")
+                yield Record(index, f"sample {key}", key, twice)
             else:
-                key = members[0].key
+                seen.add(key)
                 yield Record.of(index, f"sample {key}", key, self._item, file, key, members)
 
     def _item(self, file: Path, key: str, members: list[_Member]) -> dict[str, Any]:
@@ -163,8 +168,9 @@ def _image_bytes(value: Any) -> bytes:
     content = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(content, bytes):
         return content
-    path = value.get("path") if isinstance(value, dict) else None
-    raise Failed("no image", f"the bytes are not in the file, only the path {path!r}" if path else "the image is null")
+    path = value.get("path") if isinstance(value, dict) else value
+    found = f"the bytes are not in the file, only {reprlib.repr(path)}" if path else "the image is null"
+    raise Failed("no image", found)
 
 
 @lru_cache(maxsize=4)
