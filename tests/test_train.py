@@ -299,3 +299,19 @@ def test_learning_rate_rises_then_falls_along_half_a_cosine():
     assert learning_rate(0.01, config) == pytest.approx(1)
     assert learning_rate(1.005, config) == pytest.approx(0.55)
     assert learning_rate(2, config) == pytest.approx(0.1)
+
+
+def test_images_that_have_moved_are_found_where_the_data_config_says(tmp_path, model):
+    sample = golden_samples(["caption"])[0]
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copy(sample.images[0], moved / "picture.png")
+    record = write_record(
+        tmp_path / "tokens", [sample._replace(images=("picture.png",))], manifest={"image_dir": "/gone"}
+    )
+    settings = {"batch_size": 1, "epochs": 1}
+    with pytest.raises(UserError, match=r"/gone/picture\.png"):
+        train(model, write_data_config(tmp_path / "data.yaml", record), tmp_path / "output", **settings)
+    assert train(
+        model, write_data_config(tmp_path / "data.yaml", record, image_dir="moved"), tmp_path / "output", **settings
+    )

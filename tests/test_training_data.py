@@ -86,19 +86,25 @@ def test_starting_with_a_large_index_is_quick(tmp_path):
         ("META: [{path: r.jsonl}, {ratio: 1}]", "entry 1"),
         ("META: [{path: missing.jsonl}]", "no such record: .*missing.jsonl"),
         ("META: [", "cannot read"),
+        ("META: [{path: r.jsonl, ratio: .inf}]", "ratio must be"),
+        ("META: [{path: r.jsonl, ratio: 1.0e+30}]", "ratio must be"),
+        ("META: [{path: r.jsonl, image_dir: missing}]", "image_dir is no folder: .*missing"),
+        (b"META: \xff", "cannot read"),
     ],
 )
 def test_a_wrong_data_config_is_refused(tmp_path, content, message):
     (tmp_path / "r.jsonl").write_text("")
-    (tmp_path / "data.yaml").write_text(content)
+    (tmp_path / "data.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         read_data_config(tmp_path / "data.yaml")
 
 
 def test_paths_are_taken_from_the_data_configs_folder(tmp_path):
     (tmp_path / "r.jsonl").write_text("")
-    entry, *_ = read_data_config(write_data_config(tmp_path / "data.yaml", "r.jsonl", ratio=2, type="t2i"))
-    assert entry == (tmp_path / "r.jsonl", 2.0, "t2i")
+    (tmp_path / "pictures").mkdir()
+    fields = {"ratio": 2, "type": "t2i", "image_dir": "pictures"}
+    entry, *_ = read_data_config(write_data_config(tmp_path / "data.yaml", "r.jsonl", **fields))
+    assert entry == (tmp_path / "r.jsonl", 2.0, "t2i", tmp_path / "pictures")
 
 
 def test_tokens_of_another_vocabulary_are_refused():
@@ -151,6 +157,12 @@ def test_images_must_match_their_blocks():
     caption = golden_samples(["caption"])[0]
     with pytest.raises(Failed, match="images do not match"):
         build_sample(caption._replace(images=()), "x", RULES)
+
+
+def test_a_missing_image_is_named_with_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Failed, match=str(tmp_path / "gone.png")):
+        build_sample(golden_samples(["caption"])[0]._replace(images=("gone.png",)), "x", RULES)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -101,7 +101,10 @@ def open_data(config: TrainConfig, entries: list[Entry], folder: ModelFolder, st
         for one in plan:
             ensure_index(*one)
     dist.barrier()
-    sources = [TokenFiles(RecordIndex(one[0], ensure_index(*one))) for one in plan]
+    sources = [
+        TokenFiles(RecordIndex(one[0], ensure_index(*one)), entry.image_dir)
+        for entry, one in zip(entries, plan, strict=True)
+    ]
     pools = [Pool(files.lengths, entry.ratio, entry.type) for entry, files in zip(entries, sources, strict=True)]
     sampler = Sampler(pools, step_size, config.seed)
     if len(sampler) == 0:

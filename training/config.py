@@ -36,7 +36,7 @@ class TrainConfig:
     )
     vit_from: str = option("ckpts/SigLIP", "SigLIP folder, read when init_from holds no vision tower")
     tokenizer_from: str = option("", "with variant lm: folder of an extended tokenizer; embeddings grow to fit it")
-    data_config: str = option("", "YAML file with META: a list of path, ratio, type")
+    data_config: str = option("", "YAML file with META: a list of path, ratio, type, image_dir")
     output_dir: str = option("", "checkpoints, logs and the final model; running again with the same one goes on")
     stage: str = option("II", "defaults for trainable_params, lr and vit_lr_scale", choices=("I", "II"))
     variant: str = option(
@@ -169,7 +169,7 @@ def resolve(arguments: dict[str, Any]) -> TrainConfig:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_bytes())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot read this configuration ({error})") from error
     if not isinstance(content, dict):

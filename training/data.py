@@ -16,6 +16,7 @@ from training.sequence import IMAGE_END, IMAGE_TOKENS, Batch, Sample, discrete, 
 from vision_tokenizer.errors import Failed, UserError
 from vision_tokenizer.image_file import read_image
 
+MAX_RATIO = 1000  # times that a record is gone through in an epoch
 REPLACEMENTS = 16  # samples tried in the place of one that fails
 STRIDE = 7919  # from one to the next, in the record: far enough not to meet the same broken folder
 
@@ -26,12 +27,13 @@ class Entry(NamedTuple):
     path: Path
     ratio: float
     type: str
+    image_dir: Path | None = None  # where relative images begin, if not where they did when the tokens were made
 
 
 def read_data_config(path: Path) -> list[Entry]:
     """The entries of a data config, relative paths taken from its folder. Raises `UserError` naming the field."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_bytes())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot read this data config ({error})") from error
     if not isinstance(content, dict) or set(content) != {"META"} or not isinstance(content["META"], list):
@@ -46,19 +48,22 @@ def read_data_config(path: Path) -> list[Entry]:
 
 def _entry(fields: Any, where: str, folder: Path) -> Entry:
     if not isinstance(fields, dict) or "path" not in fields:
-        raise UserError(f"{where}: expected a path, and perhaps ratio and type, found {fields!r:.80}")
-    if unknown := set(fields) - {"path", "ratio", "type"}:
-        raise UserError(f"{where}: unknown key {sorted(unknown)[0]!r}; known are path, ratio, type")
+        raise UserError(f"{where}: expected a path, and perhaps ratio, type and image_dir, found {fields!r:.80}")
+    if unknown := [key for key in fields if key not in Entry._fields]:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(Entry._fields)}")
     path, ratio, kind = folder / str(fields["path"]), fields.get("ratio", 1.0), fields.get("type", "default")
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not ratio > 0:
-        raise UserError(f"{where}: ratio must be a number above 0, found {ratio!r}")
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= MAX_RATIO:
+        raise UserError(f"{where}: ratio must be a number above 0, at most {MAX_RATIO}, found {ratio!r}")
     if not isinstance(kind, str):
         raise UserError(f"{where}: type must be a name, found {kind!r}")
     if not path.is_file():
         raise UserError(f"{where}: no such record: {path}")
     if path.suffix not in (".json", ".jsonl"):
         raise UserError(f"{where}: a record is a .json or .jsonl file, this is {path}")
-    return Entry(path, float(ratio), kind)
+    image_dir = folder / str(fields["image_dir"]) if "image_dir" in fields else None
+    if image_dir and not image_dir.is_dir():
+        raise UserError(f"{where}: image_dir is no folder: {image_dir}")
+    return Entry(path, float(ratio), kind, image_dir)
 
 
 def check_manifest(manifest: Mapping[str, Any] | None, record: Path, vocabulary: str | None, vocab_size: int) -> None:
@@ -118,7 +123,7 @@ class ImageReader:
 
     def __call__(self, path: str) -> ImageInput:
         """Raises `Failed` where the file cannot be read."""
-        return image_input(read_image(Path(path)).convert("RGB"), self.side, self.grid, self.anyres)
+        return image_input(read_image(Path(path).absolute()).convert("RGB"), self.side, self.grid, self.anyres)
 
 
 def build_sample(tokens: TokenSample, name: str, rules: SampleRules) -> Sample:
