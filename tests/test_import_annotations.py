@@ -1,7 +1,9 @@
 """Each format from small real files of it; every record accounted for; interrupted and damaged imports."""
 
+import errno
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -15,6 +17,9 @@ from vision_tokenizer.errors import UserError
 from vision_tokenizer.importers import formats, job
 from vision_tokenizer.jobs.parts import Parts
 from vision_tokenizer.tokenizer.import_annotations import main
+
+TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cup."}]
+TALK = json.dumps({"image": "photo.jpg", "conversations": TURNS})
 
 
 @pytest.fixture
@@ -131,6 +136,40 @@ def test_pairs(tmp_path, pictures):
         ("palette.png", "no text"),
     ]
     assert dataset.image_dir == pictures
+
+
+def test_pairs_behind_links_and_with_suffixes_in_capitals(tmp_path, pictures):
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(pictures / "photo.jpg", source / "UP.JPG")
+    (source / "UP.TXT").write_text("A cup")
+    shutil.copy(pictures / "photo.jpg", pictures / "UP.jpg")
+    (pictures / "UP.txt").write_text("Another cup")
+    for name in ("gray.png", "palette.png", "photo.jpg"):
+        (pictures / name).unlink()
+    (source / "linked").symlink_to(pictures)
+    (pictures / "back").symlink_to(source)
+    (source / "gone.txt").symlink_to("nowhere")
+    _, items, problems, _ = run(tmp_path, "pairs", source, task="understanding")
+    assert [(item["images"], item["conversations"][1]["value"]) for item in items] == [
+        (["UP.JPG"], "A cup"),
+        (["linked/UP.jpg"], "Another cup"),
+    ]
+    assert [(p["where"], p["reason"]) for p in problems] == [("gone.txt", "no image")]
+
+
+def test_a_folder_of_pairs_that_cannot_be_read_is_named(tmp_path, pictures, monkeypatch):
+    scandir, locked = os.scandir, pictures / "locked"
+    locked.mkdir()
+
+    def refuse(folder):  # to root, which no permission stops, too
+        if Path(folder) == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"locked: cannot read it \(Permission denied\)"):
+        run(tmp_path, "pairs", pictures)
 
 
 def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -278,13 +317,24 @@ def test_an_interrupted_import_goes_on_and_gives_the_same_files(tmp_path, pictur
 
 
 def test_a_rerun_does_again_what_failed(tmp_path, pictures):
-    for name in ("photo", "gray"):
+    (tmp_path / "chat.jsonl").write_text("\n".join([TALK, TALK.replace("photo", "late")]))
+    given = ("llava", tmp_path / "chat.jsonl", "--image_source", pictures)
+    code, items, problems, _ = run(tmp_path, *given)
+    assert (code, len(items), reasons(problems)) == (1, 1, ["image not found"])
+    shutil.copy(pictures / "photo.jpg", pictures / "late.jpg")
+    code, items, problems, _ = run(tmp_path, *given)
+    assert (code, len(items), problems) == (0, 2, [])
+
+
+def test_captions_that_were_edited_are_not_taken_for_those_of_before(tmp_path, pictures):
+    for name in ("photo", "gray", "palette"):
         (pictures / f"{name}.txt").write_text(name)
-    code, items, problems, _ = run(tmp_path, "pairs", pictures)
-    assert (code, len(items), reasons(problems)) == (1, 2, ["no text"])
-    (pictures / "palette.txt").write_text("palette")
-    code, items, problems, _ = run(tmp_path, "pairs", pictures)
-    assert (code, len(items), problems) == (0, 3, [])
+    run(tmp_path, "pairs", pictures)
+    (pictures / "gray.txt").write_text("a grey picture")
+    with pytest.raises(UserError, match=r"this output was begun with inputs\.pictures"):
+        run(tmp_path, "pairs", pictures)
+    _, items, _, _ = run(tmp_path, "pairs", pictures, "--overwrite", task="understanding")
+    assert items[0]["conversations"][1]["value"] == "a grey picture"
 
 
 def test_another_import_in_the_same_folder_is_refused(tmp_path, pictures):
@@ -295,10 +345,6 @@ def test_another_import_in_the_same_folder_is_refused(tmp_path, pictures):
         run(tmp_path, "pairs", pictures, task="understanding")
     _, items, _, dataset = run(tmp_path, "pairs", pictures, "--overwrite", task="understanding")
     assert items[0]["conversations"][1]["value"] == "gray" and not dataset.tokenizer_inference
-
-
-TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cup."}]
-TALK = json.dumps({"image": "photo.jpg", "conversations": TURNS})
 
 
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])

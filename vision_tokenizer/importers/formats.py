@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -165,42 +166,61 @@ class Pairs(Format):
     """A folder, with folders in it or not, of images that each have a `.txt` of the same name beside them."""
 
     def fingerprint(self, file: Path) -> str:
-        return hashlib.sha256("\n".join(self._names).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for name, text in self._pairs:
+            digest.update(f"{name}\n".encode())
+            if text:
+                with suppress(OSError):  # what cannot be read fails as an item
+                    digest.update(super().fingerprint(self.source / text).encode())
+        return digest.hexdigest()
 
     def chunks(self, file: Path) -> list[Chunk]:
-        return _ranges(len(self._names))
+        return _ranges(len(self._pairs))
 
     def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
         for index in range(chunk.first_item, chunk.first_item + chunk.items):
-            name = self._names[index]
+            name, text = self._pairs[index]
             item_id = str(PurePosixPath(name).with_suffix(""))
-            yield Record.of(index, name, item_id, self._item, name, item_id)
+            yield Record.of(index, name, item_id, self._item, name, text, item_id)
 
-    def _item(self, name: str, item_id: str) -> dict[str, Any]:
-        text = self.source / PurePosixPath(name).with_suffix(".txt")
-        if name.endswith(".txt"):
-            raise Failed("no image", f"{text}: no image of that name beside it")
+    def _item(self, name: str, text: str | None, item_id: str) -> dict[str, Any]:
+        if text is None:
+            raise Failed("no text", f"{self.source / item_id}.txt does not exist")
+        if text == name:
+            raise Failed("no image", f"{self.source / text}: no image of that name beside it")
         try:
-            caption = text.read_text(encoding="utf-8-sig")
-        except FileNotFoundError as error:
-            raise Failed("no text", f"{text} does not exist") from error
+            caption = (self.source / text).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise Failed("text unreadable", f"{text}: {error}") from error
+            raise Failed("text unreadable", f"{self.source / text}: {error}") from error
         return build_item([name], caption, self.task, item_id)
 
     @cached_property
-    def _names(self) -> list[str]:
-        """Images, and texts without one, relative to the folder, in name order."""
-        images, texts = [], []
-        for folder, _, files in os.walk(self.source):
+    def _pairs(self) -> list[tuple[str, str | None]]:
+        """Images with their texts, and texts of no image with themselves, relative to the folder, in name order."""
+        images, texts = [], set()
+        for folder, inner, files in os.walk(self.source, onerror=_unreadable, followlinks=True):
+            inner[:] = [name for name in inner if not _leads_back(Path(folder, name))]
             inside = PurePosixPath(Path(folder).relative_to(self.source))
             for file in files:
                 kind = PurePosixPath(file).suffix.lower()
                 if kind in IMAGE_SUFFIXES:
-                    images.append(str(inside / file))
+                    images.append(inside / file)
                 elif kind == ".txt":
-                    texts.append(str(inside / file))
-        pictured = {PurePosixPath(name).with_suffix(".txt").as_posix() for name in images}
-        if not pictured:
+                    texts.add(str(inside / file))
+        if not images:
             raise UserError(f"{self.source}: no image in it ({', '.join(IMAGE_SUFFIXES)})")
-        return sorted(images + [name for name in texts if name not in pictured])
+        pairs = {text: text for text in texts}
+        for image in images:
+            beside = (str(image.with_suffix(suffix)) for suffix in (".txt", ".TXT"))
+            pairs[str(image)] = next((name for name in beside if name in texts), None)
+            pairs.pop(pairs[str(image)], None)
+        return sorted(pairs.items())
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot read it ({error.strerror})") from error
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether `folder` is a link to one that it lies in."""
+    return folder.is_symlink() and any(folder.samefile(above) for above in folder.absolute().parents)
