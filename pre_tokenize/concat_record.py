@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     args = _arguments(argv)
     if args.save_path.suffix not in (".json", ".jsonl"):
         raise UserError(f"--save_path {args.save_path}: name it .json or .jsonl")
+    if _NAME.fullmatch(f"{args.save_path.stem}.jsonl"):
+        raise UserError(f"--save_path {args.save_path}: that is a rank's name, and what it wrote would be lost")
     complaints = Complaints(args.allow_partial)
     sub_records = find_sub_records(args.sub_record_dir, complaints)
     manifest = read_manifest(args.sub_record_dir)

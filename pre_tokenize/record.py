@@ -105,8 +105,9 @@ def _parsed(content: bytes, path: Path, line: int) -> Any:
 
 
 def _checked(entry: Any, path: Path, where: str) -> dict[str, Any]:
-    numbers = (entry.get("len"), entry.get("id"), entry.get("row", 0)) if isinstance(entry, dict) else (None,)
-    if not all(type(number) is int and number >= 0 for number in numbers) or not isinstance(entry.get("file"), str):
+    found = (entry.get("len"), entry.get("row", 0), entry.get("id")) if isinstance(entry, dict) else (None,)
+    bounds = zip(found, (2**31, 2**31, 2**63), strict=False)  # what the columns hold
+    if not all(type(n) is int and 0 <= n < end for n, end in bounds) or not isinstance(entry.get("file"), str):
         raise UserError(f'{path}, {where}: expected {{"file", "len", "id"}} and perhaps "row", found {entry!r:.80}')
     return entry
 

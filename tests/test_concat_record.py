@@ -181,6 +181,14 @@ def test_an_empty_folder_and_a_wrong_suffix_are_told(tmp_path):
         run(tmp_path, save="record.txt")
 
 
+@pytest.mark.parametrize("save", ["0-of-3-record.json", "2-of-3-record.jsonl"])
+def test_a_ranks_name_is_refused_before_anything_of_it_is_written_over(finished, save):
+    before = {path: path.read_bytes() for path in finished.glob("*-of-*")}
+    with pytest.raises(UserError, match="a rank's name"):
+        run(finished, save=save)
+    assert {path: path.read_bytes() for path in finished.glob("*-of-*")} == before
+
+
 def published(folder, rank, splits, items, prefix):
     """Sub-records as the published tool writes them."""
     (folder / "files").mkdir(exist_ok=True)

@@ -100,6 +100,12 @@ def test_one_crew_at_a_time(tmp_path):
         pass  # the kernel freed the lock of the killed one
 
 
+def test_a_lock_on_a_full_disk_is_named(tmp_path):
+    (tmp_path / "0-of-1.lock").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"0-of-1\.lock: cannot write"), run_lock(tmp_path):
+        pass
+
+
 def test_a_manifest_refuses_another_value_and_takes_new_inputs(tmp_path):
     first = {"settings": {"resolution": 256}, "inputs": {"a.jsonl": "1"}}
     check_manifest(tmp_path, first)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import time
 
 import numpy as np
@@ -59,6 +60,18 @@ def test_an_empty_or_damaged_record_is_refused_and_leaves_no_index(tmp_path):
         with pytest.raises(UserError, match=message):
             index(record)
     assert [path.name for path in tmp_path.iterdir()] == ["record.jsonl"]
+
+
+def test_a_full_disk_is_told_and_leaves_no_index(tmp_path):
+    record = write_record(tmp_path / "tokens", text_samples(5))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write the index of .*record\.jsonl \(File too large"):
+            index(record)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in record.parent.iterdir()) == ["files", "record.jsonl"]
 
 
 def test_starting_with_a_large_index_is_quick(tmp_path):

@@ -71,14 +71,11 @@ def ensure_index(record: Path, digest: str, parent: Path) -> Path:
         return target
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{prefix}tmp-", dir=parent))
-    except OSError as error:
-        raise UserError(f"{parent}: cannot write the index of {record} here ({error.strerror})") from error
-    try:
-        _build(record, temporary)
-        _publish(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f"{prefix}tmp-", dir=parent, ignore_cleanup_errors=True) as temporary:
+            _build(record, Path(temporary))
+            _publish(Path(temporary), target)
+    except OSError as error:  # of writing: the record's own are UserErrors
+        raise UserError(f"{target}: cannot write the index of {record} ({error.strerror or error})") from error
     for stale in parent.glob(f"{prefix}????????????????"):
         if stale != target:
             shutil.rmtree(stale, ignore_errors=True)

@@ -34,9 +34,10 @@ def run_lock(folder: Path, rank: int = 0, splits: int = 1) -> Iterator[None]:
     with _open(mine) as file:
         if not _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
             raise _taken(mine)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
+        holder = f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        with _writing(mine):
+            file.truncate(0)
+            file.write(holder.encode())
         for other in folder.glob("*-of-*.lock"):
             if not other.name.endswith(f"-of-{splits}.lock"):
                 with _open(other) as foreign:
@@ -46,9 +47,15 @@ def run_lock(folder: Path, rank: int = 0, splits: int = 1) -> Iterator[None]:
 
 
 def _open(path: Path):
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a+")
+        return path.open("ab+", buffering=0)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{path}: cannot write ({error.strerror}). Make room or fix the permissions.") from error
 
