@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tarfile
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -77,6 +78,12 @@ def test_llava(tmp_path, pictures):
     ]
     assert problems[0]["where"] == "item 1" and problems[0]["id"] == "b"
     assert dataset.image_dir == pictures and not dataset.tokenizer_inference
+
+
+def test_llava_keeps_integers_of_any_size(tmp_path, pictures):
+    (tmp_path / "chat.jsonl").write_text(TALK.replace("{", '{"id": 123456789012345678901234567890, "猫": -1.5, ', 1))
+    _, items, problems, _ = run(tmp_path, "llava", tmp_path / "chat.jsonl", "--image_source", pictures)
+    assert not problems and (items[0]["id"], items[0]["猫"]) == (123456789012345678901234567890, -1.5)
 
 
 def test_llava_text_only(tmp_path, pictures):
@@ -275,6 +282,14 @@ def test_parquet_with_the_names_of_images_says_so(tmp_path):
     file = parquet_of(tmp_path / "p.parquet", {"image": ["cat.jpg", None], "text": ["a", "b"]}, rows=2)
     _, _, problems, _ = run(tmp_path, "parquet", file)
     assert [p["detail"] for p in problems] == ["the bytes are not in the file, only 'cat.jpg'", "the image is null"]
+
+
+@pytest.mark.parametrize("item_id", [b"\0", Decimal("1.5")])
+def test_parquet_with_an_id_that_json_has_none_for(tmp_path, pictures, item_id):
+    columns = {"image": [(pictures / "photo.jpg").read_bytes()], "text": ["a"], "id": [item_id]}
+    code, items, problems, _ = run(tmp_path, "parquet", parquet_of(tmp_path / "p.parquet", columns, rows=1))
+    assert (code, items, reasons(problems)) == (1, [], ["not for JSON"])
+    assert problems[0]["id"] == repr(item_id)
 
 
 def test_parquet_with_conversations_and_several_images(tmp_path, pictures):

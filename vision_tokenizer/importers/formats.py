@@ -4,7 +4,9 @@ A format lists its files, cuts each into chunks, and reads a chunk. Those with t
 """
 
 import hashlib
+import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -26,6 +28,7 @@ from vision_tokenizer.importers.items import (
 from vision_tokenizer.jobs.chunks import Chunk, ChunkTable, chunk_table
 
 CHUNK_ITEMS = 1000
+_LONG_INTEGER = re.compile(rb"\d{19}")  # beyond 64 bits orjson reads a float
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,9 @@ class Llava(Format):
 
     def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
         for item in self._table.read(chunk):
-            yield Record.of(item.index, item.where, item.id, self._item, item.value, item.error)
+            rounded = item.error is None and _LONG_INTEGER.search(item.raw)
+            value = json.loads(item.raw) if rounded else item.value
+            yield Record.of(item.index, item.where, item.id, self._item, value, item.error)
 
     def _item(self, value: Any, error: str | None) -> dict[str, Any]:
         if error:

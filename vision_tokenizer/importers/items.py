@@ -1,10 +1,13 @@
 """What an imported item looks like, whatever it came from: the annotation lines of the document's STEP 1."""
 
 import io
+import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
 from PIL import Image, UnidentifiedImageError
 
 from vision_tokenizer.annotations import check_conversations, image_path
@@ -25,20 +28,29 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 
 
 class Record(NamedTuple):
-    """One record of the source: the item it becomes, or why it does not."""
+    """One record of the source: the line of the item it becomes, or why it does not."""
 
     index: int  # among the records of its file, from 0
     where: str  # for messages: "line 18", "row 17", "member a/b.jpg"
     id: Any
-    item: dict[str, Any] | Failed
+    line: bytes | Failed
 
     @classmethod
     def of(cls, index: int, where: str, id: Any, make: Callable[..., dict[str, Any]], *given: Any) -> "Record":
         """With the item that `make(*given)` returns, or the `Failed` that it raises."""
         try:
-            return cls(index, where, id, make(*given))
+            return cls(index, where, id, _line(make(*given)))
         except Failed as error:
             return cls(index, where, id, error)
+
+
+def _line(item: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(item, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError as error:
+        with suppress(TypeError):  # the slower json takes integers of any size
+            return json.dumps(item, ensure_ascii=False).encode() + b"\n"
+        raise Failed("not for JSON", str(error)) from error
 
 
 def build_item(images: list[str], text: Any, task: str, item_id: Any = None) -> dict[str, Any]:

@@ -117,10 +117,10 @@ def _process(tasks: Iterator[Task]) -> Iterator[tuple[Task, Part]]:
 def _part(file: _File, chunk: Chunk) -> Part:
     lines, problems = [], []
     for record in file.format.records(file.path, chunk):
-        if isinstance(record.item, Failed):
-            problems.append(Problem.of(record.item, file.path, record))
+        if isinstance(record.line, Failed):
+            problems.append(Problem.of(record.line, file.path, record))
         else:
-            lines.append(orjson.dumps(record.item, option=orjson.OPT_APPEND_NEWLINE))
+            lines.append(record.line)
     if file.format.embeds_images:
         os.sync()  # the part says that its images are there, even after a power cut
     account = Account(items=len(lines) + len(problems), done=len(lines))
