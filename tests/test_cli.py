@@ -1,10 +1,13 @@
 """What a command says last, alone and as one of torchrun's processes."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+
+from vision_tokenizer.cli import run_command
 
 COMMAND = """
 import os, time
@@ -31,6 +34,30 @@ def launch(tmp_path, failing: str, *launcher: str) -> subprocess.CompletedProces
 def test_a_mistake_is_told_without_traceback(tmp_path):
     done = launch(tmp_path, "1")
     assert (done.returncode, done.stderr) == (2, "error: data.json, line 3: no such thing\n")
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])  # buffered until the end, or more than a pipe holds
+def test_a_reader_that_leaves_early_ends_it_quietly(tmp_path, lines):
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import sys; from vision_tokenizer.cli import run_command\n"
+        f"run_command(lambda: sys.stdin.read() and None or [print('line') for _ in range({lines})] and 0)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, str(script)], **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert (process.wait(60), process.stderr.read()) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize("resumes, said", [(True, "interrupted; run the same command again"), (False, "interrupted\n")])
+def test_an_interrupted_command_says_whether_it_can_go_on(capsys, resumes, said):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        run_command(interrupted, resumes=resumes)
+    assert capsys.readouterr().err.startswith(said)
 
 
 @pytest.mark.parametrize("failing", ["1", "01"])

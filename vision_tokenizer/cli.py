@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 import warnings
@@ -11,20 +12,26 @@ from pathlib import Path
 from vision_tokenizer.errors import UserError
 
 
-def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = sys.exit) -> None:
+def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = sys.exit, resumes: bool = True) -> None:
     """Run `main` and `leave` with its exit code; a `UserError` prints its message and exits with 2.
 
-    Anything else that escapes is a defect of ours and keeps its traceback.
+    Anything else that escapes is a defect of ours and keeps its traceback. `resumes`: the same command goes on from
+    where it was interrupted.
     """
     warnings.filterwarnings("ignore", module="PIL")  # remarks on single images; bad ones are accounted for
     try:
         code = main() or 0
+        sys.stdout.flush()  # a pipe that nobody reads any more shows here at the latest
     except UserError as error:
         _tell(f"error: {error}")
         code = 2
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on from here", file=sys.stderr, flush=True)
+        again = "; run the same command again to go on from here" if resumes else ""
+        print(f"interrupted{again}", file=sys.stderr, flush=True)
         code = 130
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there
+        code = 128 + signal.SIGPIPE
     leave(code)
 
 

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_tokenizer(args: argparse.Namespace):
-    if not args.tokenizer_checkpoint:
+    if args.tokenizer_checkpoint is None:
         return None
     from vision_tokenizer.dualvitok.model import load_dualvitok
 
@@ -111,4 +111,4 @@ def encode_again(tokenizer, checkpoint: str, outputs: list, sample, findings) ->
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=False)
