@@ -114,6 +114,8 @@ def test_a_missing_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "other.bin").touch()
+    with pytest.raises(UserError, match="name is empty"):
+        read_state_dict("")
     for path in (tmp_path / "no" / "thing", "./a/b", "a/b.bin", "checkpoints/dualvitok", "model"):
         with pytest.raises(UserError, match="no such checkpoint"):
             read_state_dict(path)

@@ -65,6 +65,9 @@ def test_other_keys_are_ignored_and_sizes_default_to_the_released_ones(tmp_path)
         ('type="SimVQ", dim=16', 'type="SimVQ", dim=8', r"\['z_channels'\]: is 16, but .* dim makes it 8"),
         ("vit=dict(", "semantic_encoder='other/vit', v=dict(", r"'Emova-ollm/qwen2vit600m', found 'other/vit'"),
         ("dict(", "dict((", "does not run: SyntaxError"),
+        ("vq_model", "1 / 0\nvq_model", "does not run: ZeroDivisionError"),
+        ("vq_model", "raise SystemExit(3)\nvq_model", "does not run: SystemExit: 3"),
+        ("vq_model", "open('/no/where')\nvq_model", "does not run: FileNotFoundError: .*'/no/where'"),
     ],
 )
 def test_bad_configs_are_named(old, new, named, tmp_path):

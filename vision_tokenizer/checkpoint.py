@@ -35,6 +35,8 @@ def read_state_dict(
     tensors themselves or nest them under `model` or `state_dict`; those under `ema` are used only if `use_ema`.
     With `keep`, only names that start with one of these prefixes are returned. Raises `UserError`.
     """
+    if not str(source):
+        raise UserError(f"the checkpoint's name is empty; a checkpoint is {ACCEPTED}")
     prefixes = ("",) if keep is None else tuple(keep)
     state: dict[str, Tensor] = {}
     for file in _locate(source):

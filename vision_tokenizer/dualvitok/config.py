@@ -71,11 +71,11 @@ class _Part:
 def read_config(path: str | Path) -> DualViTokSizes:
     """Execute a config file and read its `vq_model`. Raises `UserError`, which names the file and the key."""
     path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path}: no such config; the shipped ones are in configs/example/dualvitok/")
     try:
         names = runpy.run_path(str(path))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such config; the shipped ones are in configs/example/dualvitok/") from error
-    except (OSError, SyntaxError, ValueError, TypeError, ImportError, NameError, AttributeError, LookupError) as error:
+    except (Exception, SystemExit) as error:  # it is somebody else's program
         raise UserError(f"{path}: this config does not run: {type(error).__name__}: {error}") from error
     if "vq_model" not in names:
         found = ", ".join(name for name in names if not name.startswith("__")) or "nothing"
