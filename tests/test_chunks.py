@@ -22,7 +22,7 @@ def test_lines_with_blanks_bom_crlf_and_a_broken_one(tmp_path):
     assert [item.index for item in items] == [0, 1, 2, 3, 4]
     assert [item.where for item in items] == ["line 1", "line 4", "line 5", "line 6", "line 8"]
     assert [item.value and item.value["id"] for item in items] == [0, 1, None, 3, 4]
-    assert "not valid JSON" in items[2].error
+    assert items[2].error == "unexpected end of data (column 9)"
     assert items[3].value["t"] == "减"
 
 
@@ -65,6 +65,7 @@ def test_a_list_longer_than_the_window(tmp_path, monkeypatch):
         ("[]", "no items"),
         ('[{"a": 1},\n {"b": 2', "line 2: not valid JSON.*the file ends before the list does"),
         ('[{"a": 1} {"b": 2}]', "expected ',' or ']'"),
+        ('[{"a": 1},\n]', "line 2: not valid JSON: a comma after the last element"),
         ('[{"a": 1}] 3', "expected nothing after the list"),
         ('[{"a": 1},\n\n{"b": }]', "line 3: not valid JSON"),
         ("[1,\n" + "[" * 100_000, "line 2: brackets are nested too deeply"),
@@ -86,7 +87,14 @@ def test_an_element_is_read_alike_in_both_forms(tmp_path, name):
     (tmp_path / name).write_text(text)
     items = read_all(tmp_path / name, tmp_path)
     assert items[0].value == {"id": 1}
-    assert all("not valid JSON" in item.error for item in items[1:])
+    assert all(item.value is None and "(column " in item.error for item in items[1:])
+
+
+@pytest.mark.parametrize("content", ["[\n{}\n]", "[{\n}]", '\ufeff[{"a": 1},\r\n{}]'])
+def test_a_list_named_jsonl_is_told(tmp_path, content):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: a JSON list .* Name the file \.json"):
+        read_all(tmp_path / "a.jsonl", tmp_path)
 
 
 def test_a_missing_and_an_empty_file(tmp_path):
@@ -108,3 +116,9 @@ def test_the_table_is_cached_until_the_file_changes(tmp_path):
     path.write_text('{"id": 0}\n{"id": 1}\n')
     second = chunk_table(path, 3, cache)
     assert (second.items, second.sha256 != first.sha256) == (2, True)
+    for damaged in ("", "[]", "{}", "{"):
+        cache.write_text(damaged)
+        assert chunk_table(path, 3, cache) == second
+    path.unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl: cannot read the input"):
+        second.read(second[0])

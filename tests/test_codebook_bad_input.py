@@ -45,7 +45,7 @@ def make_dataset(tmp_path: Path, images: dict[str, Image.Image], lines: bytes, n
 
 
 BROKEN_LINES = [  # (line, kind, reason, part of the detail)
-    (b'{"images": ["good.png"], "id": "cut', "failed", "not JSON", "not valid JSON"),
+    (b'{"images": ["good.png"], "id": "cut', "failed", "not JSON", "(column "),
     (b"[1, 2]", "failed", "not an object", "found list"),
     (b'{"id": 1}', "failed", "no images", "images is missing"),
     (b'{"images": []}', "failed", "no images", "empty list"),
@@ -211,13 +211,22 @@ def test_an_unreadable_data_set_does_not_keep_the_others(tmp_path, photo, run, c
         ("", "line 1: not valid JSON"),
         ('{"birds": {\n"root": "x",}}', "line 2: not valid JSON"),
         ("[]", "expected an object of data sets"),
-        ("{}", "expected an object of data sets"),
+        ("{}", "no data set in it"),
+        ("[" * 100_000, "nested too deeply"),
         ('{"birds": 3}', "data set birds: expected an object"),
         ('{"birds": {"root": "x", "image_dir": "x", "tokenizer_inference": true}}', "'annotation_dir' is missing"),
         ('{"birds": {"root": "x", "image_dirs": "x"}}', "unknown key 'image_dirs': did you mean 'image_dir'"),
         (
             '{"birds": {"root": "x", "image_dir": "x", "annotation_dir": "x", "tokenizer_inference": "yes"}}',
-            "birds: tokenizer_inference must be a bool, found 'yes'",
+            'birds: tokenizer_inference must be true or false, found "yes"',
+        ),
+        (
+            '{"birds": {"root": null, "image_dir": "x", "annotation_dir": "x", "tokenizer_inference": true}}',
+            "birds: root must be a string, found null",
+        ),
+        (
+            '{"birds": {"root": "x", "image_dir": "a\\u0000b", "annotation_dir": "x", "tokenizer_inference": true}}',
+            "birds: image_dir cannot be a path",
         ),
         ('{"birds": {}, "birds": {}}', "'birds' occurs twice"),
     ],

@@ -42,6 +42,8 @@ def test_a_disk_that_refuses_is_named(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="cannot write"):
         write_bytes(tmp_path / "file" / "below", b"")
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "other"):
+        (tmp_path / "input").read_bytes()  # not the disk that is written to
 
 
 def test_leftovers_of_the_dead_go_and_of_the_living_stay(tmp_path):
@@ -60,6 +62,8 @@ def test_a_part_comes_back_and_must_add_up(tmp_path):
     parts.write(0, Part(account(3, failed=1), [PROBLEM], {parts.path(0, ".jsonl"): b"lines"}))
     back = parts.read(0)
     assert (back.account, back.problems) == (account(3, failed=1), [PROBLEM])
+    parts.path(0, ".json").write_text("{")
+    assert parts.read(0) is None
     with pytest.raises(AssertionError, match="3 items in, but 2 done"):
         parts.write(1, Part(Account(items=3, done=2)))
 
@@ -118,6 +122,10 @@ def test_a_manifest_refuses_another_value_and_takes_new_inputs(tmp_path):
     assert read_manifest(tmp_path)["inputs"] == {"a.jsonl": "1", "b.jsonl": "2"}
     with pytest.raises(UserError, match=r"inputs.b.jsonl = '2', now it is None"):
         check_manifest(tmp_path, first)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(UserError, match=r"manifest.json: cannot read \(Is a directory\)"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 20])

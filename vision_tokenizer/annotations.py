@@ -10,14 +10,17 @@ import json
 import os
 import reprlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from vision_tokenizer.cli import note
 from vision_tokenizer.errors import Failed, UserError
 
 _FIELDS = {"root": str, "image_dir": str, "annotation_dir": str, "tokenizer_inference": bool}
+_KINDS = {str: "a string", bool: "true or false"}
+_NAMED = 5  # of the entries that are left out
 OUTPUT_FIELDS = ("image_sizes", "image_embed_inds", "matched_ratios")  # what codebook inference adds to an item
 
 
@@ -42,7 +45,10 @@ class Dataset:
                 raise UserError(
                     f"data set {self.name}: {field} {folder} is not a folder. Correct it in the data config."
                 )
-        files = sorted(path for path in self.annotation_dir.iterdir() if path.suffix in (".jsonl", ".json"))
+        try:
+            files = sorted(path for path in self.annotation_dir.iterdir() if _is_annotations(path.name))
+        except OSError as error:
+            raise UserError(f"data set {self.name}: cannot read {self.annotation_dir} ({error.strerror})") from error
         if not files:
             raise UserError(f"data set {self.name}: no .jsonl or .json file in annotation_dir {self.annotation_dir}")
         outputs: dict[str, str] = {}
@@ -55,6 +61,20 @@ class Dataset:
                         f"be written to {output}.jsonl. Rename one of them."
                     )
         return files
+
+    def left_out(self) -> list[str]:
+        """What else is in `annotation_dir` and might hold annotations, too: folders, `.jsonl.gz` and their like."""
+        with suppress(OSError), os.scandir(self.annotation_dir) as entries:
+            return sorted(
+                entry.name
+                for entry in entries
+                if not _is_annotations(entry.name) and (entry.is_dir() or ".json" in entry.name.lower())
+            )
+        return []
+
+
+def _is_annotations(name: str) -> bool:
+    return PurePath(name).suffix.lower() in (".jsonl", ".json")
 
 
 def read_data_config(path: Path, names: Sequence[str] | None = None) -> list[Dataset]:
@@ -70,8 +90,12 @@ def read_data_config(path: Path, names: Sequence[str] | None = None) -> list[Dat
         raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from error
-    if not isinstance(config, dict) or not config:
-        raise UserError(f"{path}: expected an object of data sets, found {type(config).__name__}")
+    except RecursionError as error:
+        raise UserError(f"{path}: brackets are nested too deeply") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected an object of data sets, found {_shown(config)}")
+    if not config:
+        raise UserError(f"{path}: no data set in it")
     datasets = [_dataset(path, name, entry) for name, entry in config.items()]
     for name in names or ():
         if name not in config:
@@ -81,13 +105,27 @@ def read_data_config(path: Path, names: Sequence[str] | None = None) -> list[Dat
 
 def select_datasets(path: Path, names: Sequence[str] | None) -> list[Dataset]:
     """Those to encode; the ones that need no codes are named and left out."""
-    datasets = read_data_config(path, names)
+    return needing_codes(read_data_config(path, names), path)
+
+
+def needing_codes(datasets: Sequence[Dataset], path: Path) -> list[Dataset]:
+    """Those of the config at `path` that are to be encoded; the others are named. Raises `UserError` for none."""
     chosen = [dataset for dataset in datasets if dataset.tokenizer_inference]
     if skipped := [dataset.name for dataset in datasets if not dataset.tokenizer_inference]:
         note(f"skipped, tokenizer_inference is false: {', '.join(skipped)}")
     if not chosen:
         raise UserError(f"{path}: no data set with tokenizer_inference true is left to encode")
     return chosen
+
+
+def note_left_out(datasets: Sequence[Dataset]) -> None:
+    for dataset in datasets:
+        if names := dataset.left_out():
+            more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+            note(
+                f"data set {dataset.name}: not read, as only .jsonl and .json files right in annotation_dir "
+                f"{dataset.annotation_dir} are: {', '.join(names[:_NAMED])}{more}"
+            )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -101,7 +139,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _dataset(path: Path, name: str, entry: Any) -> Dataset:
     where = f"{path}: data set {name}"
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: expected an object with {', '.join(_FIELDS)}, found {type(entry).__name__}")
+        raise UserError(f"{where}: expected an object with {', '.join(_FIELDS)}, found {_shown(entry)}")
     for key in entry:
         if key not in _FIELDS:
             near = difflib.get_close_matches(key, _FIELDS, n=1)
@@ -111,7 +149,9 @@ def _dataset(path: Path, name: str, entry: Any) -> Dataset:
         if key not in entry:
             raise UserError(f"{where}: the key {key!r} is missing")
         if not isinstance(entry[key], kind):
-            raise UserError(f"{where}: {key} must be a {kind.__name__}, found {entry[key]!r}")
+            raise UserError(f"{where}: {key} must be {_KINDS[kind]}, found {_shown(entry[key])}")
+        if kind is str and "\0" in entry[key]:
+            raise UserError(f"{where}: {key} cannot be a path: {_shown(entry[key])}")
     annotation_dir = _resolve(entry["annotation_dir"], path.parent)
     # a root that is yet to be made stands where the annotations were found
     base = Path() if Path(entry["annotation_dir"]).exists() else path.parent
@@ -123,6 +163,11 @@ def _dataset(path: Path, name: str, entry: Any) -> Dataset:
         annotation_dir=annotation_dir,
         tokenizer_inference=entry["tokenizer_inference"],
     )
+
+
+def _shown(value: Any) -> str:
+    """A value as the config has it, cut short."""
+    return f"{json.dumps(value, ensure_ascii=False):.60}"
 
 
 def _resolve(value: str, config_folder: Path) -> Path:

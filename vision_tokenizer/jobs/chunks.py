@@ -63,10 +63,13 @@ class ChunkTable:
 
     def read(self, chunk: Chunk) -> Iterator[Item]:
         """The items of `chunk`, in order. An item that is not JSON comes with its error instead of a value."""
-        with self.path.open("rb") as file:
-            file.seek(chunk.start)
-            content = file.read(chunk.end - chunk.start)
-        return (_list_items if self.path.suffix == ".json" else _line_items)(chunk, content)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(chunk.start)
+                content = file.read(chunk.end - chunk.start)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot read the input ({error.strerror})") from error
+        return (_list_items if _is_list(self.path) else _line_items)(chunk, content)
 
 
 def chunk_table(path: Path, chunk_items: int, cache: Path) -> ChunkTable:
@@ -79,10 +82,8 @@ def chunk_table(path: Path, chunk_items: int, cache: Path) -> ChunkTable:
         try:
             stat = path.stat()
             stamp = [path.name, stat.st_size, stat.st_mtime_ns, chunk_items]
-            if cache.exists():
-                stored = orjson.loads(cache.read_bytes())
-                if stored["stamp"] == stamp:
-                    return ChunkTable(path, stored["sha256"], stored["items"], tuple(map(tuple, stored["rows"])))
+            if table := _cached_table(path, stamp, cache):
+                return table
             table = _survey(path, chunk_items)
         except OSError as error:
             raise UserError(f"{path}: cannot read the input ({error.strerror})") from error
@@ -91,8 +92,22 @@ def chunk_table(path: Path, chunk_items: int, cache: Path) -> ChunkTable:
         return table
 
 
+def _cached_table(path: Path, stamp: list, cache: Path) -> ChunkTable | None:
+    try:
+        stored = orjson.loads(cache.read_bytes())
+        if stored["stamp"] == stamp:
+            return ChunkTable(path, stored["sha256"], stored["items"], tuple(map(tuple, stored["rows"])))
+    except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: it is made again
+        pass
+    return None
+
+
+def _is_list(path: Path) -> bool:
+    return path.suffix.lower() == ".json"
+
+
 def _survey(path: Path, chunk_items: int) -> ChunkTable:
-    spans = _list_spans if path.suffix == ".json" else _line_spans
+    spans = _list_spans if _is_list(path) else _line_spans
     with path.open("rb") as file:
         digest = hashlib.sha256()
         rows = tuple(_chunk_rows(spans(_Hashing(file, digest), path), chunk_items))
@@ -120,6 +135,8 @@ def _line_spans(file: "_Hashing", path: Path) -> Iterator[tuple[int, int, int]]:
     position = 0
     for number, line in enumerate(file.lines(), start=1):
         content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if number == 1 and content[:1] == b"[" and content.rstrip()[-1:] in b"[{,":
+            raise UserError(f"{path}, line 1: a JSON list that goes on over several lines. Name the file .json.")
         if not content.isspace() and content:
             yield number, position, position + len(line)
         position += len(line)
@@ -140,7 +157,7 @@ def _item(index: int, where: str, raw: bytes) -> Item:
     try:
         return Item(index, where, raw, orjson.loads(raw))
     except orjson.JSONDecodeError as error:
-        return Item(index, where, raw, None, f"not valid JSON: {error}")
+        return Item(index, where, raw, None, f"{error.msg} (column {error.colno})")
 
 
 def _list_spans(file: "_Hashing", path: Path) -> Iterator[tuple[int, int, int]]:
@@ -163,7 +180,8 @@ def _list_spans(file: "_Hashing", path: Path) -> Iterator[tuple[int, int, int]]:
             )
         if expects_element:
             text.advance(1)
-            text.skip_space()
+            if text.skip_space() == "]":
+                raise text.error("not valid JSON: a comma after the last element")
     text.advance(1)
     if trailing := text.skip_space():
         raise text.error(f"expected nothing after the list, found {trailing!r}")

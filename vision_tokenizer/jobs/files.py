@@ -18,7 +18,8 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of `path`; leaving the block gives it the name, an exception removes it.
 
     Without `sync` the file survives a killed process, but a power cut only once the caller has called `os.sync`.
-    Raises `UserError` where the disk is full or not writable; nothing is left under the final name.
+    Raises `UserError` where the disk is full or not writable; nothing is left under the final name. An `OSError` of
+    the block that names another file is none of ours: it passes.
     """
     temporary = path.with_name(f"{path.name}.{_OWNER}.tmp")
     try:
@@ -32,6 +33,8 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
         if sync:
             sync_folder(path.parent)
     except OSError as error:
+        if error.filename is not None and not temporary.is_relative_to(error.filename):  # a failed write names none
+            raise
         raise UserError(
             f"{path}: cannot write ({error.strerror or error}). What was finished before is kept: "
             "make room or fix the permissions, then run the same command again."

@@ -44,6 +44,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         return orjson.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror})") from error
     except orjson.JSONDecodeError as error:
         raise UserError(f"{path}: not a manifest ({error}). Restore it, or begin anew with --overwrite.") from error
 

@@ -34,10 +34,10 @@ class Parts:
         return self.folder / f"{index:08d}{suffix}"
 
     def read(self, index: int) -> Part | None:
-        """The finished part without its files, or None."""
+        """The finished part without its files, or None; a damaged entry is none."""
         try:
             stored = orjson.loads(self.path(index, ".json").read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, orjson.JSONDecodeError):
             return None
         return Part(Account.from_dict(stored["account"]), [Problem(**problem) for problem in stored["problems"]])
 
