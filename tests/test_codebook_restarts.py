@@ -156,6 +156,33 @@ def test_annotation_files_may_join_but_not_leave(job, tmp_path):
         job()
 
 
+def test_damaged_work_files(job, tmp_path):
+    assert job() == 0
+    folder = tmp_path / "out/jsonl_after_tokenizer/dualvitok/fixed_32"
+    before = output_bytes(tmp_path / "out")
+    (folder / ".work" / "0.chunks.json").write_text("{")
+    assert job() == 0 and output_bytes(tmp_path / "out") == before
+    (folder / ".work" / "0.done.json").write_text("{")
+    with pytest.raises(UserError, match=r"0\.done\.json: damaged .* --no-resume"):
+        job()
+    assert job("--no-resume") == 0 and output_bytes(tmp_path / "out") == before
+
+
+def test_overwrite_removes_what_the_job_wrote_and_nothing_else(job, tmp_path):
+    (tmp_path / "annotations" / "2.jsonl").write_text('{"images": "a.png"}')
+    job()
+    (tmp_path / "annotations" / "2.jsonl").unlink()
+    folder = tmp_path / "out/jsonl_after_tokenizer/dualvitok/fixed_32"
+    (folder / "notes.jsonl").write_text("mine")
+    job("--overwrite")
+    names = ["0.jsonl", "0.rejected.jsonl", "1.jsonl", "manifest.json", "notes.jsonl", "run_summary.json"]
+    assert sorted(path.name for path in folder.iterdir() if path.name != ".work") == names
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()
+    with pytest.raises(UserError, match=r"manifest\.json: cannot remove"):
+        job("--overwrite")
+
+
 def test_annotations_that_change_meanwhile(job, tmp_path, monkeypatch):
     path = tmp_path / "annotations" / "0.jsonl"
     before = path.read_bytes()
@@ -190,7 +217,10 @@ def test_files_that_would_be_written_over_each_other(job, tmp_path, tiny_dualvit
     own = out / "jsonl_after_tokenizer/dualvitok/fixed_32"
     shutil.copytree(annotations, own)
     write_config(config, a=dataset(out, images, own))
-    with pytest.raises(UserError, match="data set a: its codes would be written over its annotations"):
+    with pytest.raises(UserError, match="data set a: its codes would be written among its annotations"):
+        run()
+    write_config(config, a=dataset(out, images, out / "jsonl_after_tokenizer"))
+    with pytest.raises(UserError, match="data set a: its codes would be written among its annotations"):
         run()
     assert [file.read_bytes() for file in sorted(own.iterdir())] == [
         file.read_bytes() for file in sorted(annotations.iterdir())

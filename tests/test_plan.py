@@ -131,8 +131,17 @@ def test_data_sets_that_need_no_codes_are_checked_too(tmp_path, golden):
     talk = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]
     (annotations / "0.jsonl").write_text(json.dumps({"conversations": talk}) + "\n")
     entries = {"text": entry(tmp_path, golden / "images", annotations, inference=False)}
+    assert plan(tmp_path, entries)[0] == 1  # nothing to encode: the run would refuse
+    entries["images"] = entry(tmp_path, golden / "images", tmp_path / "with_images")
+    (tmp_path / "with_images").mkdir()
+    (tmp_path / "with_images" / "A.JSONL").write_text(json.dumps({"images": ["photo.jpg"], "conversations": TALK}))
     code, datasets, _ = plan(tmp_path, entries)
-    assert code == 0 and datasets["text"]["done"] == 1 and datasets["text"]["bytes"] == 0
+    assert (
+        code == 0
+        and datasets["images"]["done"] == 1
+        and datasets["text"]["done"] == 1
+        and datasets["text"]["bytes"] == 0
+    )
     (annotations / "0.jsonl").write_text(json.dumps({"images": ["x.png"], "conversations": talk}) + "\n")
     code, datasets, _ = plan(tmp_path, entries)
     assert code == 1 and datasets["text"]["reasons"] == {"failed: image not found": 1}
@@ -184,6 +193,11 @@ def test_data_sets_that_the_run_would_refuse_are_told(tmp_path, golden, capsys):
     shown = capsys.readouterr()
     assert "error: data sets one and two have the same root" in shown.err and "not be clean" in shown.out
     assert plan(tmp_path, entries, "--datasets", "two")[0] == 0
+    (annotations / "more.jsonl.gz").touch()
+    (tmp_path / "out").touch()  # a file in the way
+    assert plan(tmp_path, entries, "--datasets", "two")[0] == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'out'}: cannot be written" in said and f"{annotations} are: more.jsonl.gz\n" in said
 
 
 def test_unknown_names_are_refused(tmp_path, golden):
@@ -192,3 +206,5 @@ def test_unknown_names_are_refused(tmp_path, golden):
         plan(tmp_path, entries, "--datasets", "h")
     with pytest.raises(SystemExit, match="2"):
         plan(tmp_path, entries, "--crop_percent_thresh", "20")
+    with pytest.raises(SystemExit, match="2"):
+        plan(tmp_path, entries, "--images_per_second", "nan")

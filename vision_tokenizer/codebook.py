@@ -9,6 +9,7 @@ from pathlib import Path
 import orjson
 
 from vision_tokenizer.annotations import OUTPUT_FIELDS, Dataset, image_names, image_path
+from vision_tokenizer.cli import note
 from vision_tokenizer.codebook_output import (
     RATIO,
     WORK,
@@ -65,6 +66,8 @@ def run_codebook_inference(
             if files := opened[dataset.name]:
                 check_manifest(settings.folder(dataset), make_manifest(tokenizer, settings, files))
         todo = [file for files in opened.values() for file in files if file.finished() is None]
+        if not todo and any(opened.values()):
+            note("nothing to do: every file was finished before")
         progress = Progress(claims, sum(file.table.items for file in todo), "codes")
         prepare_image = partial(
             prepare,
@@ -131,9 +134,11 @@ def report(
             sizes = ", ".join(f"{name.removeprefix('images ')}: {n:,}" for name, n in per_anchor.items())
             lines += ["", f"{dataset.name} -> {settings.folder(dataset)}"]
             lines += [f"  {account.counts['images']:,} images encoded ({sizes or 'none'})"]
+            if account.rejected + account.failed:
+                lines += [f"  what was rejected or failed, and why: {settings.folder(dataset)}/*.rejected.jsonl"]
     decode = f"decode {total.seconds['decode']:.1f} s in the pool"
-    lines += ["", f"time of the encoding processes: {time_line(total, WORK_STAGES)}; {decode}"]
-    lines += [f"not done, of data set {name}: {message}" for name, messages in errors.items() for message in messages]
+    lines += ["", f"time of the encoding processes, of all runs: {time_line(total, WORK_STAGES)}; {decode}"]
+    lines += [f"not done: {message}" for messages in errors.values() for message in messages]
     return "\n".join(lines)
 
 

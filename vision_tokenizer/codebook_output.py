@@ -8,6 +8,7 @@ stays while items have failed, so that a rerun need only try those.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from vision_tokenizer.resolution import job_tag
 
 CHUNK_ITEMS = 64
 WORK = ".work"
+CHUNK_TABLE = ".chunks.json"  # after the name of an annotation file, in `WORK`
 RATIO = "ratio_"  # counts of an account that go into the statistics file
 
 
@@ -77,11 +79,16 @@ class AnnotationFile(Source):
         """The account of a finished file in which nothing failed, else None: there is work to do."""
         if not self._mark.exists():
             return None
-        stored = orjson.loads(self._mark.read_bytes())
-        account = Account.from_dict(stored["account"])
+        try:
+            stored = orjson.loads(self._mark.read_bytes())
+            account, size = Account.from_dict(stored["account"]), stored["bytes"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self._mark}: damaged ({error}). Run with --no-resume to make the data set anew."
+            ) from error
         if account.failed:
             return None
-        if not self.output.exists() or self.output.stat().st_size != stored["bytes"]:
+        if not self.output.exists() or self.output.stat().st_size != size:
             raise UserError(
                 f"{self.output}: finished earlier, but this is not what was written then. "
                 "Restore the file, or run with --no-resume to make it anew."
@@ -121,7 +128,7 @@ class AnnotationFile(Source):
 
 
 def _chunk_table(path: Path, folder: Path) -> ChunkTable:
-    return chunk_table(path, CHUNK_ITEMS, folder / WORK / f"{path.stem}.chunks.json")
+    return chunk_table(path, CHUNK_ITEMS, folder / WORK / f"{path.stem}{CHUNK_TABLE}")
 
 
 def open_files(dataset: Dataset, settings: Settings) -> tuple[list[AnnotationFile], list[str]]:
@@ -152,11 +159,22 @@ def check_folders(datasets: Sequence[Dataset], settings: Settings) -> None:
                 f"data sets {other.name} and {dataset.name} have the same root, {dataset.root}, so both would be "
                 f"written to {folder}. Give each its own root in the data config."
             )
-        if folder == dataset.annotation_dir.resolve():
+        if dataset.annotation_dir.resolve() in (folder, settings.statistics_file(dataset).parent.resolve()):
             raise UserError(
-                f"data set {dataset.name}: its codes would be written over its annotations in {folder}. "
+                f"data set {dataset.name}: its codes would be written among its annotations in {folder}. "
                 "Correct annotation_dir in the data config, or choose another --output_dirname."
             )
+
+
+def unwritable(datasets: Sequence[Dataset], settings: Settings) -> list[str]:
+    """What the file system will refuse, as far as can be told without writing."""
+    messages = []
+    for dataset in datasets:
+        folder = settings.folder(dataset).absolute()
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            messages.append(f"data set {dataset.name}: {nearest}: cannot be written, but the codes go to {folder}")
+    return messages
 
 
 def make_manifest(tokenizer: ImageTokenizer, settings: Settings, files: Sequence[AnnotationFile]) -> dict[str, Any]:
@@ -180,16 +198,22 @@ def make_manifest(tokenizer: ImageTokenizer, settings: Settings, files: Sequence
 def remove_output(dataset: Dataset, settings: Settings) -> None:
     """Delete all that earlier runs of these settings' folder made, but for chunk tables and locks.
 
+    Files that belong to no chunk table are not ours and stay.
     The manifest goes last: whatever is still there when we are killed is never taken for the work of other settings.
     """
     folder = settings.folder(dataset)
-    for mark in (folder / WORK).glob("*.done.json"):
-        mark.unlink()
-    for path in (folder / WORK).glob("*"):
-        if path.is_dir():
-            Parts(path).remove()
-    for path in (*folder.glob("*.jsonl"), folder / SUMMARY, settings.statistics_file(dataset), folder / MANIFEST):
-        path.unlink(missing_ok=True)
+    names = [table.name.removesuffix(CHUNK_TABLE) for table in (folder / WORK).glob(f"*{CHUNK_TABLE}")]
+    made = [folder / f"{name}{suffix}" for name in names for suffix in (".jsonl", ".rejected.jsonl")]
+    try:
+        for mark in (folder / WORK).glob("*.done.json"):
+            mark.unlink()
+        for path in (folder / WORK).glob("*"):
+            if path.is_dir():
+                Parts(path).remove()
+        for path in (*made, folder / SUMMARY, settings.statistics_file(dataset), folder / MANIFEST):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot remove ({error.strerror}). Fix the permissions.") from error
 
 
 def remove_unfinished(dataset: Dataset, settings: Settings) -> None:

@@ -8,15 +8,17 @@ metadata config and every annotation line, those of data sets that need no codes
 `plan.json`, `plan.png` (with `pip install 'vistoken[plot]'`) and `problems.jsonl`, a line for each thing that is wrong.
 
 The exit code is 0 only if the run would be clean: every file and line read, every image there, every conversation by
-the rules, no data set written over another. Items that the crop threshold rejects are counted, not held against it.
-Truncated files are found; what else only decoding the pixels can show is not.
+the rules, at least one data set to encode, none written over another or into a folder that cannot be written. Items
+that the crop threshold rejects are counted, not held against it. Truncated files are found; what else only decoding the
+pixels can show is not.
 """
 
 import argparse
 import sys
+from math import inf
 from pathlib import Path
 
-from vision_tokenizer.annotations import Dataset, read_data_config
+from vision_tokenizer.annotations import Dataset, needing_codes, note_left_out, read_data_config
 from vision_tokenizer.cli import run_command
 from vision_tokenizer.errors import UserError
 from vision_tokenizer.resolution import RESOLUTION_TYPES, anchors
@@ -42,19 +44,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least {low}, not {getattr(args, name)}")
     if not 0 <= args.crop_percent_thresh <= 1:
         parser.error(f"--crop_percent_thresh is a share from 0 to 1, not {args.crop_percent_thresh}")
-    if args.images_per_second is not None and args.images_per_second <= 0:
-        parser.error(f"--images_per_second must be above 0, not {args.images_per_second}")
+    if args.images_per_second is not None and not 0 < args.images_per_second < inf:
+        parser.error(f"--images_per_second must be a number above 0, not {args.images_per_second}")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     datasets = read_data_config(args.data_config, args.datasets)
+    note_left_out(datasets)
     surveys, errors = survey(args, datasets)
 
     import orjson
 
-    from vision_tokenizer.codebook_output import Settings, check_folders
+    from vision_tokenizer.codebook_output import Settings, check_folders, unwritable
     from vision_tokenizer.dualvitok.config import read_config
     from vision_tokenizer.jobs.files import write_bytes
     from vision_tokenizer.plan_report import RELEASED_CODEBOOKS, Estimate, as_dict, describe, draw_ratios
@@ -68,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     messages = [message for each in errors.values() for message in each]
     try:
         settings = Settings(resolution_type=args.resolution_type, resolution=args.resolution)
-        check_folders([dataset for dataset in datasets if dataset.tokenizer_inference], settings)
+        chosen = needing_codes(datasets, args.data_config)
+        check_folders(chosen, settings)
+        messages += unwritable(chosen, settings)
     except UserError as error:
         messages.append(str(error))
     plan = {
@@ -125,4 +130,4 @@ def survey(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[dict, dic
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=False)

@@ -15,7 +15,7 @@ call.
 import argparse
 from pathlib import Path
 
-from vision_tokenizer.annotations import select_datasets
+from vision_tokenizer.annotations import note_left_out, select_datasets
 from vision_tokenizer.cli import note, run_command
 from vision_tokenizer.resolution import RESOLUTION_TYPES
 
@@ -66,6 +66,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     datasets = select_datasets(args.data_config, args.datasets)
+    note_left_out(datasets)
 
     from vision_tokenizer.codebook import report, run_codebook_inference
     from vision_tokenizer.codebook_output import Settings
