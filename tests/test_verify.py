@@ -151,6 +151,24 @@ def test_other_files_are_told(output, capsys):
         assert kind in said
 
 
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ('{"files": [1], "total": 3}', "file damaged: 2"),
+        ('{"files": {"0000.jsonl": 1}}', "0000.jsonl must be an object, is 1"),
+        ("[]", "must be an object, is []"),
+        ("{", "file damaged: 1"),
+        (None, "Is a directory"),
+    ],
+)
+def test_a_damaged_summary_is_told(output, capsys, content, said):
+    summary = codes(output, "run_summary.json")
+    summary.unlink()
+    summary.mkdir() if content is None else summary.write_text(content)
+    assert verify(output) == 1
+    assert said in capsys.readouterr().out
+
+
 def test_a_rejected_entry_too_few_is_told(output, capsys):
     rewrite(codes(output, "0000.rejected.jsonl"), lambda lines: lines[1:])
     assert verify(output) == 1

@@ -17,6 +17,7 @@ from vision_tokenizer.codebook_read import Place
 from vision_tokenizer.errors import Failed, ItemError
 from vision_tokenizer.findings import Findings
 from vision_tokenizer.image import normalize, prepare
+from vision_tokenizer.jobs.progress import bar
 
 # by the dtype of the run; codes are compared with fp32's
 MAX_GAP = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}
@@ -42,7 +43,7 @@ class Agreement:
 def reencode(tokenizer: Any, places: Sequence[Place], findings: Findings) -> dict[str, Agreement]:
     """Encode the images at `places` again with a `DualViTok` in fp32 and compare; far-off codes become findings."""
     agreements = {branch: Agreement() for branch in tokenizer.branches}
-    for place in places:
+    for place in bar("encoding", iterable=places):
         try:
             features = _features(tokenizer, place)
         except ItemError as error:

@@ -164,11 +164,11 @@ def _check_statistics(output: Output, account: Account, findings: Findings) -> N
             findings.add("statistics differ", f"{path}: {name} is {said}, the lines have {found}")
     path = output.folder / SUMMARY
     summary = _load(path, findings)
-    for name, stored in summary.get("files", {}).items():
+    files, total = (_object(summary, name, path, findings) for name in ("files", "total"))
+    for name in files:
         file = output.folder / f"{Path(name).stem}.jsonl"
-        if file.exists() and stored.get("sha256") != sha256_of(file):
+        if file.exists() and _object(files, name, path, findings).get("sha256") != sha256_of(file):
             findings.add("file changed", f"{file}: not the bytes that the run wrote, by the hash in {path.name}")
-    total = summary.get("total", {})
     for name in ("items", "done", "rejected", "failed"):
         if total.get(name) != getattr(account, name):
             findings.add("summary differs", f"{path}: {name} is {total.get(name)}, found {getattr(account, name)}")
@@ -180,7 +180,15 @@ def _load(path: Path, findings: Findings) -> dict[str, Any]:
     except FileNotFoundError:
         findings.add("file missing", str(path))
         return {}
-    except orjson.JSONDecodeError as error:
+    except (OSError, orjson.JSONDecodeError) as error:
         findings.add("file damaged", f"{path}: {error}")
         return {}
-    return content if isinstance(content, dict) else {}
+    return _object({"all of it": content}, "all of it", path, findings)
+
+
+def _object(holder: dict[str, Any], name: str, path: Path, findings: Findings) -> dict[str, Any]:
+    value = holder.get(name, {})
+    if not isinstance(value, dict):
+        findings.add("file damaged", f"{path}: {name} must be an object, is {value!r:.60}")
+        return {}
+    return value
