@@ -395,6 +395,48 @@ def test_images_that_an_earlier_import_only_read_are_kept(tmp_path, pictures):
     assert len(list(images.iterdir())) == 3
 
 
+def test_overwriting_removes_what_the_earlier_import_made_and_nothing_else(tmp_path, pictures):
+    gray, root = (pictures / "gray.png").read_bytes(), tmp_path / "imported"
+    first, second = (
+        tar_of(tmp_path / f"{name}.tar", [("x.png", gray), ("x.txt", b"Grey"), ("y.png", gray)]) for name in "st"
+    )
+    run(tmp_path, "webdataset", first)
+    shutil.copy(pictures / "photo.jpg", root / "images" / "own.jpg")
+    (root / "annotations" / "own.jsonl").write_text(json.dumps({"images": ["own.jpg"], "conversations": TURNS}))
+    _, items, problems, _ = run(tmp_path, "webdataset", second, "--overwrite")
+    assert [item["images"] for item in items] == [["own.jpg"], ["t/x.png"]] and len(problems) == 1
+    assert sorted(path.name for path in (root / "images").iterdir()) == ["own.jpg", "t"]
+
+
+def test_a_mistyped_import_does_not_stand_in_the_way_of_the_right_one(tmp_path, pictures, monkeypatch):
+    chat = tmp_path / "chat.json"
+    chat.write_text(f"[{TALK}]")
+    with pytest.raises(UserError, match="not a COCO captions file"):
+        run(tmp_path, "coco", chat, "--image_source", pictures)
+    assert run(tmp_path, "llava", chat, "--image_source", pictures)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    assert run(tmp_path, "llava", "chat.json", "--image_source", "./pictures")[0] == 0
+
+
+def test_a_mistyped_column_does_not_stand_in_the_way_of_the_right_one(tmp_path, pictures):
+    columns = {"img": [(pictures / "gray.png").read_bytes()], "text": ["Grey"]}
+    file = parquet_of(tmp_path / "p.parquet", columns, rows=1)
+    with pytest.raises(UserError, match=r"found \['img', 'text'\]. Name yours with --image_field"):
+        run(tmp_path, "parquet", file)
+    assert run(tmp_path, "parquet", file, "--image_field", "img")[0] == 0
+
+
+def test_a_source_without_records_is_refused(tmp_path, pictures):
+    coco = tmp_path / "coco.json"
+    coco.write_text('{"images": [], "annotations": []}')
+    columns = {"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())}
+    parquet = parquet_of(tmp_path / "p.parquet", columns, rows=1)
+    tar = tar_of(tmp_path / "s.tar", [])
+    for given in (("coco", coco, "--image_source", pictures), ("parquet", parquet), ("webdataset", tar)):
+        with pytest.raises(UserError, match=f"{given[1]}: no records in it"):
+            run(tmp_path, *given)
+
+
 def test_a_llava_import_reads_its_chunk_table_once(tmp_path, pictures, monkeypatch):
     monkeypatch.setattr(formats, "CHUNK_ITEMS", 1)
     calls, original = [], formats.chunk_table
@@ -442,9 +484,6 @@ def test_arguments_that_do_not_fit(tmp_path, pictures):
         run(tmp_path, "pairs", tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no file in it ends in \.parquet"):
         run(tmp_path, "parquet", pictures)
-    file = parquet_of(tmp_path / "p.parquet", {"img": [b""], "text": ["x"]}, rows=1)
-    with pytest.raises(UserError, match=r"found \['img', 'text'\]. Name yours with --image_field"):
-        run(tmp_path, "parquet", file)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"bad\.parquet: not a parquet file"):
-        run(tmp_path, "parquet", tmp_path / "bad.parquet", "--overwrite")
+        run(tmp_path, "parquet", tmp_path / "bad.parquet")

@@ -50,7 +50,8 @@ class WebDataset(_Folder):
     suffixes = (".tar", ".tar.gz", ".tgz")
 
     def chunks(self, file: Path) -> list[Chunk]:
-        return [Chunk(0, 0, 0, 0, 0, 0)]  # a tar file can only be read from its beginning
+        one = [Chunk(0, 0, 0, 0, 0, 0)]  # a tar file can only be read from its beginning
+        return one if any(_samples(file)) else []
 
     def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
         seen: set[str] = set()
@@ -123,13 +124,15 @@ class Parquet(_Folder):
     suffixes = (".parquet",)
 
     def chunks(self, file: Path) -> list[Chunk]:
-        metadata = _open_parquet(file).metadata
+        parquet = _open_parquet(file)
+        self._text_column(file, parquet.schema_arrow.names)
+        metadata = parquet.metadata
         chunks, first = [], 0
         for index in range(metadata.num_row_groups):
             rows = metadata.row_group(index).num_rows
             chunks.append(Chunk(index, first, rows, 0, 0, 0))
             first += rows
-        return chunks
+        return chunks if first else []
 
     def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
         parquet = _open_parquet(file)

@@ -62,12 +62,18 @@ def run_import(kind: str, source: Format, root: Path, claims: Claims, overwrite:
     _check_folders(work, root, source)
     settings = {
         "format": f"{_MANIFEST_FORMAT}{kind}",
-        "settings": {k: str(v) for k, v in asdict(source).items() if k != "cache"},
+        "settings": {
+            k: os.path.normpath(v.absolute()) if isinstance(v, Path) else str(v)
+            for k, v in asdict(source).items()
+            if k != "cache"
+        },
     }
     with run_lock(work / "locks", claims.rank, claims.world_size):
         files = source.files()
-        claims.lead(lambda: _begin(work, root, settings, source, files, overwrite))
         opened = [_File(source.chunks(file), Parts(work / "parts" / file_stem(file)), file, source) for file in files]
+        if not any(file.table for file in opened):
+            raise UserError(f"{source.source}: no records in it")
+        claims.lead(lambda: _begin(work, root, settings, source, files, overwrite))  # once the source is known to fit
         total = sum(sum(chunk.items for chunk in file.table) for file in opened)
         run_chunks(opened, claims, _process, Progress(claims, total or None, "importing", rates=()))
         accounts: dict[str, Account] = {}
@@ -78,15 +84,13 @@ def run_import(kind: str, source: Format, root: Path, claims: Claims, overwrite:
 
 
 def _written(root: Path, source: Format) -> list[Path]:
-    """Folders that an import fills, and deletes before it begins anew."""
+    """Folders that an import fills."""
     return [root / "annotations", *([source.image_dir] if source.embeds_images else [])]
 
 
 def _check_folders(work: Path, root: Path, source: Format) -> None:
     """Raises `UserError` where a folder to be written holds what is read, or something that no import wrote there."""
-    earlier = None
-    with suppress(UserError):  # a broken manifest says nothing
-        earlier = FORMATS.get(str((read_manifest(work) or {}).get("format")).removeprefix(_MANIFEST_FORMAT))
+    earlier = FORMATS.get(str(_earlier(work).get("format")).removeprefix(_MANIFEST_FORMAT))
     for folder in _written(root, source):
         for given in (source.source, *([] if source.embeds_images else [source.image_dir])):
             if given.resolve().is_relative_to(folder.resolve()):
@@ -99,11 +103,28 @@ def _check_folders(work: Path, root: Path, source: Format) -> None:
             )
 
 
+def _earlier(work: Path) -> dict[str, Any]:
+    """The manifest in `work`; empty where there is none, or a broken one."""
+    with suppress(UserError):
+        return read_manifest(work) or {}
+    return {}
+
+
+def _remove_earlier(work: Path, root: Path, source: Format) -> None:
+    """Delete what the import of the manifest in `work` made, and nothing else that came to lie beside it."""
+    for name in _earlier(work).get("inputs", ()):
+        stem = file_stem(Path(name))
+        for file in (root / "annotations" / f"{stem}.jsonl", work / f"{stem}.rejected.jsonl"):
+            file.unlink(missing_ok=True)
+        if source.embeds_images:
+            shutil.rmtree(source.image_dir / stem, ignore_errors=True)
+    shutil.rmtree(work / "parts", ignore_errors=True)
+    (work / MANIFEST).unlink(missing_ok=True)
+
+
 def _begin(work: Path, root: Path, settings: dict, source: Format, files: Sequence[Path], overwrite: bool) -> None:
     if overwrite:
-        for folder in (work / "parts", *_written(root, source)):
-            shutil.rmtree(folder, ignore_errors=True)
-        (work / MANIFEST).unlink(missing_ok=True)
+        _remove_earlier(work, root, source)
     if source.embeds_images:
         source.image_dir.mkdir(parents=True, exist_ok=True)
     check_manifest(work, {**settings, "inputs": {file.name: source.fingerprint(file) for file in files}})
