@@ -477,7 +477,20 @@ def test_a_file_of_another_format_is_named(tmp_path, pictures, kind, content, me
     assert str(source) in str(raised.value)
 
 
-def test_arguments_that_do_not_fit(tmp_path, pictures):
+def test_what_was_left_out_is_named_where_there_is_some(tmp_path, pictures, capsys):
+    (pictures / "gray.txt").write_text("Grey")
+    run(tmp_path, "pairs", pictures)
+    assert "imported/import/*.rejected.jsonl" in capsys.readouterr().out
+    for name in ("photo", "palette"):
+        (pictures / f"{name}.txt").write_text(name)
+    run(tmp_path, "pairs", pictures, "--overwrite")
+    assert "rejected.jsonl" not in capsys.readouterr().out
+
+
+def test_arguments_that_do_not_fit(tmp_path, pictures, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "pairs", pictures, "--max_failed", "-3")
+    assert "--max_failed is a share from 0 to 1, not -3.0" in capsys.readouterr().err
     with pytest.raises(UserError, match="needs --image_source"):
         run(tmp_path, "coco", pictures)
     with pytest.raises(UserError, match="does not exist"):

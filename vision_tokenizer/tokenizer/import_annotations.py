@@ -14,7 +14,8 @@ Captions become conversations: to describe the image (`--task understanding`) or
 whose data sets codebook inference encodes). Conversations that are there already are kept as they are.
 
 Every record ends in {root}/annotations/*.jsonl or, with its reason, in {root}/import/*.rejected.jsonl. The same
-command goes on where it was interrupted and tries again what failed. Under torchrun, ranks share the work.
+command goes on where it was interrupted and tries again what failed; where the source has changed since, `--overwrite`
+begins anew. Under torchrun, ranks share the work.
 """
 
 import argparse
@@ -41,7 +42,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--image_field", default="image", help="parquet column of the images (default: %(default)s)")
     add("--max_failed", type=float, default=0.01, help="exit with 1 above this share (default: %(default)s)")
     add("--overwrite", action="store_true", help="import anew over another import in --root")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 <= args.max_failed <= 1:
+        parser.error(f"--max_failed is a share from 0 to 1, not {args.max_failed}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,11 +70,12 @@ def main(argv: list[str] | None = None) -> int:
     write_entry(config, name, entry, args.overwrite)
     print(accounts_table(accounts, "file"))
     print(f"annotations: {args.root / 'annotations'}")
-    print(f"what was left out, and why: {args.root / 'import'}/*.rejected.jsonl")
-    print(f"in {config}:\n{orjson.dumps({name: entry}, option=orjson.OPT_INDENT_2).decode()}")
     total = Account()
     for account in accounts.values():
         total.add(account)
+    if total.failed:
+        print(f"what was left out, and why: {args.root / 'import'}/*.rejected.jsonl")
+    print(f"in {config}:\n{orjson.dumps({name: entry}, option=orjson.OPT_INDENT_2).decode()}")
     if total.failed_share > args.max_failed:
         print(
             f"{total.failed_share:.1%} of the records failed, more than --max_failed {args.max_failed:g}",
