@@ -21,9 +21,11 @@ from train_small import (
 )
 from unitoken_small import golden, synthetic_state
 
-from training import loop
+from training import loop, run
 from training.config import build_parser, resolve
+from training.folder import open_unitoken
 from training.loop import learning_rate
+from training.state import Progress
 from training.train import main
 from vision_tokenizer.errors import UserError
 
@@ -315,3 +317,38 @@ def test_images_that_have_moved_are_found_where_the_data_config_says(tmp_path, m
     assert train(
         model, write_data_config(tmp_path / "data.yaml", record, image_dir="moved"), tmp_path / "output", **settings
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_hidden_layers", 2.0),
+        ("vocab_size", 1e9),
+        ("vocab_size", 10**30),
+        ("hidden_size", True),
+        ("rms_norm_eps", float("nan")),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("hidden_act", "gelu"),
+        ("tie_word_embeddings", True),
+    ],
+)
+def test_what_the_model_cannot_be_is_refused_by_its_field(tmp_path, model, name, value):
+    shutil.copytree(model, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=rf"config\.json: {name} "):
+        open_unitoken(tmp_path / "model", tmp_path, 0)
+
+
+def test_a_model_without_a_tokenizer_file_is_told(tmp_path, model, text, capsys):
+    shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer.json"))
+    train(tmp_path / "model", text, tmp_path / "output", **TEXT, max_steps=1)
+    assert f"{tmp_path / 'model'}: no tokenizer file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", float("inf")), ("lr", float("nan")), ("seed", 10**23), ("wd", 1e30)]
+)
+def test_numbers_that_nothing_can_hold_are_refused(name, value):
+    with pytest.raises(UserError, match=f"--{name} must be .* below 2"):
+        resolve({"init_from": "a", "data_config": "b", "output_dir": "c", name: value})

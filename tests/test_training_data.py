@@ -12,8 +12,10 @@ from train_small import golden_samples, text_samples, write_data_config, write_r
 from unitoken_small import IMAGES
 
 from pre_tokenize.token_file import TokenFiles, TokenSample
+from training.assemble import Data
 from training.data import Batches, ImageReader, SampleRules, build_sample, check_manifest, make_loader, read_data_config
 from training.index import RecordIndex, ensure_index, fingerprint
+from training.preflight import data_lines
 from training.sampler import Key, Pool, RankBatches, Sampler
 from vision_tokenizer.errors import Failed, UserError
 
@@ -118,6 +120,18 @@ def test_paths_are_taken_from_the_data_configs_folder(tmp_path):
     fields = {"ratio": 2, "type": "t2i", "image_dir": "pictures"}
     entry, *_ = read_data_config(write_data_config(tmp_path / "data.yaml", "r.jsonl", **fields))
     assert entry == (tmp_path / "r.jsonl", 2.0, "t2i", tmp_path / "pictures")
+
+
+def test_the_preflight_tells_what_each_type_gets_and_what_is_cut_off(tmp_path):
+    files = TokenFiles(write_record(tmp_path / "tokens", text_samples(20)))
+    pools = [Pool(files.lengths, 1.0, "a"), Pool(files.lengths, 2.0, "b")]
+    lines = {}
+    for limit in (20, 4096):
+        dataset = Batches([files, files], SampleRules(10343, limit), list)
+        lines[limit] = data_lines(Data(dataset, Sampler(pools, 4, 0), []))
+        assert lines[limit].endswith("15 steps of 4 samples an epoch: 'a' 5, 'b' 10")
+    assert lines[20].count(f"{(files.lengths > 20).sum()} are longer than --max_seq_len 20 and are cut off") == 2
+    assert "longer" not in lines[4096]
 
 
 def test_tokens_of_another_vocabulary_are_refused():

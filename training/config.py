@@ -130,10 +130,11 @@ def _check(one: dataclasses.Field, value: Any) -> None:
     if one.metadata["choices"] and value not in one.metadata["choices"]:
         raise UserError(f"--{one.name}: {value!r} is none of {', '.join(one.metadata['choices'])}")
     low, above = one.metadata["low"], one.metadata["above"]
-    if value is not None and ((low is not None and not value >= low) or (above is not None and not value > above)):
-        raise UserError(
-            f"--{one.name} must be {f'at least {low}' if above is None else f'above {above}'}, found {value}"
-        )
+    if value is None or (low is None and above is None):
+        return
+    if not (value >= low if above is None else value > above) or not value < 2**63:  # what seeds and counts can hold
+        lowest = f"at least {low}" if above is None else f"above {above}"
+        raise UserError(f"--{one.name} must be {lowest} and below 2^63, found {value}")
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:

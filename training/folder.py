@@ -23,6 +23,13 @@ from vision_tokenizer.errors import UserError
 
 FINAL = "final"  # where a finished run leaves its model, inside its output folder
 SHARD_BYTES = 5 * 2**30
+SUPPORTED = {
+    "swin_norm": False,
+    "model_parallel_size": 1,
+    "rope_scaling": None,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
 NOT_MODEL = ("model.vqmodel.",)  # the image tokenizer that releases carry along
 Sizes = TypeVar("Sizes", LLMConfig, VisionConfig)
 
@@ -53,6 +60,9 @@ def open_unitoken(init_from: Path, vit_from: Path, seed: int) -> ModelFolder:
     """
     path, config = read_config(init_from)
     llm = language_sizes(config, path)
+    for name, supported in SUPPORTED.items():
+        if config.get(name, supported) != supported:
+            raise UserError(f"{path / 'config.json'}: {name} is {config[name]}; this trainer supports {supported}")
     tensors = {name: tensor for name, tensor in read_state_dict(path).items() if not name.startswith(NOT_MODEL)}
     origins = dict.fromkeys(("model", "lm_head"), str(path))
     if any(name.startswith("vit.") for name in tensors):
@@ -102,18 +112,17 @@ def language_sizes(config: dict[str, Any], path: Path) -> LLMConfig:
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if lacking := [name for name in needed if name not in config]:
         raise UserError(f"{path / 'config.json'}: no language model of a known kind, {', '.join(lacking)} missing")
-    for name, supported in (("swin_norm", False), ("model_parallel_size", 1)):
-        if config.get(name, supported) != supported:
-            raise UserError(f"{path / 'config.json'}: {name} is {config[name]}; this trainer supports {supported}")
     return _sizes(LLMConfig, {"num_key_value_heads": config["num_attention_heads"]} | config, path)
 
 
 def _sizes(kind: type[Sizes], config: dict[str, Any], source: Path) -> Sizes:
-    known = {field.name: config[field.name] for field in fields(kind) if field.name in config}
-    for name, value in known.items():
-        if not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"{source / 'config.json'}: {name} must be a positive number, found {value!r}")
-    return kind(**known)
+    known = [field for field in fields(kind) if field.name in config]
+    for name, right, value in ((field.name, field.type, config[field.name]) for field in known):
+        if type(value) not in (int, right) or not 0 < value < 2**31:
+            raise UserError(
+                f"{source / 'config.json'}: {name} must be a positive number ({right.__name__}), found {value!r}"
+            )
+    return kind(**{field.name: config[field.name] for field in known})
 
 
 def read_tower(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -51,8 +51,8 @@ def memory_line(model: nn.Module, config: TrainConfig, sizes: LLMConfig, world: 
 
 
 def data_lines(data: Data) -> str:
-    """Samples, lengths and steps by record."""
-    lines, sampler = [], data.sampler
+    """Samples and lengths by record, steps by type."""
+    lines, sampler, limit = [], data.sampler, data.dataset.rules.max_seq_len
     for files, pool in zip(data.dataset.sources, sampler.pools, strict=True):
         some = np.asarray(pool.lengths[:: max(len(pool.lengths) // 100_000, 1)])
         low, middle, high = np.quantile(some, (0, 0.5, 1)).astype(int)
@@ -60,7 +60,10 @@ def data_lines(data: Data) -> str:
             f"{files.record.path}: {len(pool.lengths):,} samples, {pool.drawn:,} an epoch as {pool.type!r}; "
             f"discrete tokens {low} / {middle} / {high} (least / median / most)"
         )
-    return "\n".join([*lines, f"{len(sampler):,} steps of {sampler.step_size} samples an epoch"])
+        if longer := np.count_nonzero(pool.lengths > limit):
+            lines[-1] += f"; {longer:,} are longer than --max_seq_len {limit} and are cut off there"
+    by_type = ", ".join(f"{kind!r} {steps:,}" for kind, steps in zip(sampler.types, sampler.type_steps, strict=True))
+    return "\n".join([*lines, f"{len(sampler):,} steps of {sampler.step_size} samples an epoch: {by_type}"])
 
 
 def sample_text(data: Data, folder: ModelFolder) -> str:
@@ -70,7 +73,8 @@ def sample_text(data: Data, folder: ModelFolder) -> str:
     tokenizer = Tokenizer.from_file(str(file)) if file else None
     kind = _kinds(sample) if folder.vision else _kinds_of_words(sample, tokenizer)
     text = "".join(_runs(sample, kind, tokenizer))
-    return f"{sample.name}, {len(sample)} tokens, learned parts in [[ ]]:\n  {text}"
+    unchecked = f"{folder.tokenizer}: no tokenizer file, so the tokens' vocabulary is not checked against the model's\n"
+    return f"{'' if file else unchecked}{sample.name}, {len(sample)} tokens, learned parts in [[ ]]:\n  {text}"
 
 
 def _first_usable(data: Data) -> Sample:
