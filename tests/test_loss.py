@@ -33,3 +33,16 @@ def test_a_frozen_head_gets_no_gradient():
     hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(20, 6)
     linear_loss(hidden, weight, torch.arange(5), 1e-5)[0].backward()
     assert hidden.grad is not None and weight.grad is None
+
+
+def test_the_mean_of_a_16_bit_loss_keeps_its_scale():
+    """1 / labels is rounded to eight bits nowhere."""
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(size, 256).bfloat16() for size in (512, 500))
+    targets = torch.randint(0, 500, (512,))
+    norms = []
+    for factor in (1, 1 / 777):
+        leaf = hidden.detach().requires_grad_()
+        (linear_loss(leaf, weight, targets, 0.0)[0] * factor).backward()
+        norms.append(leaf.grad.float().norm().item() / factor)
+    assert norms[1] == pytest.approx(norms[0], rel=5e-4)

@@ -97,6 +97,14 @@ def test_a_batch_of_text_still_reaches_the_tower():
         assert gradient is not None and gradient.abs().max() == 0
 
 
+def test_a_batch_of_text_takes_no_number_from_the_tower():
+    """Not even 0 * inf, where a sum of 16-bit features overflows."""
+    model = small_model()
+    with torch.no_grad():
+        model.adapter[2].bias.fill_(torch.inf)
+    assert model.embed(batch("text")).isfinite().all()
+
+
 @pytest.mark.parametrize("variant", ["base", "anyres"])
 def test_four_images_each_with_its_own_features_and_gradient(variant):
     """Images in questions and answers alike; moving one image's pixels moves only what comes after it."""

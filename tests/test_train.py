@@ -138,6 +138,33 @@ def test_other_changed_settings_are_told_on_resume(tmp_path, model, text, capsys
     assert "step_00000003; changed since: lr 0.001 -> 0.0001, max_steps 3 -> 4" in capsys.readouterr().out
 
 
+def test_weight_decay_is_this_runs_not_the_checkpoints(tmp_path, model, text):
+    train(model, text, tmp_path / "same", **TEXT, max_steps=3)
+    shutil.copytree(tmp_path / "same", tmp_path / "decayed")
+    same = train(model, text, tmp_path / "same", **TEXT, max_steps=6)
+    decayed = train(model, text, tmp_path / "decayed", **TEXT, max_steps=6, wd=50)
+    assert decayed[3] == pytest.approx(same[3]) and decayed[5]["c_loss"] != pytest.approx(same[5]["c_loss"], rel=1e-4)
+
+
+def test_a_refused_resume_leaves_the_runs_configuration(tmp_path, model, text):
+    train(model, text, tmp_path, **TEXT, max_steps=3)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(UserError, match="was trained with"):
+        train(model, text, tmp_path, **TEXT | {"seed": 1})
+    (data,) = tmp_path.glob("checkpoints/*/*.distcp")
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot read this checkpoint"):
+        train(model, text, tmp_path, **TEXT, lr=1)
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_steps_that_overflow_fp16_are_left_out_and_told(tmp_path, model, text, monkeypatch, capsys):
+    monkeypatch.setattr(run, "Progress", lambda: Progress(loss_scale=2.0**40))
+    found = train(model, text, tmp_path, **TEXT, precision="fp16", max_steps=2)
+    assert [line["grad_norm"] for line in found] == [None, None]
+    assert "step 2 left out: a gradient overflowed fp16" in capsys.readouterr().out
+
+
 def test_a_changed_setting_is_refused_on_resume(tmp_path, model, text):
     train(model, text, tmp_path, **TEXT, max_steps=3)
     for changed in ({"batch_size": 4}, {"seed": 1}, {"variant": "anyres"}):
@@ -243,10 +270,11 @@ def test_too_many_unusable_samples_stop_the_run(tmp_path, model, monkeypatch):
         ({"init_from": "tests"}, "no config.json, so this is no model folder; it holds"),
         ({"data_config": "nowhere.yaml"}, "nowhere.yaml: cannot read"),
         ({"global_batch_size": 7}, "--global_batch_size 7 cannot be made of 4 .* x 1"),
-        ({"batch_size": 400}, "too few samples"),
+        ({"batch_size": 400}, "too few for one step of 400"),
         ({"lr": -1}, "--lr must be above 0"),
         ({"epochs": 0}, "--epochs must be at least 1"),
         ({"trainable_params": "vit,lora"}, "no tensor's name contains 'lora'"),
+        ({"trainable_params": "vit.head"}, "nothing would be trained"),
         ({"dropout": 1.5}, "--dropout"),
         ({"unmask_image_logits": False}, "--unmask_image_logits"),
         ({"resume_path": "nowhere"}, "not a complete checkpoint"),
@@ -352,3 +380,8 @@ def test_a_model_without_a_tokenizer_file_is_told(tmp_path, model, text, capsys)
 def test_numbers_that_nothing_can_hold_are_refused(name, value):
     with pytest.raises(UserError, match=f"--{name} must be .* below 2"):
         resolve({"init_from": "a", "data_config": "b", "output_dir": "c", name: value})
+
+
+def test_a_world_size_that_is_not_torchruns_is_left_alone(tmp_path, model, text, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "a lot")
+    train(model, text, tmp_path, **TEXT, max_steps=1)

@@ -1,6 +1,7 @@
 """The scripts in exps/ and the commands around the trainer."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,11 @@ def test_an_exported_checkpoint_is_the_model_it_holds(tmp_path):
     assert files[0] == files[1]
     with pytest.raises(UserError, match="not a complete checkpoint"):
         export_checkpoint.export(tmp_path / "output", tmp_path / "other")
+    copied = shutil.copytree(checkpoint, tmp_path / "copied")
+    export_checkpoint.export(copied, tmp_path / "exported_too")
+    (copied / ".metadata").write_bytes(b"")
+    with pytest.raises(UserError, match="copied: cannot read this checkpoint"):
+        export_checkpoint.export(copied, tmp_path / "other")
 
 
 @pytest.mark.parametrize("command", ["train", "export_checkpoint", "toy_model"])

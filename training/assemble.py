@@ -1,8 +1,10 @@
 """From a configuration to its model, optimizer and data, each checked as far as the CPU can."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,8 @@ from training.sampler import Pool, Sampler
 from training.sequence import IMAGE_TOKENS, SPECIAL_TOKENS, pack
 from vision_tokenizer.checkpoint import load_strict
 from vision_tokenizer.errors import UserError
+
+Result = TypeVar("Result")
 
 
 def open_model(config: TrainConfig) -> tuple[nn.Module, ModelFolder]:
@@ -53,7 +57,7 @@ def masked_words(config: TrainConfig) -> range | None:
 
 def freeze(model: nn.Module, trainable: str) -> None:
     """Train the tensors whose name contains a part of `trainable`, but never those of ALWAYS_FROZEN."""
-    wanted = [part.strip() for part in trainable.split(",")]
+    wanted = [part.strip() for part in trainable.split(",") if part.strip()] or [""]
     names = [name for name, _ in model.named_parameters()]
     for part in wanted:
         if not any(part in name for name in names):
@@ -61,6 +65,8 @@ def freeze(model: nn.Module, trainable: str) -> None:
             raise UserError(f"--trainable_params: no tensor's name contains {part!r}; the model's parts are {known}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(part in name for part in wanted) and not name.startswith(ALWAYS_FROZEN))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"--trainable_params {trainable}: these are always frozen, so nothing would be trained")
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> AdamW:
@@ -91,7 +97,7 @@ class Data:
 
 def open_data(config: TrainConfig, entries: list[Entry], folder: ModelFolder, step_size: int, local_rank: int) -> Data:
     """Raises `UserError` for a damaged or empty record, tokens of another model, or too few samples for a step."""
-    digests = _shared([fingerprint(entry.path) for entry in entries] if dist.get_rank() == 0 else None)
+    digests = on_rank_0(lambda: [fingerprint(entry.path) for entry in entries])
     own = Path(config.output_dir) / "index"
     plan = [
         (entry.path, digest, entry.path.parent if config.cache_ann_on_disk else own)
@@ -107,16 +113,31 @@ def open_data(config: TrainConfig, entries: list[Entry], folder: ModelFolder, st
     ]
     pools = [Pool(files.lengths, entry.ratio, entry.type) for entry, files in zip(entries, sources, strict=True)]
     sampler = Sampler(pools, step_size, config.seed)
-    if len(sampler) == 0:
-        raise UserError(f"{config.data_config}: too few samples of any type for one step of {step_size}")
+    for entry, pool in zip(entries, pools, strict=True):
+        if not pool.drawn:
+            raise UserError(f"{config.data_config}: ratio {entry.ratio:g} of {entry.path} draws no sample at all")
+    for kind, steps in zip(sampler.types, sampler.type_steps, strict=True):
+        if not steps:
+            drawn = sum(pool.drawn for pool in pools if pool.type == kind)
+            raise UserError(
+                f"{config.data_config}: {drawn} samples of type {kind!r} are too few for one step of {step_size}, so "
+                "they would never be used. Draw more of them, lower the global batch, or give them another's type."
+            )
     identity = [[digest, entry.ratio, entry.type] for digest, entry in zip(digests, entries, strict=True)]
     return Data(build_dataset(sources, config, folder), sampler, identity)
 
 
-def _shared(value: object) -> object:
-    """Rank 0's value, on every rank."""
-    box = [value]
+def on_rank_0(action: Callable[[], Result]) -> Result:
+    """What `action` gives on rank 0, on every rank; its `UserError` is raised on every rank, too."""
+    box: list = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [action()]
+        except UserError as error:
+            box = [error]
     dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if isinstance(box[0], UserError):
+        raise box[0]
     return box[0]
 
 

@@ -23,23 +23,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def export(checkpoint: Path, target: Path) -> None:
     import torch
-    import torch.distributed.checkpoint as dcp
 
     from training.assemble import open_model
-    from training.config import CONFIG_FILE, resolve
+    from training.config import TrainConfig
     from training.folder import save_folder
     from training.parallel import process_group
-    from training.state import PROGRESS
+    from training.state import read_settings, read_tensors
 
-    if not (checkpoint / PROGRESS).is_file():
-        raise UserError(f"{checkpoint}: not a complete checkpoint, {PROGRESS} is missing")
+    config = TrainConfig(**read_settings(checkpoint))
     if target.exists():
         raise UserError(f"{target} exists; name a folder that does not")
-    config = resolve({"config": checkpoint.resolve().parents[1] / CONFIG_FILE})
     model, folder = open_model(config)
     tensors = {name: torch.empty(parameter.shape) for name, parameter in model.named_parameters()}
     with process_group():
-        dcp.load({"model": tensors}, checkpoint_id=checkpoint)
+        read_tensors(checkpoint, {"model": tensors})
     save_folder(target, tensors.items(), sum(t.nbytes for t in tensors.values()), folder.config, folder.companions())
     print(f"the model is in {target}")
 

@@ -96,7 +96,7 @@ def train_step(run: Run, batches: Iterator[Loaded | UserError], progress: Progre
     c_loss, z_loss = (value / counts.labels for value in total(losses.tolist(), device))
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip_grad).full_tensor().item()
-    overflow = run.scaler.is_enabled() and not math.isfinite(norm)  # the scaler leaves the step out and lowers itself
+    overflow = not math.isfinite(norm) and run.scaler.get_scale() > 1  # the step is left out and the scale halved
     if not math.isfinite(c_loss + z_loss) or not (overflow or math.isfinite(norm)):
         raise _diverged(progress, loaded, own, c_loss, z_loss, norm)
     run.scaler.step(run.optimizer)

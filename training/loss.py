@@ -48,7 +48,7 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx, grad_total, _):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+            grad_hidden = (grad_hidden.float() * grad_total).to(grad_hidden.dtype)  # 1 / labels is no 16-bit number
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None

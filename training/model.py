@@ -45,7 +45,7 @@ class UniToken(nn.Module):
         features = self.adapter(self.vit(batch.tiles)).flatten(0, 1)  # (N * P, C)
         x = self.model.embed_tokens(batch.tokens)
         if len(batch.feature_places) == 0:
-            return x + 0 * features.sum()  # a batch of text keeps the tower in the graph, as every other rank has it
+            return x + features[:0].sum()  # a batch of text keeps the tower in the graph, as every other rank has it
         return x.index_copy(0, batch.feature_places, features[batch.feature_rows])
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ class Report:
 
     def step(self, metrics: dict[str, Any], skipped: list[Skipped], flops: float) -> None:
         """Log a step. `metrics` has epoch, iter, step, c_loss, z_loss, grad_norm, lr, vit_lr, tokens."""
-        self._metrics.write(json.dumps(metrics) + "\n")
+        left_out = not isfinite(metrics["grad_norm"])
+        self._metrics.write(json.dumps(metrics | ({"grad_norm": None} if left_out else {})) + "\n")
+        if left_out:
+            print(f"step {metrics['step']} left out: a gradient overflowed fp16; the loss scale is halved", flush=True)
         for one in skipped:
             self._skipped.write(json.dumps({"step": metrics["step"], **one._asdict()}) + "\n")
             print(f"replaced {one.name} by {one.instead}: {one.reason}", flush=True)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from training import preflight, state
-from training.assemble import Data, build_optimizer, open_data, open_model
+from training.assemble import Data, build_optimizer, on_rank_0, open_data, open_model
 from training.config import CONFIG_FILE, TrainConfig
 from training.data import make_loader, read_data_config
 from training.folder import FINAL, ModelFolder, save_folder
@@ -30,8 +30,7 @@ def run(config: TrainConfig, world: int, local_rank: int) -> None:
     with process_group() as device, float32_products(tf32=config.precision != "fp32"):
         data = open_data(config, entries, folder, config.batch_size * world * accumulation, local_rank)
         checkpoint, progress = starting_point(config, data)
-        if dist.get_rank() == 0:
-            begin_output(config, data, folder, model, device)
+        on_rank_0(lambda: begin_output(config, data, folder, model, device, checkpoint))
         job = start(config, model, folder, data, accumulation, device, checkpoint, progress)
         report = None
         if dist.get_rank() == 0:
@@ -66,18 +65,27 @@ def fixed(config: TrainConfig, data: Data) -> dict:
     }
 
 
-def begin_output(config: TrainConfig, data: Data, folder: ModelFolder, model: nn.Module, device: torch.device) -> None:
-    """Rank 0's preflight: what will happen, in print and in config.yaml."""
+def begin_output(
+    config: TrainConfig,
+    data: Data,
+    folder: ModelFolder,
+    model: nn.Module,
+    device: torch.device,
+    checkpoint: Path | None,
+) -> None:
+    """Rank 0's preflight: can it be done, and what will happen, in print."""
     if find_spec("tensorboard") is None:
         raise UserError("tensorboard is not installed: pip install 'vistoken[train]'")
     output, world = Path(config.output_dir), dist.get_world_size()
     try:
         output.mkdir(parents=True, exist_ok=True)
-        config.dump(output / CONFIG_FILE)
+        if not checkpoint:  # the former run's stays until it is clear that its checkpoint fits
+            config.dump(output / CONFIG_FILE)
     except OSError as error:
         raise UserError(f"--output_dir {output}: cannot write there ({error.strerror})") from error
+    origins = dict.fromkeys(folder.origins, str(checkpoint)) if checkpoint else folder.origins
     print(preflight.device_line(device, world))
-    print(preflight.parts_table(model, folder.origins))
+    print(preflight.parts_table(model, origins))
     print(preflight.memory_line(model, config, folder.llm, world))
     print(preflight.data_lines(data))
     print(preflight.sample_text(data, folder), flush=True)
@@ -103,6 +111,7 @@ def start(
     if checkpoint:
         state.load(checkpoint, model, optimizer)
         if dist.get_rank() == 0:
+            config.dump(Path(config.output_dir) / CONFIG_FILE)
             changed = state.changed(checkpoint, config)
             print(f"going on from {checkpoint}" + (f"; changed since: {changed}" if changed else ""), flush=True)
     scaler = torch.amp.GradScaler(device.type, progress.loss_scale, enabled=config.precision == "fp16")

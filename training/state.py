@@ -60,10 +60,18 @@ def read_progress(checkpoint: Path, fixed: dict[str, Any]) -> Progress:
     return progress
 
 
+def read_settings(checkpoint: Path) -> dict[str, Any]:
+    """The whole configuration of the run that wrote `checkpoint`."""
+    path = checkpoint / PROGRESS
+    try:
+        return json.loads(path.read_text())["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a complete checkpoint of this trainer ({error})") from error
+
+
 def changed(checkpoint: Path, config: TrainConfig) -> str:
-    """The settings that are no longer those of the process that wrote `checkpoint`, in words."""
-    before = json.loads((checkpoint / PROGRESS).read_text()).get("config", {})
-    now = dataclasses.asdict(config)
+    """The settings that are no longer those of the run that wrote `checkpoint`, in words."""
+    before, now = read_settings(checkpoint), dataclasses.asdict(config)
     return ", ".join(
         f"{name} {value!r} -> {now.get(name)!r}" for name, value in before.items() if now.get(name) != value
     )
@@ -102,6 +110,15 @@ def save(
 def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Fill a sharded model and its optimizer, whatever the number of processes that wrote the checkpoint."""
     state = _state(model, optimizer)
+    read_tensors(checkpoint, state)
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for group, now in zip(optimizer.param_groups, settings, strict=True):
+        group.update(now)  # weight decay and shares of the learning rate are this run's, not the checkpoint's
+
+
+def read_tensors(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Fill the tensors of `state`. Raises `UserError` where the files are damaged or hold other shapes."""
     try:
         dcp.load(state, checkpoint_id=checkpoint)
     except CheckpointException as error:
@@ -109,7 +126,6 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
             f"{checkpoint}: cannot read this checkpoint ({_first_failure(error)}). Remove it to go on from the one "
             "before."
         ) from error
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
