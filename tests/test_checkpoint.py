@@ -38,6 +38,8 @@ def test_safetensors_and_prefixes(tmp_path):
     assert_equal_states(read_state_dict(tmp_path), STATE)
     body = {name: tensor for name, tensor in STATE.items() if name.startswith("body.")}
     assert_equal_states(read_state_dict(tmp_path / "model.safetensors", keep=("body.",)), body)
+    with pytest.raises(UserError, match=r"begins with tail\. or module\.; it holds body\."):
+        read_state_dict(tmp_path / "model.safetensors", keep=("tail.", "module."))
     torch.save(STATE, tmp_path / "x.bin")
     assert_equal_states(read_state_dict(tmp_path / "x.bin", keep=["body."]), body)
     assert_equal_states(read_state_dict(tmp_path), STATE)  # the well-known name wins over x.bin

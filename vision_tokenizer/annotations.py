@@ -123,8 +123,8 @@ def note_left_out(datasets: Sequence[Dataset]) -> None:
         if names := dataset.left_out():
             more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
             note(
-                f"data set {dataset.name}: not read, as only .jsonl and .json files right in annotation_dir "
-                f"{dataset.annotation_dir} are: {', '.join(names[:_NAMED])}{more}"
+                f"data set {dataset.name}: left out of {dataset.annotation_dir}, where only .jsonl and .json files are "
+                f"read: {', '.join(names[:_NAMED])}{more}"
             )
 
 

@@ -33,7 +33,7 @@ def read_state_dict(
 
     `source` is a file, a folder (one file, or shards with their index.json) or a hub id. A pickle may hold the
     tensors themselves or nest them under `model` or `state_dict`; those under `ema` are used only if `use_ema`.
-    With `keep`, only names that start with one of these prefixes are returned. Raises `UserError`.
+    With `keep`, only names that start with one of these prefixes are returned. Raises `UserError`, also for none.
     """
     if not str(source):
         raise UserError(f"the checkpoint's name is empty; a checkpoint is {ACCEPTED}")
@@ -42,6 +42,9 @@ def read_state_dict(
     for file in _locate(source):
         read = _read_safetensors if file.suffix == ".safetensors" else _read_pickle
         state.update(read(file, use_ema, prefixes))
+    if not state and keep is not None:
+        names = _first(list(read_state_dict(source, use_ema=use_ema))) or "nothing"
+        raise UserError(f"{source}: no tensor in it begins with {' or '.join(prefixes)}; it holds {names}")
     return state
 
 

@@ -173,7 +173,7 @@ def unwritable(datasets: Sequence[Dataset], settings: Settings) -> list[str]:
         folder = settings.folder(dataset).absolute()
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            messages.append(f"data set {dataset.name}: {nearest}: cannot be written, but the codes go to {folder}")
+            messages.append(f"data set {dataset.name}: its codes go to {folder}, but {nearest} cannot be written")
     return messages
 
 
