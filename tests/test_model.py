@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from unitoken_small import IMAGES, VISION, batch, golden, sample, small_model, tokens_and_labels
+from unitoken_small import IMAGES, LLM, VISION, batch, golden, sample, small_model, tokens_and_labels
 
 from training.anyres import image_input
+from training.report import Flops
 from training.sequence import IMAGE_TOKENS, SEPARATOR, interleave, pack
 
 
@@ -58,6 +59,12 @@ def test_sequence_facts(key):
         embedded = model.embed(pack([one], VISION.image_size)).double().abs().sum()
         embedded += padding * model.model.embed_tokens.weight[0].double().abs().sum()
     assert embedded.item() == pytest.approx(expected["embed_sum"], rel=1e-6)
+
+
+def test_the_towers_unused_head_counts_for_nothing():
+    model = small_model()
+    used = sum(p.numel() for name, p in model.vit.named_parameters() if not name.startswith(("head.", "embeddings.")))
+    assert Flops(model, LLM, VISION).parts["vit"] == 6 * used
 
 
 def test_packed_samples_do_not_see_each_other():

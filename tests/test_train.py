@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from training import loop, run
 from training.config import build_parser, resolve
 from training.folder import open_unitoken
 from training.loop import learning_rate
+from training.report import Report, peak_flops
 from training.state import Progress
 from training.train import main
 from vision_tokenizer.errors import UserError
@@ -385,3 +387,19 @@ def test_numbers_that_nothing_can_hold_are_refused(name, value):
 def test_a_world_size_that_is_not_torchruns_is_left_alone(tmp_path, model, text, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "a lot")
     train(model, text, tmp_path, **TEXT, max_steps=1)
+
+
+def test_logs_on_a_full_disk_are_told(tmp_path):
+    report = Report(tmp_path, 0, total_steps=9, interval=5, world=1, precision="fp32")
+    report._metrics = Path("/dev/full").open("a", buffering=1)  # noqa: SIM115
+    metrics = dict.fromkeys(("epoch", "iter", "step", "c_loss", "z_loss", "grad_norm", "lr", "vit_lr", "tokens"), 2)
+    for action in (lambda: report.step(metrics, [], 1.0), report.close):
+        with pytest.raises(UserError, match="cannot write the logs"):
+            action()
+
+
+@pytest.mark.parametrize(("precision", "known"), [("bf16", True), ("fp16", True), ("tf32", False), ("fp32", False)])
+def test_utilisation_is_told_where_the_peak_of_the_precision_is_known(monkeypatch, precision, known):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert bool(peak_flops(precision)) is known

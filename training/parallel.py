@@ -13,18 +13,26 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from vision_tokenizer.device import local_device
 from vision_tokenizer.numerics import choose_dtype
+
+
+def _under_torchrun() -> bool:
+    """Some clusters set WORLD_SIZE for every job; torchrun sets all of these."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def launched() -> tuple[int, int]:
+    """How many processes there are and this one's number on its node."""
+    return (int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0))) if _under_torchrun() else (1, 0)
 
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
     """Join torchrun's processes, or be the only one; gives the device of this one."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    device = local_device("auto")
+    alone = {} if _under_torchrun() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **alone)
     try:
         yield device
     finally:

@@ -4,10 +4,11 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
@@ -16,22 +17,23 @@ from training.data import Skipped
 from training.llm import LLMConfig
 from training.sequence import Batch
 from training.siglip import VisionConfig
+from vision_tokenizer.errors import UserError
 from vision_tokenizer.jobs.files import write_bytes
 
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
-# dense bf16 matrix products, in 10^12 operations a second, by a part of the device's name; from the data sheets
+# dense bf16 or fp16 matrix products, in 10^12 operations a second, by a part of the device's name; from the data sheets
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A800": 312, "H800": 989, "L40S": 362}
 
 
 class Report:
     """Rank 0's log. The other ranks have none."""
 
-    def __init__(self, output: Path, step: int, total_steps: int, interval: int, world: int):
+    def __init__(self, output: Path, step: int, total_steps: int, interval: int, world: int, precision: str):
         """`step` is where the run goes on: what an interrupted one logged beyond it is dropped."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.output, self.total_steps, self.interval = output, total_steps, interval
-        self.peak = peak_flops() * world
+        self.peak = peak_flops(precision) * world
         _drop_after(output / METRICS, step)
         _drop_after(output / SKIPPED, step)
         self._metrics = (output / METRICS).open("a", buffering=1)
@@ -42,17 +44,21 @@ class Report:
     def step(self, metrics: dict[str, Any], skipped: list[Skipped], flops: float) -> None:
         """Log a step. `metrics` has epoch, iter, step, c_loss, z_loss, grad_norm, lr, vit_lr, tokens."""
         left_out = not isfinite(metrics["grad_norm"])
-        self._metrics.write(json.dumps(metrics | ({"grad_norm": None} if left_out else {})) + "\n")
+        self._append(self._metrics, metrics | ({"grad_norm": None} if left_out else {}))
         if left_out:
             print(f"step {metrics['step']} left out: a gradient overflowed fp16; the loss scale is halved", flush=True)
         for one in skipped:
-            self._skipped.write(json.dumps({"step": metrics["step"], **one._asdict()}) + "\n")
+            self._append(self._skipped, {"step": metrics["step"], **one._asdict()})
             print(f"replaced {one.name} by {one.instead}: {one.reason}", flush=True)
         self._tokens += metrics["tokens"]
         self._flops += flops
         self._steps += 1
         if metrics["step"] % self.interval == 0 or metrics["step"] in (1, self.total_steps):
             self._line(metrics)
+
+    def _append(self, file: TextIO, content: dict[str, Any]) -> None:
+        with _writing(self.output):
+            file.write(json.dumps(content) + "\n")
 
     def _line(self, metrics: dict[str, Any]) -> None:
         elapsed = time.monotonic() - self._since
@@ -65,8 +71,9 @@ class Report:
             f"{rate:,.0f} tok/s{mfu} | {memory_used() / 2**30:.1f} GiB | {duration(left)} left",
             flush=True,
         )
-        for name, value in (metrics | {"tokens_per_second": rate}).items():
-            self._board.add_scalar(name, value, metrics["step"])
+        with _writing(self.output):
+            for name, value in (metrics | {"tokens_per_second": rate}).items():
+                self._board.add_scalar(name, value, metrics["step"])
         self._since, self._tokens, self._flops, self._steps = time.monotonic(), 0, 0.0, 0
 
     def plot(self) -> None:
@@ -80,12 +87,24 @@ class Report:
         axes = figure.add_subplot(xlabel="optimizer step", ylabel="cross-entropy")
         axes.plot([line["step"] for line in lines], [line["c_loss"] for line in lines], linewidth=1)
         axes.grid(alpha=0.3)
-        figure.savefig(self.output / "loss.png", dpi=120)
+        with _writing(self.output):
+            figure.savefig(self.output / "loss.png", dpi=120)
 
     def close(self) -> None:
-        self._metrics.close()
-        self._skipped.close()
-        self._board.close()
+        with _writing(self.output):
+            self._metrics.close()
+            self._skipped.close()
+            self._board.close()
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write the logs ({error.strerror or error}). Make room, then run the same command again."
+        ) from error
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -117,9 +136,9 @@ def memory_used() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def peak_flops() -> float:
-    """The device's peak in operations a second, 0 where it is not known."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+def peak_flops(precision: str) -> float:
+    """The device's peak in operations a second, 0 where it is not known, as in fp32 and tf32."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() and precision in ("bf16", "fp16") else ""
     return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
 
 
@@ -134,7 +153,7 @@ class Flops:
         self.parts: Counter[str] = Counter()
         for name, parameter in model.named_parameters():
             part = name.split(".")[0]
-            if "embed" not in name:
+            if "embed" not in name and not name.startswith("vit.head."):
                 self.parts[part if part in ("lm_head", "vit", "adapter") else "decoder"] += parameter.numel() * (
                     6 if parameter.requires_grad else 4
                 )

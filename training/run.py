@@ -34,7 +34,8 @@ def run(config: TrainConfig, world: int, local_rank: int) -> None:
         job = start(config, model, folder, data, accumulation, device, checkpoint, progress)
         report = None
         if dist.get_rank() == 0:
-            report = Report(Path(config.output_dir), progress.step, job.total_steps, config.log_interval, world)
+            output, interval = Path(config.output_dir), config.log_interval
+            report = Report(output, progress.step, job.total_steps, interval, world, config.precision)
         with closing(report) if report else nullcontext():
             train(job, progress, report)
         finish(config, model, folder)

@@ -16,8 +16,6 @@ configuration; --config reads it), metrics.jsonl, skipped.jsonl, tensorboard/, l
 final/: a model folder with config.json, safetensors and tokenizer files.
 """
 
-import os
-
 from vision_tokenizer.cli import leave_at_once, run_command
 
 
@@ -25,12 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     from training.config import build_parser, resolve
 
     config = resolve(vars(build_parser(__doc__).parse_args(argv)))
+    from training.parallel import launched
     from training.run import run  # PyTorch comes in here
 
-    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    run(config, world, local_rank)
+    run(config, *launched())
     return 0
 
 
 if __name__ == "__main__":
-    run_command(main, leave_at_once)
+    run_command(main, leave_at_once, resumes=True)
