@@ -12,7 +12,7 @@ from pathlib import Path
 from vision_tokenizer.errors import UserError
 
 
-def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = sys.exit, resumes: bool = True) -> None:
+def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = sys.exit, resumes: bool = False) -> None:
     """Run `main` and `leave` with its exit code; a `UserError` prints its message and exits with 2.
 
     Anything else that escapes is a defect of ours and keeps its traceback. `resumes`: the same command goes on from

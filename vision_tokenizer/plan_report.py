@@ -8,6 +8,7 @@ from math import ceil, floor, log2
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from vision_tokenizer.annotations import OUTPUT_FIELDS
@@ -132,7 +133,9 @@ def draw_ratios(path: Path, surveys: Sequence[Survey], choices: Sequence[tuple[i
 
     ratios: Counter = sum((survey.ratios for survey in surveys), Counter())
     choices = sorted(choices, key=_octaves)
-    colors = [colormaps["viridis"](0.05 + 0.87 * i / max(len(choices) - 1, 1)) for i in range(len(choices))]
+    tall, wide = (sum(sign * _octaves(anchor) > 0 for anchor in choices) for sign in (-1, 1))
+    colors = [*colormaps["Blues"](np.linspace(0.95, 0.4, tall)), *["#4d4d4d"] * (len(choices) - tall - wide)]
+    colors += [*colormaps["Oranges"](np.linspace(0.4, 0.9, wide))]
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots()
     below: Counter[int] = Counter()

@@ -104,4 +104,4 @@ def image_folder(args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)

@@ -130,4 +130,4 @@ def survey(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[dict, dic
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=False)
+    run_command(main)

@@ -111,4 +111,4 @@ def encode_again(tokenizer, checkpoint: str, outputs: list, sample, findings) ->
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=False)
+    run_command(main)
