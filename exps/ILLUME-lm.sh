@@ -3,6 +3,7 @@
 # Running it again goes on where it stopped. Flags given to this script override the ones below.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source exps/gpu_check.sh
 
 INIT_FROM=${INIT_FROM:-ckpts/Qwen2.5-7B-Instruct}
 TOKENIZER_FROM=${TOKENIZER_FROM:-ckpts/Qwen2.5-dualvitok} # what pre_tokenize/extend_tokenizer.py wrote

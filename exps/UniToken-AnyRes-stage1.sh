@@ -3,6 +3,7 @@
 # Running it again goes on where it stopped. Flags given to this script override the ones below.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source exps/gpu_check.sh
 
 INIT_FROM=${INIT_FROM:-ckpts/Lumina-mGPT-7B-512}  # the language model; the tower comes from VIT_FROM
 VIT_FROM=${VIT_FROM:-ckpts/SigLIP}

@@ -3,6 +3,7 @@
 # Running it again goes on where it stopped. Flags given to this script override the ones below.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source exps/gpu_check.sh
 
 INIT_FROM=${INIT_FROM:-output/UniToken-AnyRes-stage1}  # stage I's output
 VIT_FROM=${VIT_FROM:-ckpts/SigLIP}

@@ -2,6 +2,7 @@
 # Stage I, then stage II, of a toy model on CPU, on what exps/quickstart.sh pre-tokenized. Under two minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+command -v torchrun > /dev/null || source exps/setup.sh train,plot
 
 RECORD=${RECORD:-output/quickstart/tokens/record.json}
 TOKENIZER=${TOKENIZER:-output/quickstart/tokenizer} # with which RECORD was made

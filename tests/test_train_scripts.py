@@ -31,7 +31,7 @@ def recipe_arguments(tmp_path, name, arguments=(), **environment):
     path = f"{fake.parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", ROOT / "exps" / name, *arguments],
-        env={**os.environ, "PATH": path, **environment},
+        env={**os.environ, "PATH": path, "NPROC_PER_NODE": "2", **environment},
         capture_output=True,
         text=True,
         check=True,
@@ -74,6 +74,16 @@ def test_a_recipe_takes_the_environment_and_flags(tmp_path):
     config = resolve(vars(build_parser("").parse_args(arguments)))
     assert (config.accum_iter, config.max_steps, config.init_from) == (4, 3, "a b")
     assert launcher[launcher.index("--nnodes") + 1] == "2"
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "ILLUME-lm.sh"])
+def test_a_recipe_without_a_gpu_says_how_to_do_without(tmp_path, name):
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", ROOT / "exps" / name], env={**os.environ, **environment}, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"NPROC_PER_NODE=1 PRECISION=fp32 bash {ROOT / 'exps' / name}" in done.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/data").glob("*.yaml")), ids=lambda path: path.name)
