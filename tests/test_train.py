@@ -358,6 +358,7 @@ def test_images_that_have_moved_are_found_where_the_data_config_says(tmp_path, m
         ("hidden_size", True),
         ("rms_norm_eps", float("nan")),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_parameters", {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}),
         ("hidden_act", "gelu"),
         ("tie_word_embeddings", True),
     ],
@@ -366,8 +367,16 @@ def test_what_the_model_cannot_be_is_refused_by_its_field(tmp_path, model, name,
     shutil.copytree(model, tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    with pytest.raises(UserError, match=rf"config\.json: {name} "):
+    with pytest.raises(UserError, match=rf"config\.json: {name.replace('parameters', 'type')} "):
         open_unitoken(tmp_path / "model", tmp_path, 0)
+
+
+def test_positions_are_read_where_transformers_5_writes_them(tmp_path, model):
+    shutil.copytree(model, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = {name: value for name, value in json.loads(path.read_text()).items() if name != "rope_theta"}
+    path.write_text(json.dumps(config | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}))
+    assert open_unitoken(tmp_path / "model", tmp_path, 0).llm.rope_theta == 5e5
 
 
 def test_a_model_without_a_tokenizer_file_is_told(tmp_path, model, text, capsys):

@@ -27,6 +27,7 @@ SUPPORTED = {
     "swin_norm": False,
     "model_parallel_size": 1,
     "rope_scaling": None,
+    "rope_type": "default",
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
@@ -59,10 +60,11 @@ def open_unitoken(init_from: Path, vit_from: Path, seed: int) -> ModelFolder:
     Raises `UserError` that names what a folder lacks.
     """
     path, config = read_config(init_from)
-    llm = language_sizes(config, path)
+    settings = {**(config.get("rope_parameters") or {}), **config}  # where transformers 5 keeps those of the positions
+    llm = language_sizes(settings, path)
     for name, supported in SUPPORTED.items():
-        if config.get(name, supported) != supported:
-            raise UserError(f"{path / 'config.json'}: {name} is {config[name]}; this trainer supports {supported}")
+        if settings.get(name, supported) != supported:
+            raise UserError(f"{path / 'config.json'}: {name} is {settings[name]}; this trainer supports {supported}")
     tensors = {name: tensor for name, tensor in read_state_dict(path).items() if not name.startswith(NOT_MODEL)}
     origins = dict.fromkeys(("model", "lm_head"), str(path))
     if any(name.startswith("vit.") for name in tensors):
