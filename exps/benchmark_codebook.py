@@ -48,6 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch_size", type=int, help="default: the command's")
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--images_small", type=int, default=128)
     parser.add_argument("--images_full", type=int, default=16, help="at 256; a quarter of it at the anchors")
     parser.add_argument("--lines", nargs="+", type=int, default=[1_000, 200_000], help="input sizes for peak memory")
@@ -85,8 +86,24 @@ def one_by_one(model: DualViTok, images: list[Path], kind: str, resolution: int)
     return len(images) / (time.perf_counter() - began)
 
 
+def run_job(model: DualViTok, settings: Settings, images: list[Path], scratch: Path) -> tuple[float, dict]:
+    """Images/s of the whole job, and seconds by stage."""
+    base = scratch / f"job-{time.monotonic_ns()}"
+    data_config = write_dataset(base, images[0].parent, [[path.name] for path in images])
+    began = time.perf_counter()
+    accounts, _ = run_codebook_inference(
+        read_data_config(data_config), model, settings, Solo(), num_workers=default_workers()
+    )
+    rate = len(images) / (time.perf_counter() - began)
+    if accounts["bench"].done != len(images):
+        raise SystemExit(f"only {accounts['bench'].done} of {len(images)} images were encoded")
+    return rate, accounts["bench"].seconds
+
+
 def bench_mode(model: DualViTok, config: Path, mode: str, args: argparse.Namespace, count: int, scratch: Path) -> dict:
-    """The job and the plain loop on the same images with the same model."""
+    """The job and the plain loop on the same images with the same model, by turns, the best of each: other work on the
+    machine comes and goes.
+    """
     kind, resolution = MODES[mode]
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.dtype, "tf32" if model.tf32 else "fp32")
     ratio = 1.0 if kind == "fixed" else 1.5
@@ -94,8 +111,6 @@ def bench_mode(model: DualViTok, config: Path, mode: str, args: argparse.Namespa
     if not images.exists():
         make_images(images, count, ratio)
     files = sorted(images.glob("*.jpg"))
-    base = scratch / f"job-{time.monotonic_ns()}"
-    data_config = write_dataset(base, images, [[path.name] for path in files])
     settings = Settings(kind, resolution, batch_size=args.batch_size, torch_dtype=dtype)
     pixels, _ = prepare(files[0], anchors(kind, resolution), 0.2)
     warm = normalize(pixels[None]).repeat(args.batch_size, 1, 1, 1)
@@ -103,15 +118,13 @@ def bench_mode(model: DualViTok, config: Path, mode: str, args: argparse.Namespa
     model.encode(warm[:1].to(model.device))
     if model.device.type == "cuda":
         torch.cuda.synchronize()
-    began = time.perf_counter()
-    accounts, _ = run_codebook_inference(
-        read_data_config(data_config), model, settings, Solo(), num_workers=default_workers()
-    )
-    job = count / (time.perf_counter() - began)
-    if accounts["bench"].done != count:
-        raise SystemExit(f"only {accounts['bench'].done} of {count} images were encoded")
-    loop = one_by_one(model, files[: max(4, count // 4)], kind, resolution)
-    flop, rate = flop_per_image(config, *pixels.shape[1:]), matrix_rate(model.device, dtype)
+    job, loop, rate, seconds = 0.0, 0.0, matrix_rate(model.device, dtype), {}
+    for _ in range(args.turns):
+        found = run_job(model, settings, files, scratch)
+        job, seconds = max((job, seconds), found, key=lambda one: one[0])
+        loop = max(loop, one_by_one(model, files[: max(4, count // 4)], kind, resolution))
+        rate = max(rate, matrix_rate(model.device, dtype))
+    flop = flop_per_image(config, *pixels.shape[1:])
     return {
         "mode": f"{mode} ({pixels.shape[1]} x {pixels.shape[2]})",
         "dtype": dtype,
@@ -122,7 +135,7 @@ def bench_mode(model: DualViTok, config: Path, mode: str, args: argparse.Namespa
         "gflop_per_image": round(flop / 1e9),
         "matrix_gflop_s": round(rate / 1e9),
         "share_of_matrix_rate": round(job * flop / rate, 3),
-        "seconds": {name: round(value, 2) for name, value in accounts["bench"].seconds.items()},
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
 
 
