@@ -83,7 +83,7 @@ def load_item_processor(spec: str | None) -> tuple[Any, str]:
     sys.modules[module_spec.name] = module  # a dataclass looks its module up there
     try:
         module_spec.loader.exec_module(module)
-    except (OSError, SyntaxError, ValueError, TypeError, ImportError, NameError, AttributeError, LookupError) as error:
+    except (Exception, SystemExit) as error:  # it is somebody else's program
         raise UserError(f"--item_processor {spec}: {path} does not run: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not hasattr(found, "process_item"):

@@ -132,8 +132,6 @@ def read_tower(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path, config = read_config(folder)
     prefix = "vision_model."
     tower = read_state_dict(path, keep=(prefix, "embeddings.", "encoder.", "post_layernorm.", "head."))
-    if not tower:
-        raise UserError(f"{path}: no tensors named {prefix}* or encoder.*, so this is no SigLIP folder")
     return config.get("vision_config", config), {f"vit.{name.removeprefix(prefix)}": t for name, t in tower.items()}
 
 
