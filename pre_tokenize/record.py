@@ -104,10 +104,19 @@ def _parsed(content: bytes, path: Path, line: int) -> Any:
         raise UserError(f"{path}, line {line}: not a record entry ({error})") from error
 
 
+def _fits(number: Any, end: int) -> bool:
+    return type(number) is int and 0 <= number < end
+
+
 def _checked(entry: Any, path: Path, where: str) -> dict[str, Any]:
-    found = (entry.get("len"), entry.get("row", 0), entry.get("id")) if isinstance(entry, dict) else (None,)
-    bounds = zip(found, (2**31, 2**31, 2**63), strict=False)  # what the columns hold
-    if not all(type(n) is int and 0 <= n < end for n, end in bounds) or not isinstance(entry.get("file"), str):
+    right = (
+        isinstance(entry, dict)
+        and isinstance(entry.get("file"), str)
+        and _fits(entry.get("len"), 2**31)  # the index' columns are int32, but for the id's
+        and _fits(entry.get("row", 0), 2**31)
+        and _fits(entry.get("id"), 2**63)
+    )
+    if not right:
         raise UserError(f'{path}, {where}: expected {{"file", "len", "id"}} and perhaps "row", found {entry!r:.80}')
     return entry
 
