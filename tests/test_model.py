@@ -9,6 +9,7 @@ from PIL import Image
 from unitoken_small import IMAGES, LLM, VISION, batch, golden, sample, small_model, tokens_and_labels
 
 from training.anyres import image_input
+from training.assemble import freeze
 from training.report import Flops
 from training.sequence import IMAGE_TOKENS, SEPARATOR, interleave, pack
 
@@ -102,6 +103,13 @@ def test_a_batch_of_text_still_reaches_the_tower():
     for name in ("vit.encoder.layers.0.mlp.fc1.weight", "adapter.0.weight"):
         gradient = dict(model.named_parameters())[name].grad
         assert gradient is not None and gradient.abs().max() == 0
+
+
+def test_a_comma_too_many_trains_no_more():
+    model = small_model()
+    freeze(model, "vit, ")
+    trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"vit"}
 
 
 def test_a_batch_of_text_takes_no_number_from_the_tower():

@@ -15,8 +15,9 @@ from pre_tokenize.token_file import TokenFiles, TokenSample
 from training.assemble import Data
 from training.data import Batches, ImageReader, SampleRules, build_sample, check_manifest, make_loader, read_data_config
 from training.index import RecordIndex, ensure_index, fingerprint
-from training.preflight import data_lines
+from training.preflight import data_lines, token_kinds
 from training.sampler import Key, Pool, RankBatches, Sampler
+from training.sequence import IMAGE_END, IMAGE_START, Sample
 from vision_tokenizer.errors import Failed, UserError
 
 RULES = SampleRules(10343, 4096, None, ImageReader(384, 27, False))
@@ -132,6 +133,12 @@ def test_the_preflight_tells_what_each_type_gets_and_what_is_cut_off(tmp_path):
         assert lines[limit].endswith("15 steps of 4 samples an epoch: 'a' 5, 'b' 10")
     assert lines[20].count(f"{(files.lengths > 20).sum()} are longer than --max_seq_len 20 and are cut off") == 2
     assert "longer" not in lines[4096]
+
+
+def test_the_preflight_shows_a_block_that_is_cut_off_as_an_image():
+    tokens = np.array([0, IMAGE_START, 10, 11, IMAGE_END, 0, IMAGE_START, 12, 13])
+    none = np.full(len(tokens), -1)
+    assert token_kinds(Sample("", tokens, none, none, [], 0)).tolist() == [0, 1, 1, 1, 0, 0, 1, 1, 1]
 
 
 def test_tokens_of_another_vocabulary_are_refused():

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def sample_text(data: Data, folder: ModelFolder) -> str:
     sample = _first_usable(data)
     file = next((path for name in TOKENIZER_FILES if (path := folder.tokenizer / name).is_file()), None)
     tokenizer = Tokenizer.from_file(str(file)) if file else None
-    kind = _kinds(sample) if folder.vision else _kinds_of_words(sample, tokenizer)
+    kind = token_kinds(sample) if folder.vision else _kinds_of_words(sample, tokenizer)
     text = "".join(_runs(sample, kind, tokenizer))
     unchecked = f"{folder.tokenizer}: no tokenizer file, so the tokens' vocabulary is not checked against the model's\n"
     return f"{'' if file else unchecked}{sample.name}, {len(sample)} tokens, learned parts in [[ ]]:\n  {text}"
@@ -86,7 +87,7 @@ def _first_usable(data: Data) -> Sample:
     raise UserError(f"no sample of the first step can be used; the last one: {reason}")
 
 
-def _kinds(sample: Sample) -> np.ndarray:
+def token_kinds(sample: Sample) -> np.ndarray:
     """(L,) what each token is: 0 text, 1 discrete image token, 2 continuous token."""
     kind = np.where(sample.features >= 0, 2, 0)
     _mark_blocks(sample, kind, IMAGE_START, IMAGE_END)
@@ -106,7 +107,7 @@ def _kinds_of_words(sample: Sample, tokenizer: Tokenizer | None) -> np.ndarray:
 
 def _mark_blocks(sample: Sample, kind: np.ndarray, first: int, last: int) -> None:
     starts, ends = (np.flatnonzero(sample.tokens == token) for token in (first, last))
-    for start, end in zip(starts, ends, strict=False):
+    for start, end in zip_longest(starts, ends, fillvalue=len(sample)):  # the last block may be cut off
         kind[start : end + 1] = np.maximum(kind[start : end + 1], 1)
 
 

@@ -99,8 +99,8 @@ def pack(samples: list[Sample], side: int) -> Batch:
     the tower runs on every rank in every step, or sharded parameters would wait for each other forever.
     """
     targets = [np.append(sample.labels[1:], IGNORE) for sample in samples]
-    row_starts = np.cumsum([0] + [sample.feature_count for sample in samples])
-    rows = [np.where(s.features >= 0, s.features + start, -1) for s, start in zip(samples, row_starts, strict=False)]
+    row_starts = np.cumsum([0] + [sample.feature_count for sample in samples[:-1]])
+    rows = [np.where(s.features >= 0, s.features + start, -1) for s, start in zip(samples, row_starts, strict=True)]
     rows = np.concatenate(rows)
     tiles = [tiles for sample in samples for tiles in sample.tiles] or [np.zeros((1, 3, side, side), np.uint8)]
     return Batch(

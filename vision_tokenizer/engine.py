@@ -165,7 +165,7 @@ class Engine:
         with self.watch("encode"):
             first = slots[0].pixels
             batch = torch.zeros((self._batch_size, *first.shape), dtype=first.dtype, pin_memory=self._on_cuda)
-            for row, slot in zip(batch, slots, strict=False):
+            for row, slot in zip(batch[: len(slots)], slots, strict=True):  # the rest is padding
                 row.copy_(slot.pixels)
             start = self._start_on_gpu if self._on_cuda else self._start_on_cpu
             self._launched.append((slots, start(batch)))
