@@ -25,12 +25,11 @@ def export(checkpoint: Path, target: Path) -> None:
     import torch
 
     from training.assemble import open_model
-    from training.config import TrainConfig
     from training.folder import save_folder
     from training.parallel import process_group
-    from training.state import read_settings, read_tensors
+    from training.state import read_config, read_tensors
 
-    config = TrainConfig(**read_settings(checkpoint))
+    config = read_config(checkpoint)
     if target.exists():
         raise UserError(f"{target} exists; name a folder that does not")
     model, folder = open_model(config)

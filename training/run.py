@@ -77,19 +77,24 @@ def begin_output(
     """Rank 0's preflight: can it be done, and what will happen, in print."""
     if find_spec("tensorboard") is None:
         raise UserError("tensorboard is not installed: pip install 'vistoken[train]'")
-    output, world = Path(config.output_dir), dist.get_world_size()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not checkpoint:  # the former run's stays until it is clear that its checkpoint fits
-            config.dump(output / CONFIG_FILE)
-    except OSError as error:
-        raise UserError(f"--output_dir {output}: cannot write there ({error.strerror})") from error
+    if not checkpoint:  # the former run's configuration stays until it is clear that its checkpoint fits
+        write_config(config)
     origins = dict.fromkeys(folder.origins, str(checkpoint)) if checkpoint else folder.origins
+    world = dist.get_world_size()
     print(preflight.device_line(device, world))
     print(preflight.parts_table(model, origins))
     print(preflight.memory_line(model, config, folder.llm, world))
     print(preflight.data_lines(data))
     print(preflight.sample_text(data, folder), flush=True)
+
+
+def write_config(config: TrainConfig) -> None:
+    output = Path(config.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        config.dump(output / CONFIG_FILE)
+    except OSError as error:
+        raise UserError(f"--output_dir {output}: cannot write there ({error.strerror})") from error
 
 
 def start(
@@ -112,7 +117,7 @@ def start(
     if checkpoint:
         state.load(checkpoint, model, optimizer)
         if dist.get_rank() == 0:
-            config.dump(Path(config.output_dir) / CONFIG_FILE)
+            write_config(config)
             changed = state.changed(checkpoint, config)
             print(f"going on from {checkpoint}" + (f"; changed since: {changed}" if changed else ""), flush=True)
     scaler = torch.amp.GradScaler(device.type, progress.loss_scale, enabled=config.precision == "fp16")

@@ -45,12 +45,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 def read_progress(checkpoint: Path, fixed: dict[str, Any]) -> Progress:
     """Where `checkpoint` stands. `fixed` is what must not have changed since; raises `UserError` naming what has."""
-    path = checkpoint / PROGRESS
-    try:
-        content = json.loads(path.read_text())
-        stored, progress = content["fixed"], Progress(**content["progress"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a complete checkpoint of this trainer ({error})") from error
+    progress, stored, _ = _stored(checkpoint)
     for name, value in fixed.items():
         if stored.get(name) != value:
             raise UserError(
@@ -60,21 +55,24 @@ def read_progress(checkpoint: Path, fixed: dict[str, Any]) -> Progress:
     return progress
 
 
-def read_settings(checkpoint: Path) -> dict[str, Any]:
+def read_config(checkpoint: Path) -> TrainConfig:
     """The whole configuration of the run that wrote `checkpoint`."""
-    path = checkpoint / PROGRESS
-    try:
-        return json.loads(path.read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a complete checkpoint of this trainer ({error})") from error
+    return _stored(checkpoint)[2]
 
 
 def changed(checkpoint: Path, config: TrainConfig) -> str:
     """The settings that are no longer those of the run that wrote `checkpoint`, in words."""
-    before, now = read_settings(checkpoint), dataclasses.asdict(config)
-    return ", ".join(
-        f"{name} {value!r} -> {now.get(name)!r}" for name, value in before.items() if now.get(name) != value
-    )
+    before, now = dataclasses.asdict(read_config(checkpoint)), dataclasses.asdict(config)
+    return ", ".join(f"{name} {value!r} -> {now[name]!r}" for name, value in before.items() if now[name] != value)
+
+
+def _stored(checkpoint: Path) -> tuple[Progress, dict[str, Any], TrainConfig]:
+    path = checkpoint / PROGRESS
+    try:
+        content = json.loads(path.read_text())
+        return Progress(**content["progress"]), content["fixed"], TrainConfig(**content["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a complete checkpoint of this trainer ({error})") from error
 
 
 def save(
