@@ -31,13 +31,11 @@ class Agreement:
     codes: int = 0
     gaps: list[float] = field(default_factory=list)  # of the codes that differ
 
-    @property
-    def equal(self) -> float:
-        return 1 - len(self.gaps) / self.codes if self.codes else 1.0
-
     def __str__(self) -> str:
+        if not self.codes:
+            return "no code compared"
         different = f"; {len(self.gaps):,} differ, largest gap {max(self.gaps):.2g}" if self.gaps else ""
-        return f"{self.equal:.4%} of {self.codes:,} codes equal{different}"
+        return f"{1 - len(self.gaps) / self.codes:.4%} of {self.codes:,} codes equal{different}"
 
 
 def reencode(tokenizer: Any, places: Sequence[Place], findings: Findings) -> dict[str, Agreement]:
