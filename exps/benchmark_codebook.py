@@ -22,17 +22,17 @@ from measure import REPO, describe_machine, make_images, matrix_rate, measure_co
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from vision_tokenizer.annotations import read_data_config
-from vision_tokenizer.codebook import run_codebook_inference
-from vision_tokenizer.codebook_output import Settings
-from vision_tokenizer.device import default_batch_size, default_workers, local_device
-from vision_tokenizer.dualvitok.config import read_config
-from vision_tokenizer.dualvitok.model import DualViTok, load_dualvitok
-from vision_tokenizer.dualvitok.untrained import main as write_untrained
-from vision_tokenizer.image import normalize, prepare
-from vision_tokenizer.jobs.claims import Solo
-from vision_tokenizer.jobs.summary import table
-from vision_tokenizer.resolution import anchors
+from vision_tokenizer.codebook.annotations import read_data_config
+from vision_tokenizer.codebook.job import run_codebook_inference
+from vision_tokenizer.codebook.output import Settings
+from vision_tokenizer.images.anchors import anchors
+from vision_tokenizer.images.dualvitok import normalize, prepare
+from vision_tokenizer.models.dualvitok.config import read_config
+from vision_tokenizer.models.dualvitok.model import DualViTok, load_dualvitok
+from vision_tokenizer.models.dualvitok.untrained import main as write_untrained
+from vistoken.device import default_batch_size, default_workers, local_device
+from vistoken.jobs.summary import table
+from vistoken.jobs.workers import Solo
 
 CONFIGS = {
     "small": REPO / "configs/example/dualvitok/dualvitok_small.py",

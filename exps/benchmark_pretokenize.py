@@ -35,14 +35,14 @@ from pre_tokenize.record import entry_line, sub_record
 from pre_tokenize.sequences import join
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenFiles, TokenSample, pickle_bytes, shard_bytes
-from vision_tokenizer.chameleon.image import crop_sizes, prepare
-from vision_tokenizer.chameleon.untrained import main as write_untrained
-from vision_tokenizer.chameleon.vocabulary import ChameleonVocabulary
-from vision_tokenizer.chameleon.vqgan import ChameleonVQGAN
-from vision_tokenizer.device import default_batch_size, default_workers, local_device
-from vision_tokenizer.image import normalize
-from vision_tokenizer.jobs.claims import Solo
-from vision_tokenizer.jobs.summary import table
+from vision_tokenizer.images.chameleon import crop_sizes, prepare
+from vision_tokenizer.images.dualvitok import normalize
+from vision_tokenizer.models.chameleon.untrained import main as write_untrained
+from vision_tokenizer.models.chameleon.vocabulary import ChameleonVocabulary
+from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN
+from vistoken.device import default_batch_size, default_workers, local_device
+from vistoken.jobs.summary import table
+from vistoken.jobs.workers import Solo
 
 WORDS = (REPO / "LICENSE").read_text().split()
 COMMAND, CONCAT = REPO / "pre_tokenize/pre_tokenize.py", REPO / "pre_tokenize/concat_record.py"

@@ -31,15 +31,15 @@ from pre_tokenize.record import Record
 from pre_tokenize.token_file import TokenFiles, TokenSample, shard_bytes
 from training.assemble import freeze
 from training.config import STAGES
-from training.data import Batches, ImageReader, SampleRules, make_loader
-from training.index import RecordIndex, ensure_index, fingerprint
-from training.llm import LLMConfig
-from training.model import UniToken
+from training.data.index import RecordIndex, ensure_index, fingerprint
+from training.data.loading import Batches, ImageReader, SampleRules, make_loader
+from training.data.packing import IMAGE_END, IMAGE_START, Batch, Sample, pack
+from training.data.sampler import Pool, RankBatches, Sampler
+from training.models.llm import LLMConfig
+from training.models.siglip import VisionConfig
+from training.models.unitoken import UniToken
 from training.parallel import process_group, shard
 from training.report import Flops, memory_used
-from training.sampler import Pool, RankBatches, Sampler
-from training.sequence import IMAGE_END, IMAGE_START, Batch, Sample, pack
-from training.siglip import VisionConfig
 
 CPU_LLM = LLMConfig(16384, 256, 688, 4, 4, 4)
 GPU_LLM = LLMConfig(num_hidden_layers=4)

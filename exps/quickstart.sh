@@ -14,8 +14,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_VISIBLE_DEVICES=
 step() { printf '\n== %s\n' "$*"; }
 
 step "untrained tokenizers, to have some without a download"
-python -m vision_tokenizer.dualvitok.untrained --config $CONFIG --out "$CKPT"
-python -m vision_tokenizer.chameleon.untrained --out "$OUT/tokenizer"
+python -m vision_tokenizer.models.dualvitok.untrained --config $CONFIG --out "$CKPT"
+python -m vision_tokenizer.models.chameleon.untrained --out "$OUT/tokenizer"
 
 step "before: what codebook inference would make of the example data, at the anchors and at 256 x 256"
 plan=(python vision_tokenizer/tokenizer/plan_codebook_inference.py --data_config $DATA --model_config $CONFIG)

@@ -16,12 +16,12 @@ from pre_tokenize.output import common_manifest
 from pre_tokenize.sequences import Draft, Images, ProcessItem, join, tokenize_items
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenSample
-from vision_tokenizer.chameleon.image import crop_sizes, prepare
-from vision_tokenizer.chameleon.vocabulary import CODEBOOK_SIZE, PIXELS_PER_TOKEN, ChameleonVocabulary
-from vision_tokenizer.chameleon.vqgan import ChameleonVQGAN, load_chameleon
-from vision_tokenizer.engine import Engine
-from vision_tokenizer.errors import ItemError, UserError
-from vision_tokenizer.jobs.chunks import ChunkTable, Item
+from vision_tokenizer.codebook.encoder import Engine
+from vision_tokenizer.images.chameleon import crop_sizes, prepare
+from vision_tokenizer.models.chameleon.vocabulary import CODEBOOK_SIZE, PIXELS_PER_TOKEN, ChameleonVocabulary
+from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN, load_chameleon
+from vistoken.errors import ItemError, UserError
+from vistoken.jobs.chunks import ChunkTable, Item
 
 
 @dataclass(frozen=True)

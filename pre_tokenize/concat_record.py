@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 from pre_tokenize.record import Lengths, companions, entry_line, manifest_id, read_entries
 from pre_tokenize.token_file import MAKE_ANEW, shard_manifest
-from vision_tokenizer.cli import run_command
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.jobs.files import atomic_write, write_bytes
-from vision_tokenizer.jobs.manifest import read_manifest
+from vistoken.cli import run_command
+from vistoken.errors import UserError
+from vistoken.jobs.files import atomic_write, write_bytes
+from vistoken.jobs.manifest import read_manifest
 
 _NAME = re.compile(r"(\d+)-of-(\d+)-record\.jsonl")
 _PIECE = 1 << 18  # entries sorted in memory at a time

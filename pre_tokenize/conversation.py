@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vision_tokenizer.errors import Failed
+from vistoken.errors import Failed
 
 IMAGE_SYMBOL = "<|image|>"
 ROLES = (("human",), ("gpt", "assistant"))  # of even and odd turns

@@ -20,11 +20,11 @@ from pre_tokenize.output import common_manifest
 from pre_tokenize.sequences import Draft, Images, ProcessItem, join, tokenize_items
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenSample
-from vision_tokenizer.dualvitok.vocabulary import DualViTokVocabulary
-from vision_tokenizer.errors import ItemError, UserError
-from vision_tokenizer.jobs.chunks import ChunkTable, Item
-from vision_tokenizer.jobs.manifest import MANIFEST, read_manifest
-from vision_tokenizer.jobs.progress import Stopwatch
+from vision_tokenizer.models.dualvitok.vocabulary import DualViTokVocabulary
+from vistoken.errors import ItemError, UserError
+from vistoken.jobs.chunks import ChunkTable, Item
+from vistoken.jobs.manifest import MANIFEST, read_manifest
+from vistoken.jobs.progress import Stopwatch
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 

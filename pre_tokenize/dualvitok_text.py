@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pre_tokenize.conversation import turn_values
-from vision_tokenizer.annotations import OUTPUT_FIELDS
-from vision_tokenizer.codebook_read import read_grid
-from vision_tokenizer.dualvitok.model import grid_sizes
-from vision_tokenizer.dualvitok.vocabulary import CODEBOOK_SIZES, SIDES, image_names, tag_names
-from vision_tokenizer.errors import Failed
-from vision_tokenizer.resolution import model_size
+from vision_tokenizer.codebook.annotations import OUTPUT_FIELDS
+from vision_tokenizer.codebook.read import read_grid
+from vision_tokenizer.images.anchors import model_size
+from vision_tokenizer.models.dualvitok.model import grid_sizes
+from vision_tokenizer.models.dualvitok.vocabulary import CODEBOOK_SIZES, SIDES, image_names, tag_names
+from vistoken.errors import Failed
 
 IMAGE_SYMBOL, TAG_SYMBOL = "<image>", "{resolution_tag}"
 _SYMBOLS = re.compile(f"({re.escape(IMAGE_SYMBOL)}|{re.escape(TAG_SYMBOL)})")

@@ -20,10 +20,10 @@ if __package__ in (None, ""):  # started as a file: its folder comes first, and 
 import argparse
 import shutil
 
-from vision_tokenizer.cli import run_command
-from vision_tokenizer.dualvitok.vocabulary import CODEBOOK_SIZES, LEVEL_MARKS, added_names, find_words
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.jobs.files import write_bytes
+from vision_tokenizer.models.dualvitok.vocabulary import CODEBOOK_SIZES, LEVEL_MARKS, added_names, find_words
+from vistoken.cli import run_command
+from vistoken.errors import UserError
+from vistoken.jobs.files import write_bytes
 
 # what may lie beside tokenizer.json and belongs to it
 COMPANIONS = (

@@ -10,14 +10,14 @@ from pre_tokenize.output import OutputFolder
 from pre_tokenize.record import Lengths, companions
 from pre_tokenize.sequences import Draft, Images, Sequences
 from pre_tokenize.token_file import TokenSample
-from vision_tokenizer.errors import ItemError
-from vision_tokenizer.jobs.claims import Claims
-from vision_tokenizer.jobs.ledger import Account
-from vision_tokenizer.jobs.open_chunk import OpenChunk
-from vision_tokenizer.jobs.parts import Part
-from vision_tokenizer.jobs.progress import Progress, Stopwatch
-from vision_tokenizer.jobs.run import Source, Task, run_chunks
-from vision_tokenizer.jobs.summary import accounts_table, time_line
+from vistoken.errors import ItemError
+from vistoken.jobs.counts import Account
+from vistoken.jobs.open_chunk import OpenChunk
+from vistoken.jobs.progress import Progress, Stopwatch
+from vistoken.jobs.results import Part
+from vistoken.jobs.run import Source, Task, run_chunks
+from vistoken.jobs.summary import accounts_table, time_line
+from vistoken.jobs.workers import Claims
 
 STAGES = ("text", "wait for decode", "encode", "write")  # of the thread that feeds the device
 

@@ -21,16 +21,16 @@ import orjson
 from pre_tokenize.record import Lengths, companions, entry_line, manifest_id, read_entries, sub_record
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenSample, pickle_bytes, read_pickle, read_shard, shard_bytes
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.jobs.chunks import Chunk, ChunkTable, chunk_table
-from vision_tokenizer.jobs.claims import Claims
-from vision_tokenizer.jobs.files import atomic_write, remove_leftovers
-from vision_tokenizer.jobs.ledger import Account
-from vision_tokenizer.jobs.lock import exclusive, run_lock
-from vision_tokenizer.jobs.manifest import MANIFEST, check_manifest, read_manifest
-from vision_tokenizer.jobs.parts import Parts
-from vision_tokenizer.jobs.run import Source
-from vision_tokenizer.jobs.summary import write_summary
+from vistoken.errors import UserError
+from vistoken.jobs.chunks import Chunk, ChunkTable, chunk_table
+from vistoken.jobs.counts import Account
+from vistoken.jobs.files import atomic_write, remove_leftovers
+from vistoken.jobs.lock import exclusive, run_lock
+from vistoken.jobs.manifest import MANIFEST, check_manifest, read_manifest
+from vistoken.jobs.results import Parts
+from vistoken.jobs.run import Source
+from vistoken.jobs.summary import write_summary
+from vistoken.jobs.workers import Claims
 
 _ANY_RECORD = re.compile(r"(\d+)-of-(\d+)-record\.(jsonl|rejected\.jsonl|summary\.json)")
 _ENTRIES = ".record.jsonl"  # of one chunk, beside its part

@@ -39,8 +39,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vision_tokenizer.cli import run_command
-from vision_tokenizer.errors import UserError
+from vistoken.cli import run_command
+from vistoken.errors import UserError
 
 if TYPE_CHECKING:
     from pre_tokenize.sequences import Sequences
@@ -55,7 +55,7 @@ class ItemProcessor:
         class LlavaItems:
             def process_item(self, item):
                 if item["image"].endswith(".gif"):
-                    raise Rejected("animation", item["image"])  # from vision_tokenizer.errors import Rejected
+                    raise Rejected("animation", item["image"])  # from vistoken.errors import Rejected
                 turns = [turn for turn in item["conversations"] if turn["from"] != "system"]
                 for turn in turns:
                     turn["value"] = turn["value"].replace("<image>", "<|image|>")
@@ -172,7 +172,7 @@ def _check_dualvitok(args: argparse.Namespace, parser: argparse.ArgumentParser) 
 def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[Sequences, Callable, Callable]":
     """How items become sequences, what makes the encoder of their images, and what makes the input's manifest."""
     from pre_tokenize.chameleon import ChameleonSequences, Settings, load_tokenizers, make_engine, make_manifest
-    from vision_tokenizer.device import default_batch_size, default_workers, local_device
+    from vistoken.device import default_batch_size, default_workers, local_device
 
     num_workers = args.num_workers or default_workers()
     os.environ.setdefault("RAYON_NUM_THREADS", str(num_workers))  # of the text tokenizer
@@ -194,7 +194,7 @@ def dualvitok_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[
     """The same for codes that codebook inference has written: there is nothing left to encode."""
     from pre_tokenize.dualvitok import DualViTokSequences, NoImages, make_manifest
     from pre_tokenize.text import TextTokenizer
-    from vision_tokenizer.device import default_workers
+    from vistoken.device import default_workers
 
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.num_workers or default_workers()))
     text = TextTokenizer(args.tokenizer_dir)
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from pre_tokenize.job import report, run_job
     from pre_tokenize.output import OutputFolder, open_source
-    from vision_tokenizer.jobs.claims import Split, crew
+    from vistoken.jobs.workers import Split, crew
 
     parts = dualvitok_parts if args.image_tokenizer == "dualvitok" else chameleon_parts
     sequences, make_encoder, make_manifest = parts(args, processor.process_item)

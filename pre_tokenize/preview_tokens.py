@@ -17,8 +17,8 @@ if __package__ in (None, ""):  # started as a file: its folder comes first, and 
 
 import argparse
 
-from vision_tokenizer.cli import run_command
-from vision_tokenizer.errors import UserError
+from vistoken.cli import run_command
+from vistoken.errors import UserError
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     from pre_tokenize.text import TextTokenizer
     from pre_tokenize.token_file import TokenFiles
     from pre_tokenize.token_preview import TALLIED, Renderer, tally, write_report
-    from vision_tokenizer.findings import draw
+    from vision_tokenizer.review.findings import draw
 
     files = TokenFiles(args.record, args.image_dir)
     if not len(files):
@@ -75,15 +75,15 @@ def image_parts(args: argparse.Namespace, manifest):
     """What decodes the codes (None: nothing), and what reads an original as it was encoded."""
     name = manifest["image_tokenizer"]["name"] if manifest else "chameleon"
     if name == "chameleon":
-        from vision_tokenizer.chameleon.image import prepare
-        from vision_tokenizer.chameleon.vqgan import load_chameleon
+        from vision_tokenizer.images.chameleon import prepare
+        from vision_tokenizer.models.chameleon.vqgan import load_chameleon
 
         tokenizer = load_chameleon(args.tokenizer_dir, device=args.device, decoder=True)
         check_fingerprint(manifest, tokenizer, args.tokenizer_dir)
         return tokenizer, lambda path, block: prepare(path, [block.size[::-1]])[0]
 
-    from vision_tokenizer.dualvitok.model import load_dualvitok
-    from vision_tokenizer.image import prepare as prepare_at
+    from vision_tokenizer.images.dualvitok import prepare as prepare_at
+    from vision_tokenizer.models.dualvitok.model import load_dualvitok
 
     tokenizer = None
     if args.model_config:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-from vision_tokenizer.errors import UserError
+from vistoken.errors import UserError
 
 
 class Entry(NamedTuple):

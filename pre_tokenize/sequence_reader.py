@@ -8,9 +8,9 @@ from tokenizers import Tokenizer
 
 from pre_tokenize.dualvitok import TURN_END, TURN_START
 from pre_tokenize.text import TextTokenizer
-from vision_tokenizer.chameleon.vocabulary import PIXELS_PER_TOKEN, ChameleonVocabulary
-from vision_tokenizer.dualvitok.model import grid_sizes
-from vision_tokenizer.dualvitok.vocabulary import (
+from vision_tokenizer.models.chameleon.vocabulary import PIXELS_PER_TOKEN, ChameleonVocabulary
+from vision_tokenizer.models.dualvitok.model import grid_sizes
+from vision_tokenizer.models.dualvitok.vocabulary import (
     IMAGE_END,
     IMAGE_START,
     SIDES,
@@ -19,7 +19,7 @@ from vision_tokenizer.dualvitok.vocabulary import (
     image_names,
     tag_names,
 )
-from vision_tokenizer.errors import UserError
+from vistoken.errors import UserError
 
 
 class Block(NamedTuple):

@@ -10,9 +10,9 @@ import numpy as np
 from pre_tokenize.conversation import Conversation
 from pre_tokenize.text import END, IMAGE, TextTokenizer
 from pre_tokenize.token_file import TokenSample
-from vision_tokenizer.engine import Encoded
-from vision_tokenizer.errors import Failed, ItemError
-from vision_tokenizer.jobs.chunks import Item
+from vision_tokenizer.codebook.encoder import Encoded
+from vistoken.errors import Failed, ItemError
+from vistoken.jobs.chunks import Item
 
 ProcessItem = Callable[[dict[str, Any]], dict[str, Any]]  # somebody's own format -> the document's
 Parse = Callable[[dict[str, Any]], Conversation]

@@ -15,8 +15,8 @@ from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 from tokenizers import AddedToken, Tokenizer
 
 from pre_tokenize.conversation import END_MARK, IMAGE_MARK
-from vision_tokenizer.checkpoint import looks_like_hub_id
-from vision_tokenizer.errors import Failed, UserError
+from vistoken.errors import Failed, UserError
+from vistoken.weights import looks_like_hub_id
 
 TOKENIZER_FILES = ("text_tokenizer.json", "tokenizer.json")
 IMAGE, END = -1, -2  # what the marks become

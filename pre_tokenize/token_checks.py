@@ -16,12 +16,12 @@ from pre_tokenize.record import Record, companions
 from pre_tokenize.sequence_reader import SequenceReader
 from pre_tokenize.sequences import Sequences
 from pre_tokenize.token_file import TokenFiles, TokenSample
-from vision_tokenizer.engine import Encoded
-from vision_tokenizer.errors import ItemError, UserError
-from vision_tokenizer.findings import Findings, draw
-from vision_tokenizer.image import normalize
-from vision_tokenizer.jobs.chunks import ChunkTable, Item, chunk_table
-from vision_tokenizer.reencode import MAX_GAP, Agreement, differences
+from vision_tokenizer.codebook.encoder import Encoded
+from vision_tokenizer.images.dualvitok import normalize
+from vision_tokenizer.review.findings import Findings, draw
+from vision_tokenizer.review.reencode import MAX_GAP, Agreement, differences
+from vistoken.errors import ItemError, UserError
+from vistoken.jobs.chunks import ChunkTable, Item, chunk_table
 
 _CHUNK_ITEMS = 512
 

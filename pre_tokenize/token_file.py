@@ -19,8 +19,8 @@ import orjson
 import pyarrow as pa
 
 from pre_tokenize.record import Record
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.jobs.manifest import read_manifest
+from vistoken.errors import UserError
+from vistoken.jobs.manifest import read_manifest
 
 SCHEMA = pa.schema(
     {

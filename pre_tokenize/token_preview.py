@@ -10,11 +10,9 @@ import torch
 
 from pre_tokenize.sequence_reader import Block, SequenceReader
 from pre_tokenize.token_file import TokenFiles, TokenSample
-from vision_tokenizer import report
-from vision_tokenizer.codes import ImageTokenizer
-from vision_tokenizer.errors import ItemError
-from vision_tokenizer.jobs.files import write_bytes
-from vision_tokenizer.preview import (
+from vision_tokenizer.models.protocol import ImageTokenizer
+from vision_tokenizer.review import html as report
+from vision_tokenizer.review.preview import (
     Pair,
     codebook_section,
     decode_codes,
@@ -24,7 +22,9 @@ from vision_tokenizer.preview import (
     resolution_section,
     write_contact_sheet,
 )
-from vision_tokenizer.quality import CodeUse
+from vision_tokenizer.review.quality import CodeUse
+from vistoken.errors import ItemError
+from vistoken.jobs.files import write_bytes
 
 TALLIED = 2000  # sequences whose codes and masks are counted; lengths are those of all
 

@@ -23,7 +23,7 @@ import argparse
 from functools import partial
 from typing import Any
 
-from vision_tokenizer.cli import run_command
+from vistoken.cli import run_command
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     from pre_tokenize.text import TextTokenizer
     from pre_tokenize.token_checks import check_input, check_record, check_sequences
     from pre_tokenize.token_file import TokenFiles
-    from vision_tokenizer.errors import UserError
-    from vision_tokenizer.findings import Findings
-    from vision_tokenizer.jobs.progress import bar
+    from vision_tokenizer.review.findings import Findings
+    from vistoken.errors import UserError
+    from vistoken.jobs.progress import bar
 
     files, findings = TokenFiles(args.record), Findings()
     if not len(files):
@@ -84,9 +84,9 @@ def tokenize_again(args: argparse.Namespace, files, table, manifest: dict[str, A
     processor, _ = load_item_processor(args.item_processor)
     if manifest["image_tokenizer"]["name"] == "chameleon":
         from pre_tokenize.chameleon import ChameleonSequences
-        from vision_tokenizer.chameleon.image import crop_sizes, prepare
-        from vision_tokenizer.chameleon.vqgan import load_chameleon
-        from vision_tokenizer.reencode import MAX_GAP
+        from vision_tokenizer.images.chameleon import crop_sizes, prepare
+        from vision_tokenizer.models.chameleon.vqgan import load_chameleon
+        from vision_tokenizer.review.reencode import MAX_GAP
 
         settings, vqgan = manifest["settings"], load_chameleon(args.tokenizer_dir, device=args.device)
         sequences = ChameleonSequences(text, processor.process_item, args.image_dir or Path(manifest["image_dir"]))

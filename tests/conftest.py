@@ -82,8 +82,8 @@ vq_model = dict(
 @pytest.fixture(scope="session")
 def tiny_dualvitok(tmp_path_factory) -> tuple[Path, Path]:
     """(config, checkpoint) of a DualViTok so narrow that a process spends its time on the job, not on the model."""
-    from vision_tokenizer.dualvitok.config import read_config
-    from vision_tokenizer.dualvitok.model import DualViTok
+    from vision_tokenizer.models.dualvitok.config import read_config
+    from vision_tokenizer.models.dualvitok.model import DualViTok
 
     folder = tmp_path_factory.mktemp("tiny_dualvitok")
     (folder / "tiny.py").write_text(TINY_DUALVITOK)

@@ -8,7 +8,7 @@ from conftest import GOLDEN
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pre_tokenize.extend_tokenizer import extend
-from vision_tokenizer.dualvitok.model import grid_sizes
+from vision_tokenizer.models.dualvitok.model import grid_sizes
 
 GOLDEN_SIZES = (2048, 6144)  # codebooks of the model that the golden codes come from
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

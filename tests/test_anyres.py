@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.anyres import NEWLINE, best_canvas, feature_layout, to_tiles
+from training.data.anyres import NEWLINE, best_canvas, feature_layout, to_tiles
 
 
 @pytest.mark.parametrize(

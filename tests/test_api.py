@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from vision_tokenizer import load_tokenizer
-from vision_tokenizer.dualvitok import untrained
-from vision_tokenizer.errors import UserError
+from vision_tokenizer.models.dualvitok import untrained
+from vistoken.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -117,5 +117,5 @@ def test_untrained_weights_are_the_same_everywhere(files, tmp_path, images, toke
 
 
 def test_importing_the_package_does_not_import_torch():
-    code = "import sys, vision_tokenizer, vision_tokenizer.dualvitok.untrained; sys.exit('torch' in sys.modules)"
+    code = "import sys, vision_tokenizer, vision_tokenizer.models.dualvitok.untrained; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vision_tokenizer.chameleon.image import best_crop, crop_image, crop_sizes, prepare
-from vision_tokenizer.errors import Failed
-from vision_tokenizer.image import normalize
+from vision_tokenizer.images.chameleon import best_crop, crop_image, crop_sizes, prepare
+from vision_tokenizer.images.dualvitok import normalize
+from vistoken.errors import Failed
 
 SQUARE = [(64, 64)]
 

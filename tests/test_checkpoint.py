@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vision_tokenizer.checkpoint import fingerprint, load_strict, read_state_dict
-from vision_tokenizer.errors import UserError
+from vistoken.errors import UserError
+from vistoken.weights import fingerprint, load_strict, read_state_dict
 
 STATE = {"body.weight": torch.arange(6.0).reshape(2, 3), "body.bias": torch.ones(2), "head.weight": torch.zeros(4)}
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.jobs import chunks
-from vision_tokenizer.jobs.chunks import chunk_table
+from vistoken.errors import UserError
+from vistoken.jobs import chunks
+from vistoken.jobs.chunks import chunk_table
 
 
 def read_all(path, tmp_path, chunk_items=3):

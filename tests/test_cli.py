@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from vision_tokenizer.cli import run_command
+from vistoken.cli import run_command
 
 COMMAND = """
 import os, time
-from vision_tokenizer.cli import run_command
-from vision_tokenizer.errors import UserError
+from vistoken.cli import run_command
+from vistoken.errors import UserError
 
 def main():
     if os.environ.get("LOCAL_RANK", "1") not in "{failing}":
@@ -40,7 +40,7 @@ def test_a_mistake_is_told_without_traceback(tmp_path):
 def test_a_reader_that_leaves_early_ends_it_quietly(tmp_path, lines):
     script = tmp_path / "command.py"
     script.write_text(
-        "import sys; from vision_tokenizer.cli import run_command\n"
+        "import sys; from vistoken.cli import run_command\n"
         f"run_command(lambda: sys.stdin.read() and None or [print('line') for _ in range({lines})] and 0)"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -73,7 +73,7 @@ def test_a_process_that_leaves_at_once_leaves_nothing_unsaid(tmp_path):
     script = tmp_path / "command.py"
     script.write_text(
         "import atexit\n"
-        "from vision_tokenizer.cli import leave_at_once, run_command\n"
+        "from vistoken.cli import leave_at_once, run_command\n"
         "atexit.register(print, 'torn down')\n"
         "run_command(lambda: print('done') or 3, leave_at_once)\n"
     )

@@ -10,7 +10,7 @@ import pytest
 from codebook_job import OUTPUT_FIELDS, dataset, launch, read_lines, run_here, write_config
 from PIL import Image
 
-from vision_tokenizer.errors import UserError
+from vistoken.errors import UserError
 
 SMALL = ("--resolution_type", "fixed", "--resolution", "64", "--batch_size", "4")
 

@@ -15,10 +15,10 @@ import pytest
 from codebook_job import dataset, output_bytes, read_lines, run_here, write_config
 from PIL import Image
 
-from vision_tokenizer import codebook_output
-from vision_tokenizer.dualvitok.model import load_dualvitok
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.jobs.run import run_chunks
+from vision_tokenizer.codebook import output as codebook_output
+from vision_tokenizer.models.dualvitok.model import load_dualvitok
+from vistoken.errors import UserError
+from vistoken.jobs.run import run_chunks
 
 TINY = ("--resolution_type", "fixed", "--resolution", "32", "--batch_size", "2", "--max_failed", "1")
 
@@ -52,7 +52,7 @@ def tokenizer(tiny_dualvitok):
 def job(tmp_path, tiny_dualvitok, tokenizer, monkeypatch):
     """`job(*flags)` runs it over two files, in chunks of two lines; `b.png` is missing at first."""
     monkeypatch.setattr(codebook_output, "CHUNK_ITEMS", 2)
-    monkeypatch.setattr("vision_tokenizer.dualvitok.model.load_dualvitok", lambda *args, **options: tokenizer)
+    monkeypatch.setattr("vision_tokenizer.models.dualvitok.model.load_dualvitok", lambda *args, **options: tokenizer)
     for folder in ("images", "annotations"):
         (tmp_path / folder).mkdir()
     Image.new("RGB", (40, 40), "teal").save(tmp_path / "images" / "a.png")
@@ -192,7 +192,7 @@ def test_annotations_that_change_meanwhile(job, tmp_path, monkeypatch):
         path.write_bytes(before + b"\n" + before)
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"0\.jsonl: changed while it was encoded"):
-        patch.setattr("vision_tokenizer.codebook.run_chunks", run_chunks_and_edit)
+        patch.setattr("vision_tokenizer.codebook.job.run_chunks", run_chunks_and_edit)
         job()
     folder = tmp_path / "out/jsonl_after_tokenizer/dualvitok/fixed_32"
     assert not list(folder.glob("*.jsonl")) and not (folder / ".work" / "0").exists()
@@ -240,7 +240,7 @@ def test_an_output_folder_that_cannot_be_made(job, tmp_path, capsys):
 
 def test_ranks_that_see_different_work_are_refused():
     rank = (
-        "import sys; from vision_tokenizer.errors import UserError; from vision_tokenizer.jobs.claims import crew\n"
+        "import sys; from vistoken.errors import UserError; from vistoken.jobs.workers import crew\n"
         "claims = crew()\n"
         "claims.lead(lambda: None)\n"
         "try: list(claims.claim(int(sys.argv[1])))\n"

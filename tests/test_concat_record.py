@@ -11,7 +11,7 @@ import pytest
 from pre_tokenize import concat_record
 from pre_tokenize.record import Record, companions, entry_line, manifest_id, sub_record
 from pre_tokenize.token_file import TokenFiles, TokenSample, shard_bytes
-from vision_tokenizer.errors import UserError
+from vistoken.errors import UserError
 
 REPO = Path(__file__).parents[1]
 MANIFEST = {"tokenizer": "x", "input": {"items": 30}}

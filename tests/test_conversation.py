@@ -6,8 +6,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from pre_tokenize.conversation import END_MARK, IMAGE_MARK, parse_conversation
 from pre_tokenize.sequences import join
 from pre_tokenize.text import TextTokenizer
-from vision_tokenizer.chameleon.vocabulary import ChameleonVocabulary
-from vision_tokenizer.errors import Failed, UserError
+from vision_tokenizer.models.chameleon.vocabulary import ChameleonVocabulary
+from vistoken.errors import Failed, UserError
 
 
 @pytest.fixture(scope="module")

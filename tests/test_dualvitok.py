@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from vision_tokenizer.codes import ImageTokenizer
-from vision_tokenizer.dualvitok.model import load_dualvitok
-from vision_tokenizer.dualvitok.semantic import vit_input
-from vision_tokenizer.dualvitok.untrained import main as write_untrained
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.image import normalize, prepare
-from vision_tokenizer.resolution import FIXED_ANCHORS, anchors
+from vision_tokenizer.images.anchors import FIXED_ANCHORS, anchors
+from vision_tokenizer.images.dualvitok import normalize, prepare
+from vision_tokenizer.models.dualvitok.model import load_dualvitok
+from vision_tokenizer.models.dualvitok.semantic import vit_input
+from vision_tokenizer.models.dualvitok.untrained import main as write_untrained
+from vision_tokenizer.models.protocol import ImageTokenizer
+from vistoken.errors import UserError
 
 CASES = {
     "astronaut_256": ("h512_w512.png", anchors("fixed", 256)),

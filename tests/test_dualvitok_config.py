@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vision_tokenizer.dualvitok.config import read_config
-from vision_tokenizer.dualvitok.model import ENCODING, DualViTok
-from vision_tokenizer.errors import UserError
+from vision_tokenizer.models.dualvitok.config import read_config
+from vision_tokenizer.models.dualvitok.model import ENCODING, DualViTok
+from vistoken.errors import UserError
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "example" / "dualvitok"
 

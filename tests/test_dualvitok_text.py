@@ -16,7 +16,7 @@ from pre_tokenize import concat_record
 from pre_tokenize.dualvitok_text import text_form
 from pre_tokenize.pre_tokenize import main
 from pre_tokenize.token_file import TokenFiles
-from vision_tokenizer.errors import Failed, UserError
+from vistoken.errors import Failed, UserError
 
 REPO = Path(__file__).parents[1]
 EDITING = ("editing/fixed_anchors/0000",)

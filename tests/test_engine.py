@@ -7,9 +7,9 @@ import weakref
 import pytest
 import torch
 
-from vision_tokenizer import engine as engine_module
-from vision_tokenizer.engine import Encoded, Engine
-from vision_tokenizer.errors import Failed
+from vision_tokenizer.codebook import encoder as engine_module
+from vision_tokenizer.codebook.encoder import Encoded, Engine
+from vistoken.errors import Failed
 
 
 class Recorder:

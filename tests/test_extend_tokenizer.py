@@ -12,8 +12,8 @@ from lm_small import write_tokenizer
 from tokenizers import AddedToken, Tokenizer
 
 from pre_tokenize.extend_tokenizer import extend, main
-from vision_tokenizer.dualvitok.vocabulary import CODEBOOK_SIZES, DualViTokVocabulary, added_names
-from vision_tokenizer.errors import UserError
+from vision_tokenizer.models.dualvitok.vocabulary import CODEBOOK_SIZES, DualViTokVocabulary, added_names
+from vistoken.errors import UserError
 
 SMALL = (5, 7)
 

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vision_tokenizer.annotations import image_names, image_path, read_data_config
-from vision_tokenizer.errors import UserError
+from vision_tokenizer.codebook.annotations import image_names, image_path, read_data_config
 from vision_tokenizer.importers import formats, job
-from vision_tokenizer.jobs.parts import Parts
 from vision_tokenizer.tokenizer.import_annotations import main
+from vistoken.errors import UserError
+from vistoken.jobs.results import Parts
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cup."}]
 TALK = json.dumps({"image": "photo.jpg", "conversations": TURNS})

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from vision_tokenizer.errors import Failed, UserError
-from vision_tokenizer.jobs.chunks import Item, chunk_table
-from vision_tokenizer.jobs.claims import Solo, Split
-from vision_tokenizer.jobs.files import atomic_write, remove_leftovers, write_bytes
-from vision_tokenizer.jobs.ledger import Account, Problem
-from vision_tokenizer.jobs.lock import run_lock
-from vision_tokenizer.jobs.manifest import check_manifest, read_manifest
-from vision_tokenizer.jobs.parts import Part, Parts
-from vision_tokenizer.jobs.progress import Progress
-from vision_tokenizer.jobs.run import Source, run_chunks
-from vision_tokenizer.jobs.summary import accounts_table
+from vistoken.errors import Failed, UserError
+from vistoken.jobs.chunks import Item, chunk_table
+from vistoken.jobs.counts import Account, Problem
+from vistoken.jobs.files import atomic_write, remove_leftovers, write_bytes
+from vistoken.jobs.lock import run_lock
+from vistoken.jobs.manifest import check_manifest, read_manifest
+from vistoken.jobs.progress import Progress
+from vistoken.jobs.results import Part, Parts
+from vistoken.jobs.run import Source, run_chunks
+from vistoken.jobs.summary import accounts_table
+from vistoken.jobs.workers import Solo, Split
 
 PROBLEM = Problem.of(Failed("image not found", "x.png"), Path("a.jsonl"), Item(2, "line 3", b"", {"id": "x"}))
 
@@ -78,7 +78,7 @@ def test_a_part_is_replaced_whole_or_done_again(tmp_path, monkeypatch):
         write_bytes(path, content)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vision_tokenizer.jobs.parts.write_bytes", killed)
+    monkeypatch.setattr("vistoken.jobs.results.write_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
         parts.write(0, Part(account(3), [], {payload: b"three lines"}))
     assert payload.read_bytes() == b"three lines"
@@ -87,7 +87,7 @@ def test_a_part_is_replaced_whole_or_done_again(tmp_path, monkeypatch):
 
 def test_one_crew_at_a_time(tmp_path):
     holder = (
-        "import sys, time; from pathlib import Path; from vision_tokenizer.jobs.lock import run_lock\n"
+        "import sys, time; from pathlib import Path; from vistoken.jobs.lock import run_lock\n"
         f"with run_lock(Path({str(tmp_path)!r}), 1, 3): print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-import training.loss
-from training.loss import linear_loss
+import training.models.loss
+from training.models.loss import linear_loss
 
 
 @pytest.mark.parametrize("masked", [None, range(3, 9)])
 @pytest.mark.parametrize("count", [0, 1, 10])
 def test_equals_the_formula_whatever_the_chunk(monkeypatch, masked, count):
-    monkeypatch.setattr(training.loss, "CHUNK", 4)
+    monkeypatch.setattr(training.models.loss, "CHUNK", 4)
     torch.manual_seed(0)
     hidden = torch.randn(count, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)

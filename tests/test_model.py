@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from unitoken_small import IMAGES, LLM, VISION, batch, golden, sample, small_model, tokens_and_labels
 
-from training.anyres import image_input
 from training.assemble import freeze
+from training.data.anyres import image_input
+from training.data.packing import IMAGE_TOKENS, SEPARATOR, interleave, pack
 from training.report import Flops
-from training.sequence import IMAGE_TOKENS, SEPARATOR, interleave, pack
 
 
 def mean_step(model, packed):

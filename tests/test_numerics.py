@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vision_tokenizer import numerics
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.layers import GroupNorm
-from vision_tokenizer.numerics import choose_dtype, float32_products, nearest_codes
+from vision_tokenizer.models import nearest as numerics
+from vision_tokenizer.models.layers import GroupNorm
+from vision_tokenizer.models.nearest import nearest_codes
+from vistoken.device import choose_dtype, float32_products
+from vistoken.errors import UserError
 
 
 def half_norms(codebook):

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.plan import END_MARKS
-from vision_tokenizer.plan_report import image_bytes
+from vision_tokenizer.review.plan import END_MARKS
+from vision_tokenizer.review.plan_report import image_bytes
 from vision_tokenizer.tokenizer.plan_codebook_inference import main
+from vistoken.errors import UserError
 
 TALK = [{"from": "human", "value": "Generate an image of {resolution_tag}.\n"}, {"from": "gpt", "value": "<image>"}]
 

@@ -16,9 +16,9 @@ from pre_tokenize import concat_record
 from pre_tokenize.chameleon import Settings, load_tokenizers
 from pre_tokenize.pre_tokenize import load_item_processor, main
 from pre_tokenize.token_file import TokenFiles
-from vision_tokenizer.chameleon.vocabulary import ChameleonVocabulary
-from vision_tokenizer.chameleon.vqgan import ChameleonVQGAN, load_chameleon
-from vision_tokenizer.errors import UserError
+from vision_tokenizer.models.chameleon.vocabulary import ChameleonVocabulary
+from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN, load_chameleon
+from vistoken.errors import UserError
 
 REPO = Path(__file__).parents[1]
 
@@ -159,7 +159,7 @@ def test_long_sequences_are_counted_and_kept(tokenize, tmp_path, capsys):
 
 
 LLAVA = """
-from vision_tokenizer.errors import Rejected
+from vistoken.errors import Rejected
 
 class LlavaItems:
     def process_item(self, item):
@@ -397,9 +397,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tokenize, tmp_path, chameleo
     data = tmp_path / "data.json"
     data.write_text(json.dumps(items))
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
-    limited += (
-        "from pre_tokenize.pre_tokenize import main; from vision_tokenizer.cli import run_command; run_command(main)"
-    )
+    limited += "from pre_tokenize.pre_tokenize import main; from vistoken.cli import run_command; run_command(main)"
     command = [sys.executable, "-c", limited, "--in_filename", data, "--out_dir", tmp_path / "out", "--device", "cpu"]
     command += ["--tokenizer_dir", chameleon_folder, "--target_size", "64", "--items_per_file", "4"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=REPO)

@@ -22,7 +22,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # complete but not yet under its name, or has its name and is not yet safe. The parent computes nothing with torch.
 MORTAL = """
 import os, signal, socket, sys
-import pre_tokenize.chameleon, pre_tokenize.job, vision_tokenizer.jobs.files
+import pre_tokenize.chameleon, pre_tokenize.job, vistoken.jobs.files
 from pre_tokenize.pre_tokenize import main
 
 def mortal_fsync(descriptor, left=[0]):
@@ -36,7 +36,7 @@ for line in sys.stdin:
     if not child:
         mortal_fsync.__defaults__[0][0] = int(moment)
         os.fsync = mortal_fsync
-        vision_tokenizer.jobs.files._OWNER = f"{socket.gethostname()}-{os.getpid()}"  # it was imported before the fork
+        vistoken.jobs.files._OWNER = f"{socket.gethostname()}-{os.getpid()}"  # it was imported before the fork
         os._exit(main([*sys.argv[1:], "--splits", splits, "--rank", rank]))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """

@@ -12,10 +12,10 @@ from browser import browse, needs_browser, screenshot, section_names
 from codebook_job import dataset, run_here, write_config
 from PIL import Image
 
-from vision_tokenizer import report
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.quality import CodeUse, psnr, ssim
+from vision_tokenizer.review import html as report
+from vision_tokenizer.review.quality import CodeUse, psnr, ssim
 from vision_tokenizer.tokenizer.preview_codes import main
+from vistoken.errors import UserError
 
 SECTIONS = ["gallery", "resolutions", "codebook-semantic", "codebook-pixel", "lengths"]
 

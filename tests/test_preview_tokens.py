@@ -11,7 +11,7 @@ from PIL import Image
 
 from pre_tokenize import concat_record, pre_tokenize
 from pre_tokenize.preview_tokens import main
-from vision_tokenizer.errors import UserError
+from vistoken.errors import UserError
 
 SECTIONS = ["conversations", "resolutions", "codebook-image", "lengths"]
 

@@ -6,9 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vision_tokenizer.errors import Failed, Rejected
-from vision_tokenizer.image import fit, prepare
-from vision_tokenizer.resolution import (
+from vision_tokenizer.images.anchors import (
     FIXED_ANCHORS,
     MAX_AREA,
     MIN_AREA,
@@ -20,6 +18,8 @@ from vision_tokenizer.resolution import (
     model_size,
     place,
 )
+from vision_tokenizer.images.dualvitok import fit, prepare
+from vistoken.errors import Failed, Rejected
 
 sides = st.integers(1, 100_000)
 choices = st.sampled_from([FIXED_ANCHORS, anchors("fixed", 256), anchors("fixed", 512), anchors("fixed", 300)])

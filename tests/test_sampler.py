@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from training.sampler import Pool, RankBatches, Sampler, permute
+from training.data.sampler import Pool, RankBatches, Sampler, permute
 
 
 def pool(count, ratio=1.0, kind="default", seed=0):

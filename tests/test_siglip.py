@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
-from training.folder import read_tower
-from training.siglip import VisionConfig, VisionTower
+from training.models.folder import read_tower
+from training.models.siglip import VisionConfig, VisionTower
 
 SIZES = {
     "hidden_size": 32,

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from pre_tokenize import token_file
 from pre_tokenize.record import Lengths, Record, entry_line
 from pre_tokenize.token_file import TokenFiles, TokenSample, pickle_bytes, read_pickle, read_shard, shard_bytes
-from vision_tokenizer.errors import UserError
+from vistoken.errors import UserError
 
 MANIFEST = {"tokenizer": "x", "image_dir": "/pictures"}
 

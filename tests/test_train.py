@@ -24,12 +24,12 @@ from unitoken_small import golden, synthetic_state
 
 from training import loop, run
 from training.config import build_parser, resolve
-from training.folder import open_unitoken
 from training.loop import learning_rate
+from training.models.folder import open_unitoken
 from training.report import Report, peak_flops
 from training.state import Progress
 from training.train import main
-from vision_tokenizer.errors import UserError
+from vistoken.errors import UserError
 
 TEXT = {"batch_size": 2, "epochs": 2, "save_iteration_interval": 3}
 
@@ -227,7 +227,7 @@ def test_sharded_and_bin_folders_and_what_releases_carry_along(tmp_path, model, 
 
 
 def test_a_large_model_is_saved_in_shards_that_load_again(tmp_path, model, text, monkeypatch):
-    monkeypatch.setattr("training.folder.SHARD_BYTES", 1 << 20)
+    monkeypatch.setattr("training.models.folder.SHARD_BYTES", 1 << 20)
     one = train(model, text, tmp_path / "one", **TEXT, max_steps=2)
     index = json.loads((tmp_path / "one" / "final" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2 and index["weight_map"].keys() == synthetic_state().keys()

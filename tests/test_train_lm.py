@@ -14,10 +14,10 @@ from pre_tokenize import concat_record, pre_tokenize
 from pre_tokenize.extend_tokenizer import extend
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenFiles
-from training.causal_lm import open_causal_lm
 from training.config import resolve
-from training.sequence import interleave, pack
-from vision_tokenizer.errors import UserError
+from training.data.packing import interleave, pack
+from training.models.causal_lm import open_causal_lm
+from vistoken.errors import UserError
 
 SIZES = {
     "vocab_size": 10343,

@@ -16,7 +16,7 @@ from unitoken_small import GOLDEN
 from training import export_checkpoint
 from training import train as train_command
 from training.config import build_parser, resolve
-from vision_tokenizer.errors import UserError
+from vistoken.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.name for path in (ROOT / "exps").glob("UniToken-*.sh"))
@@ -89,7 +89,7 @@ def test_a_recipe_without_a_gpu_says_how_to_do_without(tmp_path, name):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/data").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_data_configs_are_well_formed(path, tmp_path):
     """Their records are examples; with records in place they are read."""
-    from training.data import read_data_config
+    from training.data.loading import read_data_config
 
     content = yaml.safe_load(path.read_text())
     for entry in content["META"]:

@@ -13,12 +13,20 @@ from unitoken_small import IMAGES
 
 from pre_tokenize.token_file import TokenFiles, TokenSample
 from training.assemble import Data
-from training.data import Batches, ImageReader, SampleRules, build_sample, check_manifest, make_loader, read_data_config
-from training.index import RecordIndex, ensure_index, fingerprint
+from training.data.index import RecordIndex, ensure_index, fingerprint
+from training.data.loading import (
+    Batches,
+    ImageReader,
+    SampleRules,
+    build_sample,
+    check_manifest,
+    make_loader,
+    read_data_config,
+)
+from training.data.packing import IMAGE_END, IMAGE_START, Sample
+from training.data.sampler import Key, Pool, RankBatches, Sampler
 from training.preflight import data_lines, token_kinds
-from training.sampler import Key, Pool, RankBatches, Sampler
-from training.sequence import IMAGE_END, IMAGE_START, Sample
-from vision_tokenizer.errors import Failed, UserError
+from vistoken.errors import Failed, UserError
 
 RULES = SampleRules(10343, 4096, None, ImageReader(384, 27, False))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from codebook_job import dataset, read_lines, run_here, write_config
 
-from vision_tokenizer.errors import UserError
 from vision_tokenizer.tokenizer.verify_codebook import main
+from vistoken.errors import UserError
 
 FIXED = ("--resolution_type", "fixed", "--resolution", "256")
 

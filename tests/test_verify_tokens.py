@@ -11,7 +11,7 @@ from lm_small import extended_tokenizer, golden_lines, write_lines
 from pre_tokenize import concat_record, pre_tokenize
 from pre_tokenize.token_file import TokenFiles, pickle_bytes, read_shard, shard_bytes, shard_manifest
 from pre_tokenize.verify_tokens import main
-from vision_tokenizer.errors import UserError
+from vistoken.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from pre_tokenize.text import TextTokenizer
-from vision_tokenizer.chameleon import untrained
-from vision_tokenizer.chameleon.vocabulary import ChameleonVocabulary, image_token_name
-from vision_tokenizer.chameleon.vqgan import load_chameleon
-from vision_tokenizer.errors import UserError
+from vision_tokenizer.models.chameleon import untrained
+from vision_tokenizer.models.chameleon.vocabulary import ChameleonVocabulary, image_token_name
+from vision_tokenizer.models.chameleon.vqgan import load_chameleon
+from vistoken.errors import UserError
 
 
 @pytest.fixture(scope="module")

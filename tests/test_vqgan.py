@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from vision_tokenizer.chameleon.vocabulary import ChameleonVocabulary
-from vision_tokenizer.chameleon.vqgan import load_chameleon
-from vision_tokenizer.codes import ImageTokenizer
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.image import normalize, to_pixels
+from vision_tokenizer.images.dualvitok import normalize, to_pixels
+from vision_tokenizer.models.chameleon.vocabulary import ChameleonVocabulary
+from vision_tokenizer.models.chameleon.vqgan import load_chameleon
+from vision_tokenizer.models.protocol import ImageTokenizer
+from vistoken.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training.anyres import image_input
-from training.llm import LLMConfig
-from training.model import UniToken
-from training.sequence import Batch, Sample, interleave, pack
-from training.siglip import VisionConfig
+from training.data.anyres import image_input
+from training.data.packing import Batch, Sample, interleave, pack
+from training.models.llm import LLMConfig
+from training.models.siglip import VisionConfig
+from training.models.unitoken import UniToken
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGES = GOLDEN / "images"

@@ -14,14 +14,14 @@ from torch.optim import AdamW
 from pre_tokenize.text import TOKENIZER_FILES, TextTokenizer
 from pre_tokenize.token_file import TokenFiles
 from training.config import ALWAYS_FROZEN, TrainConfig
-from training.data import Batches, Entry, ImageReader, SampleRules, check_manifest
-from training.folder import ModelFolder, open_unitoken
-from training.index import RecordIndex, ensure_index, fingerprint
-from training.model import UniToken
-from training.sampler import Pool, Sampler
-from training.sequence import IMAGE_TOKENS, SPECIAL_TOKENS, pack
-from vision_tokenizer.checkpoint import load_strict
-from vision_tokenizer.errors import UserError
+from training.data.index import RecordIndex, ensure_index, fingerprint
+from training.data.loading import Batches, Entry, ImageReader, SampleRules, check_manifest
+from training.data.packing import IMAGE_TOKENS, SPECIAL_TOKENS, pack
+from training.data.sampler import Pool, Sampler
+from training.models.folder import ModelFolder, open_unitoken
+from training.models.unitoken import UniToken
+from vistoken.errors import UserError
+from vistoken.weights import load_strict
 
 Result = TypeVar("Result")
 
@@ -31,7 +31,7 @@ def open_model(config: TrainConfig) -> tuple[nn.Module, ModelFolder]:
     from. Raises `UserError` where the weights do not fit.
     """
     if config.variant == "lm":
-        from training.causal_lm import open_causal_lm
+        from training.models.causal_lm import open_causal_lm
 
         model, folder = open_causal_lm(config)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from vision_tokenizer.errors import UserError
+from vistoken.errors import UserError
 
 STAGES = {
     "I": {"trainable_params": "vit,adapter", "lr": 1e-3, "vit_lr_scale": 1e-2},

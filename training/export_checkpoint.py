@@ -8,8 +8,8 @@ The folder is like the final/ of a finished run. It takes memory for one fp32 co
 import argparse
 from pathlib import Path
 
-from vision_tokenizer.cli import run_command
-from vision_tokenizer.errors import UserError
+from vistoken.cli import run_command
+from vistoken.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def export(checkpoint: Path, target: Path) -> None:
     import torch
 
     from training.assemble import open_model
-    from training.folder import save_folder
+    from training.models.folder import save_folder
     from training.parallel import process_group
     from training.state import read_config, read_tensors
 

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 
 from training import state
 from training.config import TrainConfig
-from training.data import Loaded, Skipped
+from training.data.loading import Loaded, Skipped
 from training.parallel import total
 from training.report import Flops, Report
 from training.state import Progress
-from vision_tokenizer.errors import UserError
+from vistoken.errors import UserError
 
 FEW_FAILURES = 10  # the share of failed samples is not judged before there are more
 

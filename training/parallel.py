@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from vision_tokenizer.device import local_device
-from vision_tokenizer.numerics import choose_dtype
+from vistoken.device import choose_dtype, local_device
 
 
 def _under_torchrun() -> bool:

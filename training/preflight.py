@@ -12,11 +12,11 @@ from torch import nn
 from pre_tokenize.text import TOKENIZER_FILES
 from training.assemble import Data
 from training.config import TrainConfig
-from training.folder import ModelFolder
-from training.llm import LLMConfig
-from training.sequence import IMAGE_END, IMAGE_START, NEWLINE_TOKEN, SEPARATOR, Sample
-from vision_tokenizer.dualvitok import vocabulary
-from vision_tokenizer.errors import Failed, UserError
+from training.data.packing import IMAGE_END, IMAGE_START, NEWLINE_TOKEN, SEPARATOR, Sample
+from training.models.folder import ModelFolder
+from training.models.llm import LLMConfig
+from vision_tokenizer.models.dualvitok import vocabulary
+from vistoken.errors import Failed, UserError
 
 SHOWN = 60  # tokens of a run of text that are printed
 

@@ -13,12 +13,12 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
-from training.data import Skipped
-from training.llm import LLMConfig
-from training.sequence import Batch
-from training.siglip import VisionConfig
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.jobs.files import write_bytes
+from training.data.loading import Skipped
+from training.data.packing import Batch
+from training.models.llm import LLMConfig
+from training.models.siglip import VisionConfig
+from vistoken.errors import UserError
+from vistoken.jobs.files import write_bytes
 
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 # dense bf16 or fp16 matrix products, in 10^12 operations a second, by a part of the device's name; from the data sheets

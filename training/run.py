@@ -11,15 +11,15 @@ from torch import nn
 from training import preflight, state
 from training.assemble import Data, build_optimizer, on_rank_0, open_data, open_model
 from training.config import CONFIG_FILE, TrainConfig
-from training.data import make_loader, read_data_config
-from training.folder import FINAL, ModelFolder, save_folder
+from training.data.loading import make_loader, read_data_config
+from training.data.sampler import RankBatches
 from training.loop import Run, train
+from training.models.folder import FINAL, ModelFolder, save_folder
 from training.parallel import gather, process_group, shard
 from training.report import Flops, Report
-from training.sampler import RankBatches
 from training.state import Progress
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.numerics import float32_products
+from vistoken.device import float32_products
+from vistoken.errors import UserError
 
 
 def run(config: TrainConfig, world: int, local_rank: int) -> None:

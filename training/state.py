@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim import Optimizer
 
 from training.config import TrainConfig
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.jobs.files import sync_folder, write_bytes
+from vistoken.errors import UserError
+from vistoken.jobs.files import sync_folder, write_bytes
 
 FOLDER, PROGRESS = "checkpoints", "progress.json"
 

@@ -9,7 +9,7 @@ Writes llm/ (a Chameleon language model for that tokenizer's vocabulary) and sig
 import argparse
 from pathlib import Path
 
-from vision_tokenizer.cli import run_command
+from vistoken.cli import run_command
 
 LLM = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -30,10 +30,10 @@ def write_toy(tokenizer: Path, output: Path) -> None:
     from torch import nn
 
     from pre_tokenize.text import TextTokenizer
-    from training.folder import save_folder
-    from training.llm import LLMConfig
-    from training.model import UniToken
-    from training.siglip import VisionConfig
+    from training.models.folder import save_folder
+    from training.models.llm import LLMConfig
+    from training.models.siglip import VisionConfig
+    from training.models.unitoken import UniToken
 
     text = TextTokenizer(tokenizer)
     vision = VISION | TILE

@@ -16,7 +16,7 @@ configuration; --config reads it), metrics.jsonl, skipped.jsonl, tensorboard/, l
 final/: a model folder with config.json, safetensors and tokenizer files.
 """
 
-from vision_tokenizer.cli import leave_at_once, run_command
+from vistoken.cli import leave_at_once, run_command
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vision_tokenizer.codes import ImageTokenizer
-from vision_tokenizer.dualvitok.model import load_dualvitok
-from vision_tokenizer.image import denormalize, normalize, to_image, to_model_size, to_pixels
-from vision_tokenizer.image_file import is_deep
+from vision_tokenizer.images.dualvitok import denormalize, normalize, to_image, to_model_size, to_pixels
+from vision_tokenizer.images.files import is_deep
+from vision_tokenizer.models.dualvitok.model import load_dualvitok
+from vision_tokenizer.models.protocol import ImageTokenizer
 
 BATCH = 8  # images of one size that go through the model together
 

@@ -11,10 +11,10 @@ import orjson
 import pyarrow
 from pyarrow.parquet import ParquetFile
 
-from vision_tokenizer.errors import Failed, UserError
 from vision_tokenizer.importers.formats import Format, file_stem
 from vision_tokenizer.importers.items import IMAGE_SUFFIXES, TEXT_FIELDS, Record, build_item, store_image
-from vision_tokenizer.jobs.chunks import Chunk
+from vistoken.errors import Failed, UserError
+from vistoken.jobs.chunks import Chunk
 
 _ROWS = 32  # of a parquet file, held in memory with their images
 

@@ -17,15 +17,15 @@ from typing import Any, ClassVar
 
 import orjson
 
-from vision_tokenizer.annotations import check_conversations, image_names
-from vision_tokenizer.errors import Failed, UserError
+from vision_tokenizer.codebook.annotations import check_conversations, image_names
 from vision_tokenizer.importers.items import (
     IMAGE_SUFFIXES,
     Record,
     build_item,
     existing_image,
 )
-from vision_tokenizer.jobs.chunks import Chunk, ChunkTable, chunk_table
+from vistoken.errors import Failed, UserError
+from vistoken.jobs.chunks import Chunk, ChunkTable, chunk_table
 
 CHUNK_ITEMS = 1000
 _LONG_INTEGER = re.compile(rb"\d{19}")  # beyond 64 bits orjson reads a float

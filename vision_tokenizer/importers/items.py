@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import orjson
 from PIL import Image, UnidentifiedImageError
 
-from vision_tokenizer.annotations import check_conversations, image_path
-from vision_tokenizer.errors import Failed
-from vision_tokenizer.jobs.files import write_bytes
+from vision_tokenizer.codebook.annotations import check_conversations, image_path
+from vistoken.errors import Failed
+from vistoken.jobs.files import write_bytes
 
 TEXT_FIELDS = ("conversations", "caption", "text")  # looked for in this order where none is named
 _SUFFIXES = {

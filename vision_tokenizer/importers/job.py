@@ -15,20 +15,20 @@ from typing import Any
 
 import orjson
 
-from vision_tokenizer.annotations import read_data_config
-from vision_tokenizer.errors import Failed, UserError
+from vision_tokenizer.codebook.annotations import read_data_config
 from vision_tokenizer.importers.archives import Parquet, WebDataset
 from vision_tokenizer.importers.formats import Coco, Format, Llava, Pairs, file_stem
-from vision_tokenizer.jobs.chunks import Chunk
-from vision_tokenizer.jobs.claims import Claims
-from vision_tokenizer.jobs.files import atomic_write, write_bytes
-from vision_tokenizer.jobs.ledger import Account, Problem
-from vision_tokenizer.jobs.lock import run_lock
-from vision_tokenizer.jobs.manifest import MANIFEST, check_manifest, read_manifest
-from vision_tokenizer.jobs.parts import Part, Parts
-from vision_tokenizer.jobs.progress import Progress
-from vision_tokenizer.jobs.run import Source, Task, run_chunks
-from vision_tokenizer.jobs.summary import SUMMARY, write_summary
+from vistoken.errors import Failed, UserError
+from vistoken.jobs.chunks import Chunk
+from vistoken.jobs.counts import Account, Problem
+from vistoken.jobs.files import atomic_write, write_bytes
+from vistoken.jobs.lock import run_lock
+from vistoken.jobs.manifest import MANIFEST, check_manifest, read_manifest
+from vistoken.jobs.progress import Progress
+from vistoken.jobs.results import Part, Parts
+from vistoken.jobs.run import Source, Task, run_chunks
+from vistoken.jobs.summary import SUMMARY, write_summary
+from vistoken.jobs.workers import Claims
 
 FORMATS: dict[str, type[Format]] = {
     "llava": Llava,

@@ -22,8 +22,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from vision_tokenizer.cli import run_command
-from vision_tokenizer.errors import UserError
+from vistoken.cli import run_command
+from vistoken.errors import UserError
 
 FORMAT_NAMES = ("llava", "coco", "pairs", "webdataset", "parquet")
 
@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     import orjson
 
     from vision_tokenizer.importers.job import FORMATS, config_entry, run_import, write_entry
-    from vision_tokenizer.jobs.claims import crew
-    from vision_tokenizer.jobs.ledger import Account
-    from vision_tokenizer.jobs.summary import accounts_table
+    from vistoken.jobs.counts import Account
+    from vistoken.jobs.summary import accounts_table
+    from vistoken.jobs.workers import crew
 
     image_dir = image_folder(args)
     kind = FORMATS[args.format]

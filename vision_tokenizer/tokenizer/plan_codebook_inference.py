@@ -18,10 +18,10 @@ import sys
 from math import inf
 from pathlib import Path
 
-from vision_tokenizer.annotations import Dataset, needing_codes, note_left_out, read_data_config
-from vision_tokenizer.cli import run_command
-from vision_tokenizer.errors import UserError
-from vision_tokenizer.resolution import RESOLUTION_TYPES, anchors
+from vision_tokenizer.codebook.annotations import Dataset, needing_codes, note_left_out, read_data_config
+from vision_tokenizer.images.anchors import RESOLUTION_TYPES, anchors
+from vistoken.cli import run_command
+from vistoken.errors import UserError
 
 EXAMPLES = 3  # problems of a kind shown in the terminal
 
@@ -57,10 +57,10 @@ def main(argv: list[str] | None = None) -> int:
 
     import orjson
 
-    from vision_tokenizer.codebook_output import Settings, check_folders, unwritable
-    from vision_tokenizer.dualvitok.config import read_config
-    from vision_tokenizer.jobs.files import write_bytes
-    from vision_tokenizer.plan_report import RELEASED_CODEBOOKS, Estimate, as_dict, describe, draw_ratios
+    from vision_tokenizer.codebook.output import Settings, check_folders, unwritable
+    from vision_tokenizer.models.dualvitok.config import read_config
+    from vision_tokenizer.review.plan_report import RELEASED_CODEBOOKS, Estimate, as_dict, describe, draw_ratios
+    from vistoken.jobs.files import write_bytes
 
     codebooks = RELEASED_CODEBOOKS
     if args.model_config:
@@ -104,11 +104,11 @@ def survey(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[dict, dic
 
     import orjson
 
-    from vision_tokenizer.device import default_workers
-    from vision_tokenizer.jobs.files import atomic_write
-    from vision_tokenizer.jobs.ledger import Problem
-    from vision_tokenizer.jobs.progress import bar
-    from vision_tokenizer.plan import Rules, Survey, survey_dataset
+    from vision_tokenizer.review.plan import Rules, Survey, survey_dataset
+    from vistoken.device import default_workers
+    from vistoken.jobs.counts import Problem
+    from vistoken.jobs.files import atomic_write
+    from vistoken.jobs.progress import bar
 
     surveys, errors, shown = {}, {}, Counter()
     with atomic_write(args.out_dir / "problems.jsonl") as file, bar("reading") as progress:

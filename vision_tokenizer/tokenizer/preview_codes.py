@@ -11,9 +11,9 @@ GPU if there is one (`--device cpu` if not).
 import argparse
 from pathlib import Path
 
-from vision_tokenizer.cli import run_command
-from vision_tokenizer.errors import UserError
 from vision_tokenizer.tokenizer.verify_codebook import add_output_arguments, open_outputs
+from vistoken.cli import run_command
+from vistoken.errors import UserError
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -38,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     outputs = open_outputs(args)
 
-    from vision_tokenizer.dualvitok.model import load_dualvitok
-    from vision_tokenizer.findings import Sample
-    from vision_tokenizer.jobs.progress import bar
-    from vision_tokenizer.preview import Contents, decode_place, read_contents, write_report
+    from vision_tokenizer.models.dualvitok.model import load_dualvitok
+    from vision_tokenizer.review.findings import Sample
+    from vision_tokenizer.review.preview import Contents, decode_place, read_contents, write_report
+    from vistoken.jobs.progress import bar
 
     tokenizer = load_dualvitok(
         args.model_config, args.tokenizer_checkpoint, device=args.device, use_ema=args.use_ema, decoder=True

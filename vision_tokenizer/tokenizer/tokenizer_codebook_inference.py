@@ -15,9 +15,9 @@ call.
 import argparse
 from pathlib import Path
 
-from vision_tokenizer.annotations import note_left_out, select_datasets
-from vision_tokenizer.cli import note, run_command
-from vision_tokenizer.resolution import RESOLUTION_TYPES
+from vision_tokenizer.codebook.annotations import note_left_out, select_datasets
+from vision_tokenizer.images.anchors import RESOLUTION_TYPES
+from vistoken.cli import note, run_command
 
 DTYPES = ("fp32", "tf32", "bf16", "fp16")
 
@@ -68,11 +68,11 @@ def main(argv: list[str] | None = None) -> int:
     datasets = select_datasets(args.data_config, args.datasets)
     note_left_out(datasets)
 
-    from vision_tokenizer.codebook import report, run_codebook_inference
-    from vision_tokenizer.codebook_output import Settings
-    from vision_tokenizer.device import default_batch_size, default_workers, local_device
-    from vision_tokenizer.dualvitok.model import load_dualvitok
-    from vision_tokenizer.jobs.claims import crew
+    from vision_tokenizer.codebook.job import report, run_codebook_inference
+    from vision_tokenizer.codebook.output import Settings
+    from vision_tokenizer.models.dualvitok.model import load_dualvitok
+    from vistoken.device import default_batch_size, default_workers, local_device
+    from vistoken.jobs.workers import crew
 
     device = local_device(args.device)
     settings = Settings(

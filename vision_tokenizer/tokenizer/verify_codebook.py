@@ -15,9 +15,9 @@ on a GPU if there is one (`--device cpu` if not).
 import argparse
 from pathlib import Path
 
-from vision_tokenizer.annotations import select_datasets
-from vision_tokenizer.cli import run_command
-from vision_tokenizer.resolution import RESOLUTION_TYPES
+from vision_tokenizer.codebook.annotations import select_datasets
+from vision_tokenizer.images.anchors import RESOLUTION_TYPES
+from vistoken.cli import run_command
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +32,8 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_outputs(args: argparse.Namespace) -> list:
-    from vision_tokenizer.codebook_output import Settings
-    from vision_tokenizer.codebook_read import open_output
+    from vision_tokenizer.codebook.output import Settings
+    from vision_tokenizer.codebook.read import open_output
 
     where = Settings(
         resolution_type=args.resolution_type,
@@ -66,10 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     outputs = open_outputs(args)
 
-    from vision_tokenizer.findings import Findings, Sample
-    from vision_tokenizer.jobs.progress import bar
-    from vision_tokenizer.jobs.summary import accounts_table
-    from vision_tokenizer.verify import verify_output
+    from vision_tokenizer.review.findings import Findings, Sample
+    from vision_tokenizer.review.verify import verify_output
+    from vistoken.jobs.progress import bar
+    from vistoken.jobs.summary import accounts_table
 
     tokenizer = load_tokenizer(args)  # first: a wrong path should not come to light after millions of lines
     findings, sample = Findings(), Sample(args.sample if tokenizer else 0, args.seed)
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 def load_tokenizer(args: argparse.Namespace):
     if args.tokenizer_checkpoint is None:
         return None
-    from vision_tokenizer.dualvitok.model import load_dualvitok
+    from vision_tokenizer.models.dualvitok.model import load_dualvitok
 
     return load_dualvitok(
         args.model_config, args.tokenizer_checkpoint, device=args.device, use_ema=args.use_ema, decoder=False
@@ -98,7 +98,7 @@ def load_tokenizer(args: argparse.Namespace):
 
 
 def encode_again(tokenizer, checkpoint: str, outputs: list, sample, findings) -> None:
-    from vision_tokenizer.reencode import reencode
+    from vision_tokenizer.review.reencode import reencode
 
     for output in outputs:
         if output.fingerprint != tokenizer.fingerprint:

@@ -1,0 +1,193 @@
+"""Token files to batches: the data config, its records, and what data-loader processes do."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from torch.utils.data import DataLoader, Dataset
+
+from pre_tokenize.token_file import IGNORE, TokenFiles, TokenSample
+from training.data.anyres import ImageInput, image_input
+from training.data.packing import IMAGE_END, IMAGE_TOKENS, Batch, Sample, discrete, interleave
+from training.data.sampler import Key, RankBatches
+from vision_tokenizer.images.files import read_image
+from vistoken.errors import Failed, UserError
+
+MAX_RATIO = 1000  # times that a record is gone through in an epoch
+REPLACEMENTS = 16  # samples tried in the place of one that fails
+STRIDE = 7919  # from one to the next, in the record: far enough not to meet the same broken folder
+
+
+class Entry(NamedTuple):
+    """One record in a data config."""
+
+    path: Path
+    ratio: float
+    type: str
+    image_dir: Path | None = None  # where relative images begin, if not where they did when the tokens were made
+
+
+def read_data_config(path: Path) -> list[Entry]:
+    """The entries of a data config, relative paths taken from its folder. Raises `UserError` naming the field."""
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot read this data config ({error})") from error
+    if not isinstance(content, dict) or set(content) != {"META"} or not isinstance(content["META"], list):
+        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path}: expected one key, META, with a list of path, ratio and type; found {found}")
+    if not content["META"]:
+        raise UserError(f"{path}: META lists no records")
+    return [
+        _entry(fields, f"{path}, META entry {number}", path.parent) for number, fields in enumerate(content["META"])
+    ]
+
+
+def _entry(fields: Any, where: str, folder: Path) -> Entry:
+    if not isinstance(fields, dict) or "path" not in fields:
+        raise UserError(f"{where}: expected a path, and perhaps ratio, type and image_dir, found {fields!r:.80}")
+    if unknown := [key for key in fields if key not in Entry._fields]:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(Entry._fields)}")
+    path, ratio, kind = folder / str(fields["path"]), fields.get("ratio", 1.0), fields.get("type", "default")
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= MAX_RATIO:
+        raise UserError(f"{where}: ratio must be a number above 0, at most {MAX_RATIO}, found {ratio!r}")
+    if not isinstance(kind, str):
+        raise UserError(f"{where}: type must be a name, found {kind!r}")
+    if not path.is_file():
+        raise UserError(f"{where}: no such record: {path}")
+    if path.suffix not in (".json", ".jsonl"):
+        raise UserError(f"{where}: a record is a .json or .jsonl file, this is {path}")
+    image_dir = folder / str(fields["image_dir"]) if "image_dir" in fields else None
+    if image_dir and not image_dir.is_dir():
+        raise UserError(f"{where}: image_dir is no folder: {image_dir}")
+    return Entry(path, float(ratio), kind, image_dir)
+
+
+def check_manifest(manifest: Mapping[str, Any] | None, record: Path, vocabulary: str | None, vocab_size: int) -> None:
+    """Refuse tokens that were made for another model. Published pickles carry no manifest and are taken on trust.
+
+    `vocabulary` is the fingerprint of the model's own, None if its folder has no tokenizer file.
+    """
+    manifest = manifest or {}
+    size, other = manifest.get("vocab_size"), manifest.get("vocabulary")
+    if size is not None and size > vocab_size:
+        raise UserError(
+            f"{record}: its tokens come from a vocabulary of {size} ids, the model knows {vocab_size}. "
+            "Tokenize the data with the model's tokenizer, or extend the model's vocabulary."
+        )
+    if other and vocabulary and other != vocabulary:
+        raise UserError(
+            f"{record}: its tokens were made with another vocabulary ({other[:12]}...) than the model's "
+            f"({vocabulary[:12]}...). Tokenize the data with the model's tokenizer."
+        )
+
+
+class Skipped(NamedTuple):
+    """A sample that could not be used, and what stood in for it."""
+
+    name: str
+    reason: str
+    instead: str
+
+
+class Loaded(NamedTuple):
+    """What a data-loader process hands over."""
+
+    batch: Batch
+    skipped: list[Skipped]
+
+    def pin_memory(self) -> "Loaded":
+        return Loaded(self.batch.pin_memory(), self.skipped)
+
+
+@dataclass(frozen=True)
+class SampleRules:
+    """How tokens become samples."""
+
+    vocab_size: int
+    max_seq_len: int
+    masked: range | None = IMAGE_TOKENS  # words that cannot be learned
+    continuous: Callable[[str], ImageInput] | None = None  # image file -> tiles and layout; None: discrete codes only
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Image file -> tower input."""
+
+    side: int
+    grid: int
+    anyres: bool
+
+    def __call__(self, path: str) -> ImageInput:
+        """Raises `Failed` where the file cannot be read."""
+        return image_input(read_image(Path(path).absolute()).convert("RGB"), self.side, self.grid, self.anyres)
+
+
+def build_sample(tokens: TokenSample, name: str, rules: SampleRules) -> Sample:
+    """Raises `Failed` for a sample that cannot be used, `UserError` for one that shows that the data is wrong."""
+    if len(tokens.tokens) == 0 or tokens.tokens.min() < 0 or tokens.tokens.max() >= rules.vocab_size:
+        raise UserError(f"{name}: token ids must lie in 0..{rules.vocab_size - 1}, the model's vocabulary")
+    ids, mask = tokens.tokens[: rules.max_seq_len], tokens.loss_mask[: rules.max_seq_len]
+    learned = ids[mask]
+    if rules.masked is not None and ((learned >= rules.masked.start) & (learned < rules.masked.stop)).any():
+        raise UserError(
+            f"{name}: there is an image to be learned, but image tokens are masked. Run with --unmask_image_logits."
+        )
+    labels = np.where(mask, ids, IGNORE)
+    if rules.continuous is None:
+        return discrete(name, ids, labels)
+    blocks = int((tokens.tokens == IMAGE_END).sum())
+    if blocks != len(tokens.images):
+        raise Failed("images do not match", f"{len(tokens.images)} images for {blocks} blocks of image tokens")
+    images = [rules.continuous(path) for path in tokens.images[: int((ids == IMAGE_END).sum())]]
+    return interleave(name, ids, labels, images)
+
+
+class Batches(Dataset):
+    """Keys of one batch -> the batch. What goes wrong for good comes back as a value: raised in a data-loader
+    process, it would arrive wrapped in a traceback.
+    """
+
+    def __init__(self, sources: Sequence[TokenFiles], rules: SampleRules, collate: Callable[[list[Sample]], Batch]):
+        self.sources, self.rules, self.collate = sources, rules, collate
+
+    def __getitem__(self, keys: list[Key]) -> Loaded | UserError:
+        skipped = []
+        try:
+            return Loaded(self.collate([self._usable(key, skipped) for key in keys]), skipped)
+        except UserError as error:
+            return error
+
+    def sample(self, key: Key) -> Sample:
+        files = self.sources[key.pool]
+        tokens = files[key.row]
+        return build_sample(tokens, f"{files.record.path}, id {tokens.id}", self.rules)
+
+    def _usable(self, key: Key, skipped: list[Skipped]) -> Sample:
+        """The sample, or the first of those that follow at fixed steps in its record that can be used."""
+        size, failures = len(self.sources[key.pool]), []
+        for attempt in range(REPLACEMENTS):
+            tried = Key(key.pool, (key.row + attempt * STRIDE) % size)
+            try:
+                sample = self.sample(tried)
+            except Failed as failure:
+                failures.append((f"{self.sources[key.pool].record.path}, row {tried.row}", str(failure)))
+                continue
+            skipped += [Skipped(name, reason, sample.name) for name, reason in failures]
+            return sample
+        raise UserError(f"{failures[0][0]}: {failures[0][1]}; {REPLACEMENTS} samples in a row could not be used")
+
+
+def make_loader(dataset: Batches, order: RankBatches, num_workers: int, pin: bool) -> DataLoader:
+    """Batches in the order of `order`, whatever the number of processes that make them."""
+    return DataLoader(
+        dataset,
+        sampler=order,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin,
+        prefetch_factor=4 if num_workers else None,
+    )

@@ -1,0 +1,115 @@
+"""What the model reads: samples with room made for their images' features, and packed batches of them.
+
+Legend: L tokens of a sample, T tokens of a batch, F continuous tokens of a batch, N tiles, S side of a tile.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from pre_tokenize.token_file import IGNORE
+from training.data.anyres import NEWLINE, ImageInput
+
+# Chameleon's ids, the same in every release
+IMAGE_TOKENS = range(4, 8196)
+IMAGE_END = 8196
+IMAGE_START = 8197
+SEPARATOR = 8198  # between an image's discrete and its continuous tokens
+NEWLINE_TOKEN = 8803  # in an image
+SPECIAL_TOKENS = {
+    "<eoss>": IMAGE_END,
+    "<racm3:break>": IMAGE_START,
+    "<sentinel:0>": SEPARATOR,
+    "<reserved08799>": NEWLINE_TOKEN,
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training example with its continuous tokens in place."""
+
+    name: str  # the record it comes from and its id there
+    tokens: np.ndarray  # (L,) int64; 0 under a continuous token
+    labels: np.ndarray  # (L,) int64, IGNORE where nothing is learned
+    features: np.ndarray  # (L,) int64 row among the features of the sample's tiles, -1 for discrete tokens
+    tiles: list[np.ndarray]  # one (N, 3, S, S) uint8 array per image
+    feature_count: int  # features that the tower makes of the tiles
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples one after another, without padding."""
+
+    names: list[str]
+    tokens: torch.Tensor  # (T,) int64
+    targets: torch.Tensor  # (T,) int64: the label of the next token of the same sample
+    positions: torch.Tensor  # (T,) int64 inside the sample
+    lengths: torch.Tensor  # (samples,) int64, stays on CPU
+    feature_places: torch.Tensor  # (F,) int64: where in the sequence a feature stands
+    feature_rows: torch.Tensor  # (F,) int64: which row of the tower's output it is
+    tiles: torch.Tensor  # (N, 3, S, S) uint8, at least one
+
+    @property
+    def label_count(self) -> int:
+        return int((self.targets >= 0).sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = (field.name for field in fields(self) if field.name not in ("names", "lengths"))
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
+
+    def pin_memory(self) -> "Batch":
+        tensors = (field.name for field in fields(self) if field.name != "names")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in tensors})
+
+
+def discrete(name: str, tokens: np.ndarray, labels: np.ndarray) -> Sample:
+    """A sample of a model without a vision tower, in whose vocabulary Chameleon's ids mean something else."""
+    return Sample(name, tokens.astype(np.int64), labels.astype(np.int64), np.full(len(tokens), -1), [], 0)
+
+
+def interleave(name: str, tokens: np.ndarray, labels: np.ndarray, images: list[ImageInput]) -> Sample:
+    """Put each image's separator and continuous tokens before the end of its block of discrete ones.
+
+    `tokens` and `labels` are (l,), with one block end for each of `images`. The separator is always learned.
+    """
+    pieces, start, row = [], 0, 0
+    for end, image in zip(np.flatnonzero(tokens == IMAGE_END), images, strict=True):
+        newline = image.layout == NEWLINE
+        pieces.append((tokens[start:end], labels[start:end], np.full(end - start, -1)))
+        pieces.append(([SEPARATOR], [SEPARATOR], [-1]))
+        pieces.append(
+            (
+                np.where(newline, NEWLINE_TOKEN, 0),
+                np.full(len(newline), IGNORE),
+                np.where(newline, -1, image.layout + row),
+            )
+        )
+        start, row = end, row + image.feature_count
+    pieces.append((tokens[start:], labels[start:], np.full(len(tokens) - start, -1)))
+    columns = (np.concatenate(column).astype(np.int64) for column in zip(*pieces, strict=True))
+    return Sample(name, *columns, tiles=[image.tiles for image in images], feature_count=row)
+
+
+def pack(samples: list[Sample], side: int) -> Batch:
+    """Join samples into one sequence. `side` is a tile's, for the blank one that stands in where no sample has any:
+    the tower runs on every rank in every step, or sharded parameters would wait for each other forever.
+    """
+    targets = [np.append(sample.labels[1:], IGNORE) for sample in samples]
+    row_starts = np.cumsum([0] + [sample.feature_count for sample in samples[:-1]])
+    rows = [np.where(s.features >= 0, s.features + start, -1) for s, start in zip(samples, row_starts, strict=True)]
+    rows = np.concatenate(rows)
+    tiles = [tiles for sample in samples for tiles in sample.tiles] or [np.zeros((1, 3, side, side), np.uint8)]
+    return Batch(
+        names=[sample.name for sample in samples],
+        tokens=torch.from_numpy(np.concatenate([sample.tokens for sample in samples])),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        positions=torch.from_numpy(np.concatenate([np.arange(len(sample)) for sample in samples])),
+        lengths=torch.tensor([len(sample) for sample in samples]),
+        feature_places=torch.from_numpy(np.flatnonzero(rows >= 0)),
+        feature_rows=torch.from_numpy(rows[rows >= 0]),
+        tiles=torch.from_numpy(np.concatenate(tiles)),
+    )

@@ -1,0 +1,228 @@
+"""The metadata config and its JSON-lines data sets, read and checked.
+
+    {"name": {"root": "...", "image_dir": "...", "annotation_dir": "...", "tokenizer_inference": true}}
+
+Relative paths are taken against the current folder, as the documents have it, else against the config file's.
+"""
+
+import difflib
+import json
+import os
+import reprlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
+
+from vistoken.cli import note
+from vistoken.errors import Failed, UserError
+
+_FIELDS = {"root": str, "image_dir": str, "annotation_dir": str, "tokenizer_inference": bool}
+_KINDS = {str: "a string", bool: "true or false"}
+_NAMED = 5  # of the entries that are left out
+OUTPUT_FIELDS = ("image_sizes", "image_embed_inds", "matched_ratios")  # what codebook inference adds to an item
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One entry of the metadata config."""
+
+    name: str
+    root: Path
+    image_dir: Path
+    annotation_dir: Path
+    tokenizer_inference: bool
+
+    def annotation_files(self) -> list[Path]:
+        """The data set's `.jsonl` and `.json` files in name order.
+
+        Raises `UserError` for a folder that is missing or holds none, and for two files of one output name.
+        """
+        for field in ("annotation_dir", "image_dir"):
+            folder = getattr(self, field)
+            if not folder.is_dir():
+                raise UserError(
+                    f"data set {self.name}: {field} {folder} is not a folder. Correct it in the data config."
+                )
+        try:
+            files = sorted(path for path in self.annotation_dir.iterdir() if _is_annotations(path.name))
+        except OSError as error:
+            raise UserError(f"data set {self.name}: cannot read {self.annotation_dir} ({error.strerror})") from error
+        if not files:
+            raise UserError(f"data set {self.name}: no .jsonl or .json file in annotation_dir {self.annotation_dir}")
+        outputs: dict[str, str] = {}
+        for path in files:
+            for output in (path.stem, f"{path.stem}.rejected"):
+                other = outputs.setdefault(output, path.name)
+                if other != path.name:
+                    raise UserError(
+                        f"data set {self.name}: {other} and {path.name} in {self.annotation_dir} would both "
+                        f"be written to {output}.jsonl. Rename one of them."
+                    )
+        return files
+
+    def left_out(self) -> list[str]:
+        """What else is in `annotation_dir` and might hold annotations, too: folders, `.jsonl.gz` and their like."""
+        with suppress(OSError), os.scandir(self.annotation_dir) as entries:
+            return sorted(
+                entry.name
+                for entry in entries
+                if not _is_annotations(entry.name) and (entry.is_dir() or ".json" in entry.name.lower())
+            )
+        return []
+
+
+def _is_annotations(name: str) -> bool:
+    return PurePath(name).suffix.lower() in (".jsonl", ".json")
+
+
+def read_data_config(path: Path, names: Sequence[str] | None = None) -> list[Dataset]:
+    """The data sets of a metadata config, or those of `names`.
+
+    Raises `UserError` naming the data set and field that is wrong, or the name that is not in it.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the data config ({error.strerror})") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: brackets are nested too deeply") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected an object of data sets, found {_shown(config)}")
+    if not config:
+        raise UserError(f"{path}: no data set in it")
+    datasets = [_dataset(path, name, entry) for name, entry in config.items()]
+    for name in names or ():
+        if name not in config:
+            raise UserError(f"--datasets {name}: not in {path}, which has {', '.join(config)}")
+    return [dataset for dataset in datasets if not names or dataset.name in names]
+
+
+def select_datasets(path: Path, names: Sequence[str] | None) -> list[Dataset]:
+    """Those to encode; the ones that need no codes are named and left out."""
+    return needing_codes(read_data_config(path, names), path)
+
+
+def needing_codes(datasets: Sequence[Dataset], path: Path) -> list[Dataset]:
+    """Those of the config at `path` that are to be encoded; the others are named. Raises `UserError` for none."""
+    chosen = [dataset for dataset in datasets if dataset.tokenizer_inference]
+    if skipped := [dataset.name for dataset in datasets if not dataset.tokenizer_inference]:
+        note(f"skipped, tokenizer_inference is false: {', '.join(skipped)}")
+    if not chosen:
+        raise UserError(f"{path}: no data set with tokenizer_inference true is left to encode")
+    return chosen
+
+
+def note_left_out(datasets: Sequence[Dataset]) -> None:
+    for dataset in datasets:
+        if names := dataset.left_out():
+            more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+            note(
+                f"data set {dataset.name}: left out of {dataset.annotation_dir}, where only .jsonl and .json files are "
+                f"read: {', '.join(names[:_NAMED])}{more}"
+            )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key {key!r} occurs twice in one object")
+    return dict(pairs)
+
+
+def _dataset(path: Path, name: str, entry: Any) -> Dataset:
+    where = f"{path}: data set {name}"
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: expected an object with {', '.join(_FIELDS)}, found {_shown(entry)}")
+    for key in entry:
+        if key not in _FIELDS:
+            near = difflib.get_close_matches(key, _FIELDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(_FIELDS)}"
+            raise UserError(f"{where}: unknown key {key!r}: {hint}")
+    for key, kind in _FIELDS.items():
+        if key not in entry:
+            raise UserError(f"{where}: the key {key!r} is missing")
+        if not isinstance(entry[key], kind):
+            raise UserError(f"{where}: {key} must be {_KINDS[kind]}, found {_shown(entry[key])}")
+        if kind is str and "\0" in entry[key]:
+            raise UserError(f"{where}: {key} cannot be a path: {_shown(entry[key])}")
+    annotation_dir = _resolve(entry["annotation_dir"], path.parent)
+    # a root that is yet to be made stands where the annotations were found
+    base = Path() if Path(entry["annotation_dir"]).exists() else path.parent
+    root = _resolve(entry["root"], path.parent)
+    return Dataset(
+        name=name,
+        root=root if root.exists() else base / entry["root"],
+        image_dir=_resolve(entry["image_dir"], path.parent),
+        annotation_dir=annotation_dir,
+        tokenizer_inference=entry["tokenizer_inference"],
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value as the config has it, cut short."""
+    return f"{json.dumps(value, ensure_ascii=False):.60}"
+
+
+def _resolve(value: str, config_folder: Path) -> Path:
+    here = Path(value)
+    return here if here.exists() or not (config_folder / value).exists() else config_folder / value
+
+
+def image_names(item: Any) -> list[str]:
+    """The `images` of an annotation, one name or several. Raises `Failed` where there is none to encode."""
+    if not isinstance(item, dict):
+        raise Failed("not an object", f"expected a JSON object, found {type(item).__name__}")
+    if "images" not in item:
+        raise Failed("no images", "the field images is missing")
+    names = [item["images"]] if isinstance(item["images"], str) else item["images"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise Failed("images of wrong type", f"expected a list of file names, found {reprlib.repr(item['images'])}")
+    if not names:
+        raise Failed("no images", "the field images is an empty list")
+    for field in OUTPUT_FIELDS:
+        if field in item:
+            raise Failed("codes already there", f"the field {field} is what codebook inference writes; rename yours")
+    return names
+
+
+def check_conversations(item: dict[str, Any]) -> None:
+    """The document's rules for `conversations`. Raises `Failed` for an item that breaks one.
+
+    Turns of human and gpt, the last one gpt's, with an `<image>` for each of the item's images.
+    """
+    turns = item.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise Failed("no conversations", f"expected a list of turns, found {reprlib.repr(turns)}")
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise Failed(
+                "turn of wrong type",
+                f'conversations[{number}]: expected {{"from", "value"}}, found {reprlib.repr(turn)}',
+            )
+        if turn.get("from") not in ("human", "gpt"):
+            raise Failed(
+                "unknown speaker", f"conversations[{number}]: from must be human or gpt, is {turn.get('from')!r}"
+            )
+    if turns[-1]["from"] != "gpt":
+        raise Failed("nothing to learn", "the conversation does not end on a turn of gpt")
+    names = item.get("images", [])
+    symbols, images = sum(turn["value"].count("<image>") for turn in turns), 1 if isinstance(names, str) else len(names)
+    if symbols != images:
+        raise Failed("<image> does not match", f"{symbols} x <image> in the conversations for {images} images")
+
+
+def image_path(image_dir: Path, name: str) -> Path:
+    """Where `name` lies. Raises `Failed` for one that leaves `image_dir` or cannot be a path."""
+    inside = PurePosixPath(os.path.normpath(name)) if name else PurePosixPath("..")
+    if inside.is_absolute() and inside.is_relative_to(os.path.normpath(image_dir.absolute())):
+        return Path(inside)
+    if inside.is_absolute() or inside.parts[:1] == ("..",) or "\0" in name:
+        raise Failed("image outside image_dir", f"images: {name!r} does not lie in {image_dir}")
+    return image_dir / inside

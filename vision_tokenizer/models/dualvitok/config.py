@@ -1,0 +1,158 @@
+"""The `.py` config of a DualViTok, read into sizes.
+
+A config is Python and is executed: run only those you trust. It defines
+`vq_model = dict(type="DualViTok", config=dict(...))`; whatever else it holds (losses, training data) is ignored,
+and so are settings of a part that do not matter at inference. A size left out is that of the released model.
+"""
+
+import runpy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vision_tokenizer.models.dualvitok.semantic import PROJECTIONS, SemanticDecoderSizes, SemanticEncoderSizes
+from vision_tokenizer.models.dualvitok.simvq import QuantizerSizes
+from vision_tokenizer.models.dualvitok.vit import VitSizes
+from vision_tokenizer.models.layers import ConvSizes
+from vistoken.errors import UserError
+
+# ViTs that a config may name; their weights come with the DualViTok's own checkpoint
+NAMED_VITS = {
+    "Emova-ollm/qwen2vit600m": VitSizes(depth=32, embed_dim=1280, hidden_size=3584, num_heads=16, mlp_ratio=4)
+}
+LEVELS = 5  # of the pixel branch: one code is 16 x 16 pixels
+
+
+@dataclass(frozen=True)
+class DualViTokSizes:
+    semantic_encoder: SemanticEncoderSizes
+    semantic_quantizer: QuantizerSizes
+    semantic_decoder: SemanticDecoderSizes
+    pixel_encoder: ConvSizes
+    pixel_quantizer: QuantizerSizes
+    pixel_decoder: ConvSizes
+
+
+class _Part:
+    """One dict of a config; its errors name the file and the key."""
+
+    def __init__(self, values: Any, where: str):
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: must be a dict, found {values!r}")
+        self.values, self.where = values, where
+
+    def fail(self, key: str, wanted: str) -> UserError:
+        return UserError(f"{self.where}[{key!r}]: must be {wanted}, found {self.values.get(key)!r}")
+
+    def part(self, key: str) -> "_Part":
+        if key not in self.values:
+            raise UserError(f"{self.where}: has no {key!r}; it has {', '.join(map(repr, self.values)) or 'nothing'}")
+        return _Part(self.values[key], f"{self.where}[{key!r}]")
+
+    def size(self, key: str, default: int) -> int:
+        value = self.values.get(key, default)
+        if type(value) is not int or value < 1:
+            raise self.fail(key, "a positive integer")
+        return value
+
+    def sizes(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        values = self.values.get(key, default)
+        if not isinstance(values, (list, tuple)) or not all(type(value) is int and value >= 0 for value in values):
+            raise self.fail(key, "a list of integers")
+        return tuple(values)
+
+    def one_of(self, key: str, choices: tuple[Any, ...]) -> Any:
+        value = self.values.get(key, choices[0])
+        if value not in choices:
+            raise self.fail(key, f"one of {', '.join(map(repr, choices))}")
+        return value
+
+
+def read_config(path: str | Path) -> DualViTokSizes:
+    """Execute a config file and read its `vq_model`. Raises `UserError`, which names the file and the key."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path}: no such config; the shipped ones are in configs/example/dualvitok/")
+    try:
+        names = runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:  # it is somebody else's program
+        raise UserError(f"{path}: this config does not run: {type(error).__name__}: {error}") from error
+    if "vq_model" not in names:
+        found = ", ".join(name for name in names if not name.startswith("__")) or "nothing"
+        raise UserError(f"{path}: defines no `vq_model`; it defines {found}")
+    model = _Part(names["vq_model"], f"{path}: vq_model")
+    model.one_of("type", ("DualViTok",))
+    return _dualvitok(model.part("config"))
+
+
+def _dualvitok(config: _Part) -> DualViTokSizes:
+    sizes = DualViTokSizes(
+        semantic_encoder=_semantic_encoder(config.part("semantic_encoder")),
+        semantic_quantizer=_quantizer(config.part("semantic_quantizer"), codebook_size=32768),
+        semantic_decoder=_semantic_decoder(config.part("semantic_decoder")),
+        pixel_encoder=_conv(config.part("pixel_encoder"), ch=128, channels=32),
+        pixel_quantizer=_quantizer(config.part("pixel_quantizer"), codebook_size=98304),
+        pixel_decoder=_conv(config.part("pixel_decoder"), ch=384, channels=64),
+    )
+    semantic, pixel = sizes.semantic_quantizer.dim, sizes.pixel_quantizer.dim
+    _agree(config, "semantic_encoder", "z_channels", sizes.semantic_encoder.z_channels, semantic)
+    _agree(config, "semantic_decoder", "z_channels", sizes.semantic_decoder.z_channels, semantic)
+    _agree(config, "pixel_encoder", "embed_dim", config.part("pixel_encoder").size("embed_dim", 32), pixel)
+    _agree(config, "pixel_decoder", "embed_dim", config.part("pixel_decoder").size("embed_dim", 64), semantic + pixel)
+    return sizes
+
+
+def _agree(config: _Part, part: str, key: str, found: int, quantizers: int) -> None:
+    if found != quantizers:
+        raise UserError(f"{config.where}[{part!r}][{key!r}]: is {found}, but the quantizers' dim makes it {quantizers}")
+
+
+def _vit(encoder: _Part) -> VitSizes:
+    if "vit" not in encoder.values:
+        return NAMED_VITS[encoder.one_of("semantic_encoder", tuple(NAMED_VITS))]
+    vit = encoder.part("vit")
+    released = next(iter(NAMED_VITS.values()))
+    return VitSizes(**{key: vit.size(key, getattr(released, key)) for key in VitSizes.__dataclass_fields__})
+
+
+def _semantic_encoder(part: _Part) -> SemanticEncoderSizes:
+    part.one_of("target_mlp", ("norm",))
+    return SemanticEncoderSizes(
+        vit=_vit(part),
+        num_blocks=part.size("num_blocks", 4),
+        embed_dim=part.size("embed_dim", 1280),
+        z_channels=part.size("z_channels", 32),
+        proj_layer=part.one_of("proj_layer", tuple(PROJECTIONS)),
+    )
+
+
+def _semantic_decoder(part: _Part) -> SemanticDecoderSizes:
+    return SemanticDecoderSizes(
+        z_channels=part.size("z_channels", 32),
+        num_blocks=part.size("num_blocks", 4),
+        embed_dim=part.size("embed_dim", 1280),
+        output_channels=part.size("output_channels", 3584),
+        proj_layer=part.one_of("proj_layer", ("linear_norm", *PROJECTIONS)),
+    )
+
+
+def _quantizer(part: _Part, codebook_size: int) -> QuantizerSizes:
+    part.one_of("type", ("SimVQ",))
+    return QuantizerSizes(codebook_size=part.size("codebook_size", codebook_size), dim=part.size("dim", 32))
+
+
+def _conv(part: _Part, ch: int, channels: int) -> ConvSizes:
+    part.one_of("use_dc_up_down_blocks", (True,))
+    part.one_of("double_z", (False,))
+    part.one_of("in_channels", (3,))
+    part.one_of("out_channels", (3,))
+    mults = part.sizes("ch_mult", (1, 1, 2, 2, 4))
+    if len(mults) != LEVELS:
+        raise part.fail("ch_mult", f"{LEVELS} integers (16 pixels per code)")
+    return ConvSizes(
+        ch=part.size("ch", ch),
+        ch_mult=mults,
+        num_res_blocks=part.size("num_res_blocks", 2),
+        attn_levels=part.sizes("attn_resolutions", (4,)),
+        z_channels=part.size("z_channels", channels),
+    )

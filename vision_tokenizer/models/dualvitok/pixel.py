@@ -1,0 +1,72 @@
+"""DualViTok's pixel branch: MoVQGAN (arXiv 2209.09002) with the space-to-channel shortcuts of DC-AE (arXiv 2410.10733).
+
+Attribute names are those of the published checkpoint.
+
+Legend: B batch, C channels, H W a level's height and width, z channels of the code map, zq of the map that norms see.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vision_tokenizer.models.layers import ConvSizes, Decoder, Encoder, GroupNorm
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels // 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H / 2, W / 2). Unshuffled, 4 consecutive channels are 2 x 2 pixels: a plain mean."""
+        return F.pixel_unshuffle(self.conv(x), 2) + F.avg_pool2d(x, 2)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2 H, 2 W). Shuffled, a channel repeated 4 times is each pixel repeated 2 x 2 times."""
+        return F.pixel_shuffle(self.conv(x), 2) + F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+class SpatialNorm(nn.Module):
+    """GroupNorm, scaled and shifted at every position by what the codes are there."""
+
+    def __init__(self, channels: int, zq_channels: int):
+        super().__init__()
+        self.norm_layer = GroupNorm(channels)
+        self.conv_y = nn.Conv2d(zq_channels, channels, 1)
+        self.conv_b = nn.Conv2d(zq_channels, channels, 1)
+
+    def forward(self, x: Tensor, zq: Tensor) -> Tensor:
+        # a 1x1 convolution and nearest resizing commute, and the codes' grid is the cheaper place for the first
+        scale, shift = (F.interpolate(conv(zq), x.shape[2:], mode="nearest") for conv in (self.conv_y, self.conv_b))
+        return torch.addcmul(shift, self.norm_layer(x), scale)
+
+
+class PixelEncoder(Encoder):
+    """(B, 3, H, W) -> (B, z, H / 16, W / 16) with five levels."""
+
+    def __init__(self, sizes: ConvSizes):
+        super().__init__(sizes, Downsample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.trunk(x)
+        z = self.conv_out.out_channels
+        return self.conv_out(h) + h.unflatten(1, (z, -1)).mean(2)
+
+
+class PixelDecoder(Decoder):
+    """(B, z, h, w) and zq (B, zq, h, w) -> (B, 3, 16 h, 16 w) with five levels."""
+
+    def __init__(self, sizes: ConvSizes, zq_channels: int):
+        super().__init__(sizes, Upsample, partial(SpatialNorm, zq_channels=zq_channels))
+
+    def forward(self, z: Tensor, zq: Tensor) -> Tensor:
+        h = self.conv_in(z)
+        return self.trunk(h + z.repeat_interleave(h.shape[1] // z.shape[1], dim=1), zq)

@@ -1,0 +1,226 @@
+"""What codebook inference would do with a data set, from its annotations and image headers: no pixels, no model.
+
+The rules are the job's own functions, so that what is counted here is what will happen. A JPEG or PNG file without its
+mark at the end is decoded, to see whether it is truncated; other damage behind a sound header shows in the run only.
+"""
+
+import hashlib
+import os
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import islice
+from math import log2
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vision_tokenizer.codebook.annotations import Dataset, check_conversations, image_names, image_path
+from vision_tokenizer.images.anchors import crop_share, match_anchor
+from vision_tokenizer.images.files import open_image, place_image, read_image
+from vistoken.errors import Failed, ItemError, Rejected, UserError
+from vistoken.jobs.chunks import ChunkTable, Item, chunk_table
+from vistoken.jobs.counts import Account, Problem
+
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # at which the report says how much would be rejected
+BINS_PER_OCTAVE, MAX_OCTAVES = 12, 4  # of the histogram of width / height
+CHUNK_ITEMS = 64  # that a worker surveys at a time
+END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+_SAMPLE = 4096  # bytes from each end of a file that tell copies apart
+_ENDING = 64  # bytes in which a whole file has its end mark; earlier, it may be an embedded thumbnail's
+_WINDOW = 4  # chunks per worker handed out at a time
+
+
+class Header(NamedTuple):
+    """What is known of an image without its pixels."""
+
+    size: tuple[int, int]  # (h, w)
+    anchor: tuple[int, int]
+    crop_share: float
+    path_digest: int
+    content_digest: int
+    rejected: Rejected | None  # by the crop threshold
+
+    @property
+    def ratio(self) -> tuple[int, tuple[int, int] | None]:
+        """(bin of log2(w/h), anchor or None)."""
+        octaves = min(max(log2(self.size[1] / self.size[0]), -MAX_OCTAVES), MAX_OCTAVES)
+        return round(octaves * BINS_PER_OCTAVE), None if self.rejected else self.anchor
+
+
+@dataclass
+class Survey:
+    """What was found in some items. Grows by 16 bytes an image."""
+
+    account: Account = field(default_factory=Account)  # as codebook inference will have it
+    images: int = 0  # referred to by all items
+    anchors: Counter[tuple[int, int]] = field(default_factory=Counter)  # images that will be in the output
+    ratios: Counter[tuple] = field(default_factory=Counter)  # `Header.ratio` of all images to be encoded
+    thresholds: Counter[float] = field(default_factory=Counter)  # items that each threshold would reject
+    source_bytes: int = 0  # of the annotations that will be done
+    format_errors: Counter[str] = field(default_factory=Counter)  # against the rules for conversations
+    paths: array = field(default_factory=lambda: array("Q"))
+    contents: array = field(default_factory=lambda: array("Q"))
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, other: "Survey") -> None:
+        """Everything but the problems, which the caller writes away."""
+        self.account.add(other.account)
+        self.images += other.images
+        for name in ("anchors", "ratios", "thresholds", "format_errors"):
+            getattr(self, name).update(getattr(other, name))
+        self.source_bytes += other.source_bytes
+        self.paths.extend(other.paths)
+        self.contents.extend(other.contents)
+
+    @property
+    def clean(self) -> bool:
+        return not self.account.failed and not self.format_errors
+
+    def duplicates(self) -> tuple[int, int]:
+        """(references to an image that another line names too, files whose size and ends equal another file's)."""
+        _, first = np.unique(np.frombuffer(self.paths, np.uint64), return_index=True)
+        contents = np.frombuffer(self.contents, np.uint64)[first]
+        return len(self.paths) - len(first), len(contents) - len(np.unique(contents))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides the plan of a data set. Pickles to the workers."""
+
+    dataset: Dataset
+    choices: tuple[tuple[int, int], ...]
+    crop_percent_thresh: float
+
+
+def survey_dataset(
+    rules: Rules, num_workers: int, on_items: Callable[[int], None], on_problem: Callable[[Problem], None]
+) -> tuple[Survey, list[str]]:
+    """Survey every annotation file of a data set; returns it with the errors that keep files from being read.
+
+    Raises `UserError` where the data set has no files at all.
+    """
+    total, errors = Survey(), []
+    with tempfile.TemporaryDirectory() as cache, _Pool(num_workers) as run:
+        tables = []
+        for file in rules.dataset.annotation_files():
+            try:
+                tables.append(chunk_table(file, CHUNK_ITEMS, Path(cache) / f"{file.name}.chunks.json"))
+            except UserError as error:
+                errors.append(str(error))
+        chunks = ((table, index) for table in tables for index in range(len(table)))
+        for found in run(partial(_survey_chunk, rules), chunks):
+            total.add(found)
+            for problem in found.problems:
+                on_problem(problem)
+            on_items(found.account.items)
+    return total, errors
+
+
+class _Pool:
+    """`run(function, arguments)` over processes, results in order and only a few chunks under way."""
+
+    def __init__(self, num_workers: int):
+        self._executor = ProcessPoolExecutor(num_workers) if num_workers > 1 else None
+        self._window = _WINDOW * num_workers
+
+    def __enter__(self) -> Callable[..., Iterator[Any]]:
+        return self._run if self._executor else map
+
+    def _run(self, function: Callable, arguments: Iterator) -> Iterator[Any]:
+        waiting = [self._executor.submit(function, each) for each in islice(arguments, self._window)]
+        while waiting:
+            yield waiting.pop(0).result()
+            waiting += [self._executor.submit(function, each) for each in islice(arguments, 1)]
+
+    def __exit__(self, *exception) -> None:
+        if self._executor:
+            self._executor.shutdown(cancel_futures=True)
+
+
+def _survey_chunk(rules: Rules, chunk: tuple[ChunkTable, int]) -> Survey:
+    table, index = chunk
+    survey, look = Survey(), lru_cache(maxsize=None)(partial(_header, rules))
+    for item in table.read(table[index]):
+        survey.account.items += 1
+        try:
+            _survey_item(rules, survey, item, look)
+        except ItemError as error:
+            survey.account.reasons[error.kind, error.reason] += 1
+            survey.problems.append(Problem.of(error, table.path, item))
+        if error := _format_error(item.value):
+            survey.format_errors[error.reason] += 1
+            survey.problems.append(Problem.of(error, table.path, item))
+    return survey
+
+
+def _format_error(value: Any) -> Failed | None:
+    """What the conversations of an item have against the document's rules, where its images are in order."""
+    if not isinstance(value, dict) or not isinstance(value.get("images", []), str | list):
+        return None  # told already
+    try:
+        check_conversations(value)
+    except Failed as error:
+        return error
+    return None
+
+
+def _survey_item(rules: Rules, survey: Survey, item: Item, look: Callable[[str], Header | Failed]) -> None:
+    """Count an item. Raises what codebook inference will say of it: the first error among its images."""
+    if item.error:
+        raise Failed("not JSON", item.error)
+    text_only = not rules.dataset.tokenizer_inference and isinstance(item.value, dict) and "images" not in item.value
+    names = [] if text_only else image_names(item.value)
+    looked = [look(name) for name in names]
+    headers = [header for header in looked if isinstance(header, Header)]
+    survey.images += len(names)
+    survey.paths.extend(header.path_digest for header in headers)
+    survey.contents.extend(header.content_digest for header in headers)
+    if rules.dataset.tokenizer_inference:
+        survey.ratios.update(header.ratio for header in headers)
+        if len(headers) == len(names):
+            worst = max(header.crop_share for header in headers)
+            survey.thresholds.update(threshold for threshold in THRESHOLDS if worst > threshold)
+    for header in looked:
+        if error := header.rejected if isinstance(header, Header) else header:
+            raise error
+    survey.account.done += 1
+    if rules.dataset.tokenizer_inference:
+        survey.source_bytes += len(item.raw)
+        survey.anchors.update(header.anchor for header in headers)
+
+
+def _header(rules: Rules, name: str) -> Header | Failed:
+    rejected = None
+    try:
+        path = image_path(rules.dataset.image_dir, name)
+        with open_image(path) as image:
+            size, ends = (image.height, image.width), _ends(path)
+            if END_MARKS.get(image.format, b"") not in ends[-_ENDING:]:
+                read_image(path)
+            if rules.dataset.tokenizer_inference:
+                place_image(path, image, rules.choices, rules.crop_percent_thresh)
+    except Failed as error:
+        return error
+    except Rejected as error:
+        rejected = error
+    anchor = match_anchor(*size, rules.choices)
+    return Header(size, anchor, crop_share(*size, anchor), _digest(str(path).encode()), _digest(ends), rejected)
+
+
+def _digest(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _ends(path: Path) -> bytes:
+    """Size, beginning and end of a file: the same for copies."""
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        beginning = file.read(_SAMPLE)
+        file.seek(max(size - _SAMPLE, 0))
+        return size.to_bytes(8, "little") + beginning + file.read(_SAMPLE)

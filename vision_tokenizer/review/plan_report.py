@@ -1,0 +1,172 @@
+"""A plan in numbers: what a run will write and how long it takes, for the terminal, as JSON and as a picture."""
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, floor, log2
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from vision_tokenizer.codebook.annotations import OUTPUT_FIELDS
+from vision_tokenizer.images.anchors import model_size
+from vision_tokenizer.models.dualvitok.model import grid_sizes
+from vision_tokenizer.review.plan import BINS_PER_OCTAVE, THRESHOLDS, Survey
+from vistoken.errors import UserError
+from vistoken.jobs.summary import accounts_table, table
+
+RELEASED_CODEBOOKS = (32768, 98304)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a data set becomes: codes, bytes of output, hours at a given speed."""
+
+    images: int
+    tokens: int
+    bytes: int
+    hours: float | None
+
+    @classmethod
+    def of(cls, survey: Survey, codebook_sizes: Sequence[int], images_per_second: float | None) -> "Estimate":
+        images = sum(survey.anchors.values())
+        item_bytes = len(b", " + orjson.dumps({field: [] for field in OUTPUT_FIELDS}))
+        items = survey.account.done if images else 0
+        added = sum(n * image_bytes(anchor, codebook_sizes) for anchor, n in survey.anchors.items())
+        return cls(
+            images=images,
+            tokens=sum(n * image_tokens(anchor) for anchor, n in survey.anchors.items()),
+            bytes=survey.source_bytes + added + items * item_bytes,
+            hours=images / images_per_second / 3600 if images_per_second else None,
+        )
+
+
+def image_tokens(anchor: tuple[int, int]) -> int:
+    """Codes of both branches for an image at `anchor`."""
+    return sum(h * w for h, w in grid_sizes(*model_size(*anchor)))
+
+
+def image_bytes(anchor: tuple[int, int], codebook_sizes: Sequence[int]) -> int:
+    """What an image at `anchor` adds to its line: three list elements, with codes drawn evenly from the codebooks."""
+    draw = random.Random(0)
+    grids = grid_sizes(*model_size(*anchor))
+    codes = [
+        [[draw.randrange(k) for _ in range(w)] for _ in range(h)]
+        for (h, w), k in zip(grids, codebook_sizes, strict=True)
+    ]
+    return sum(len(orjson.dumps(value)) + 1 for value in (anchor, codes, anchor))
+
+
+def as_dict(survey: Survey, estimate: Estimate, errors: Sequence[str]) -> dict[str, Any]:
+    account, (repeated, copies) = survey.account, survey.duplicates()
+    return {
+        "items": account.items,
+        "done": account.done,
+        "rejected": account.rejected,
+        "failed": account.failed,
+        "reasons": {f"{kind}: {reason}": n for (kind, reason), n in sorted(account.reasons.items())},
+        "errors": list(errors),
+        "format_errors": dict(sorted(survey.format_errors.items())),
+        "images_referred_to": survey.images,
+        "images_named_again": repeated,
+        "copies_of_other_files": copies,
+        "images_to_encode": estimate.images,
+        "images_per_anchor": {f"{h}x{w}": n for (h, w), n in survey.anchors.most_common()},
+        "items_rejected_at_threshold": {f"{t:g}": survey.thresholds[t] for t in THRESHOLDS},
+        "tokens": estimate.tokens,
+        "bytes": estimate.bytes,
+        "hours": estimate.hours,
+    }
+
+
+def describe(surveys: Mapping[str, Survey], estimates: Mapping[str, Estimate], speed: float | None) -> str:
+    """The plan as text: accounts, what is written, anchors, thresholds."""
+    rows: list[Sequence[object]] = [("data set", "images", "codes", "disk", "time")]
+    for name, estimate in ((name, each) for name, each in estimates.items() if each.images):
+        rows.append((name, estimate.images, estimate.tokens, _size(estimate.bytes), _duration(estimate.hours)))
+    lines = [accounts_table({name: survey.account for name, survey in surveys.items()}), ""]
+    if len(rows) > 1:
+        lines += [table(rows) + ("" if speed else "\n(time: say --images_per_second)"), ""]
+    for name, survey in surveys.items():
+        lines += [name, *("  " + line for line in _details(survey)), ""]
+    return "\n".join(lines)
+
+
+def _details(survey: Survey) -> list[str]:
+    items, images = survey.account.items, sum(survey.anchors.values())
+    repeated, copies = survey.duplicates()
+    lines = [f"{survey.images:,} images; {repeated:,} of them named before, {copies:,} copies of other files"]
+    if images:
+        shares = (f"{h}x{w} {n / images:.1%}" for (h, w), n in survey.anchors.most_common())
+        lines.append("images per anchor (height x width): " + ", ".join(shares))
+    if survey.thresholds:
+        shares = (f"{t:g}: {survey.thresholds[t] / items:.1%}" for t in THRESHOLDS)
+        lines.append("items rejected at --crop_percent_thresh " + ", ".join(shares))
+    lines += [f"format: {reason}: {n:,} items" for reason, n in sorted(survey.format_errors.items())]
+    return lines
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _duration(hours: float | None) -> str:
+    if hours is None:
+        return "?"
+    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min" if hours * 60 >= 2 else f"{hours * 3600:.0f} s"
+
+
+def draw_ratios(path: Path, surveys: Sequence[Survey], choices: Sequence[tuple[int, int]]) -> None:
+    """The distribution of width / height over the anchors, as a picture. Raises `UserError` without matplotlib."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("the picture needs matplotlib. Please install it: pip install 'vistoken[plot]'") from error
+
+    ratios: Counter = sum((survey.ratios for survey in surveys), Counter())
+    choices = sorted(choices, key=_octaves)
+    tall, wide = (sum(sign * _octaves(anchor) > 0 for anchor in choices) for sign in (-1, 1))
+    colors = [*colormaps["Blues"](np.linspace(0.95, 0.4, tall)), *["#4d4d4d"] * (len(choices) - tall - wide)]
+    colors += [*colormaps["Oranges"](np.linspace(0.4, 0.9, wide))]
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes = figure.subplots()
+    below: Counter[int] = Counter()
+    for anchor, color in [*zip(choices, colors, strict=True), (None, "#c4c4c4")]:
+        bins = {number: n for (number, of), n in ratios.items() if of == anchor}
+        if bins:
+            label = f"{anchor[0]} x {anchor[1]}" if anchor else "rejected: crop"
+            left, bottom = [number / BINS_PER_OCTAVE for number in bins], [below[number] for number in bins]
+            label = f"{label}   {sum(bins.values()):,}"
+            axes.bar(left, list(bins.values()), 0.88 / BINS_PER_OCTAVE, bottom, color=color, label=label)
+            below.update(bins)
+    _dress(axes, [*(number / BINS_PER_OCTAVE for number in below), 0.0], choices)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _octaves(anchor: tuple[int, int]) -> float:
+    return log2(anchor[1] / anchor[0])
+
+
+def _dress(axes, octaves: Sequence[float], choices: Sequence[tuple[int, int]]) -> None:
+    for anchor in choices:
+        axes.axvline(_octaves(anchor), color="#00000033", linewidth=0.8, zorder=0)
+    ticks = range(floor(min(octaves)) - 1, ceil(max(octaves)) + 2)
+    axes.set_xticks(ticks, [f"{2**t}:1" if t >= 0 else f"1:{2**-t}" for t in ticks])
+    axes.set_xlim(ticks[0], ticks[-1])
+    axes.set_xlabel("width : height (lines: the anchors)")
+    axes.set_ylabel("images")
+    axes.set_title("Aspect ratios, and the anchor (height x width) that images are matched to", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.containers:
+        axes.legend(
+            frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title="images per anchor", alignment="left"
+        )

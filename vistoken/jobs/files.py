@@ -1,0 +1,91 @@
+"""Files that are either whole or absent: temporary name, fsync, `os.replace`."""
+
+import hashlib
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from vistoken.errors import UserError
+
+_OWNER = f"{socket.gethostname()}-{os.getpid()}"  # two writers of one file never share a temporary name
+
+
+@contextmanager
+def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
+    """Open a temporary neighbour of `path`; leaving the block gives it the name, an exception removes it.
+
+    Without `sync` the file survives a killed process, but a power cut only once the caller has called `os.sync`.
+    Raises `UserError` where the disk is full or not writable; nothing is left under the final name. An `OSError` of
+    the block that names another file is none of ours: it passes.
+    """
+    temporary = path.with_name(f"{path.name}.{_OWNER}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+        if sync:
+            sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is not None and not temporary.is_relative_to(error.filename):  # a failed write names none
+            raise
+        raise UserError(
+            f"{path}: cannot write ({error.strerror or error}). What was finished before is kept: "
+            "make room or fix the permissions, then run the same command again."
+        ) from error
+    finally:
+        with suppress(OSError):  # after success it is gone already
+            temporary.unlink()
+
+
+def write_bytes(path: Path, content: bytes, sync: bool = True) -> None:
+    with atomic_write(path, sync) as file:
+        file.write(content)
+
+
+def remove_file(path: Path) -> None:
+    """Remove `path`, if it is there, before anything that is written from now on."""
+    if path.exists():
+        path.unlink()
+        sync_folder(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """Of the content, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files whose writer, on this machine, is dead. Other machines' are left to them."""
+    for path in folder.glob(f"*.{socket.gethostname()}-[0-9]*.tmp"):
+        if not _alive(int(path.suffixes[-2].rpartition("-")[2])):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

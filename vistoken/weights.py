@@ -1,0 +1,224 @@
+"""The one way weights come in: a file, a folder or a hub id becomes named tensors, and a module takes them strictly.
+
+Nothing in a checkpoint is executed: pickles are read with `weights_only=True`, and one that asks for more is refused.
+Tensors are memory-mapped where the format allows it, so a tensor that is filtered out is never read from the disk.
+"""
+
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from zipfile import is_zipfile
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from vistoken.errors import UserError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")  # where a folder holds several, these names decide
+WRAPPERS = ("model", "state_dict")
+ACCEPTED = f"a {', '.join(PICKLES)} or .safetensors file, a folder that holds one, or a hub id such as org/name"
+
+
+def read_state_dict(
+    source: str | Path, *, use_ema: bool = False, keep: Iterable[str] | None = None
+) -> dict[str, Tensor]:
+    """Named CPU tensors of a checkpoint.
+
+    `source` is a file, a folder (one file, or shards with their index.json) or a hub id. A pickle may hold the
+    tensors themselves or nest them under `model` or `state_dict`; those under `ema` are used only if `use_ema`.
+    With `keep`, only names that start with one of these prefixes are returned. Raises `UserError`, also for none.
+    """
+    if not str(source):
+        raise UserError(f"the checkpoint's name is empty; a checkpoint is {ACCEPTED}")
+    prefixes = ("",) if keep is None else tuple(keep)
+    state: dict[str, Tensor] = {}
+    for file in _locate(source):
+        read = _read_safetensors if file.suffix == ".safetensors" else _read_pickle
+        state.update(read(file, use_ema, prefixes))
+    if not state and keep is not None:
+        names = _first(list(read_state_dict(source, use_ema=use_ema))) or "nothing"
+        raise UserError(f"{source}: no tensor in it begins with {' or '.join(prefixes)}; it holds {names}")
+    return state
+
+
+def load_strict(
+    module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path, ignore: Iterable[str] = ()
+) -> None:
+    """Give `module` (best built on the meta device) the tensors of `state` without copying them.
+
+    Every name and shape must agree, but for names that start with a prefix in `ignore`. Raises `UserError`,
+    which lists the first names that do not and blames `source`.
+    """
+    ignored = tuple(ignore)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(ignored)}
+    wanted = module.state_dict()
+    missing = [name for name in wanted if name not in state]
+    unexpected = [name for name in state if name not in wanted]
+    misfit = [
+        f"{name} is {_form(state[name])} where the model has {_form(tensor)}"
+        for name, tensor in wanted.items()
+        if name in state and _form(state[name]) != _form(tensor)
+    ]
+    problems = [("missing", missing), ("not in the model", unexpected), ("of another form", misfit)]
+    if any(names for _, names in problems):
+        listing = "".join(f"\n  {len(names)} {kind}: {_first(names)}" for kind, names in problems if names)
+        hint = (
+            "it is another model's checkpoint" if len(missing) == len(wanted) else "is this the config it belongs to?"
+        )
+        raise UserError(f"{source} does not fit {type(module).__name__} ({hint}){listing}")
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def fingerprint(state: Mapping[str, Tensor], sizes: str = "") -> str:
+    """Hex digest of every tensor's name, shape, dtype and whole content, in name order, and of the text `sizes`.
+
+    It does not depend on paths, file formats or the machine. SHA-256 reads over 1 GB/s per thread,
+    which a sample of each tensor would not beat by enough to be worth missing an edit.
+    """
+    names = sorted(state)
+    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing releases the interpreter lock
+        digests = pool.map(_digest, (state[name] for name in names))
+        lines = [f"{name} {digest}" for name, digest in zip(names, digests, strict=True)]
+    return hashlib.sha256("\n".join([*lines, sizes]).encode()).hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(content).hexdigest()}"
+
+
+def _form(tensor: Tensor) -> str:
+    """Shape and kind; any floating dtype will do, a quantised integer tensor will not."""
+    return f"{tuple(tensor.shape)} {'float' if tensor.is_floating_point() else tensor.dtype}"
+
+
+def _first(names: list[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (f", and {len(names) - count} more" if len(names) > count else "")
+
+
+def _locate(source: str | Path) -> list[Path]:
+    """The files of a checkpoint. The hub is asked only where no path can be meant."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix not in (*PICKLES, ".safetensors"):
+            raise UserError(f"{path}: a checkpoint is {ACCEPTED}; this suffix is none of these")
+        return [path]
+    if path.is_dir():
+        return _files_of_folder(path)
+    if looks_like_hub_id(str(source)):
+        return _files_of_folder(_download(str(source)))
+    nearest = next(parent for parent in path.absolute().parents if parent.is_dir())
+    found = _first(sorted(child.name for child in nearest.iterdir()), 8) or "nothing"
+    raise UserError(f"{source}: no such checkpoint; {nearest} holds {found}.\nA checkpoint is {ACCEPTED}.")
+
+
+def looks_like_hub_id(source: str) -> bool:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) or Path(source).suffix in (*PICKLES, ".safetensors"):
+        return False
+    return not Path(source).parent.exists()  # checkpoints/name next to a folder checkpoints/ is a mistyped path
+
+
+def _download(hub_id: str) -> Path:
+    import huggingface_hub
+
+    for suffixes in ((".safetensors",), PICKLES):  # not both: a repository often ships the same weights twice
+        patterns = [pattern for suffix in suffixes for pattern in (f"*{suffix}", f"*{suffix}.index.json")]
+        try:
+            folder = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+        except (OSError, ValueError) as error:  # what the hub client raises, offline included, derives from these
+            raise UserError(
+                f"{hub_id}: no such path here, and not found as a hub id either: {_summary(error)}"
+            ) from error
+        if any(child.suffix in suffixes for child in folder.iterdir()):
+            return folder
+    raise UserError(f"{hub_id}: this hub repository holds no weights at its top level; a checkpoint is {ACCEPTED}")
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    for name in INDEXES:
+        if (folder / name).is_file():
+            return _shards(folder / name)
+    files = sorted(child for child in folder.iterdir() if child.suffix in (*PICKLES, ".safetensors"))
+    chosen = [folder / name for name in SINGLES if folder / name in files][:1] or files
+    if len(chosen) == 1:
+        return chosen
+    if chosen:
+        raise UserError(f"{folder}: which of {_first([file.name for file in files], 8)}? Name the file itself")
+    found = _first(sorted(child.name for child in folder.iterdir()), 8) or "nothing"
+    raise UserError(f"{folder}: no checkpoint in this folder, which holds {found}.\nA checkpoint is {ACCEPTED}.")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{index}: no shard index with a weight_map: {_summary(error)}") from error
+    outside = [name for name in names if Path(name).name != name]
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if outside or absent:
+        raise UserError(f"{index}: shards missing from its folder: {_first(outside or absent)}; fetch them again")
+    return [index.parent / name for name in names]
+
+
+def _read_safetensors(file: Path, use_ema: bool, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    if use_ema:
+        raise UserError(f"{file}: EMA weights were asked for, but a .safetensors file holds one set of weights")
+    try:
+        with safetensors.safe_open(file, framework="pt") as reader:
+            names = [name for name in reader.keys() if name.startswith(prefixes)]  # noqa: SIM118 (no mapping)
+            return {name: reader.get_tensor(name) for name in names}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged or not a safetensors file: {_summary(error)}") from error
+
+
+def _read_pickle(file: Path, use_ema: bool, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    try:
+        payload = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{file}: {_refusal(str(error))}") from error
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: damaged or not a PyTorch checkpoint: {_summary(error)}") from error
+    tensors = _tensors_of(payload, file, use_ema)
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+
+
+def _tensors_of(payload: object, file: Path, use_ema: bool) -> dict[str, Tensor]:
+    """The state dict of a loaded pickle, whether nested or not."""
+    keys = list(payload) if isinstance(payload, dict) else []
+    found = _first(list(map(str, keys))) or type(payload).__name__
+    wrappers = ("ema",) if use_ema else WRAPPERS
+    nested = next((payload[key] for key in wrappers if key in keys and isinstance(payload[key], Mapping)), None)
+    if nested is None and use_ema:
+        raise UserError(
+            f"{file}: EMA weights were asked for, but it has no `ema`; it holds {_first(list(map(str, keys)))}"
+        )
+    holder = payload if nested is None else nested
+    tensors = {name: value for name, value in holder.items() if isinstance(value, Tensor)} if keys else {}
+    if not tensors:
+        only_ema = " (its weights are under `ema`: ask for EMA weights)" if "ema" in keys else ""
+        raise UserError(f"{file}: no named tensors in it{only_ema}; it holds {found}")
+    return tensors
+
+
+def _refusal(message: str) -> str:
+    """Why `weights_only` loading refused a pickle; its own message goes on to recommend the unsafe way."""
+    asked_for = re.search(r"GLOBAL ([\w.]+)|(?:function|class) ([^\s,]+)", message)
+    if asked_for is None:
+        return "damaged or not a PyTorch checkpoint (no pickle of tensors)"
+    return (
+        f"refused: besides tensors it asks for {asked_for[1] or asked_for[2]}, which could run code. Only if you trust"
+        " where it comes from: load it in a program of your own, and save its state dict alone for this one"
+    )
+
+
+def _summary(error: BaseException) -> str:
+    """The first line of a library's message, which says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
