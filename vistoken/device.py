@@ -67,6 +67,11 @@ def choose_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """16-bit numbers widened to fp32; fp64, which checks against reference numbers compute in, stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 @contextmanager
 def float32_products(*, tf32: bool) -> Iterator[None]:
     """Compute fp32 matrix products and convolutions in IEEE fp32, or with TF32 inputs, and restore the setting."""

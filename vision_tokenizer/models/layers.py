@@ -2,7 +2,7 @@
 
 MoVQGAN and Chameleon differ in three places, which are passed in: the norm, the down- and the upsampling.
 Norms are called with (x, zq); a plain one ignores zq. Attribute names are those of the published checkpoints.
-For inference only: activations are overwritten in place.
+Without gradients, activations are overwritten in place.
 
 Legend: B batch, C channels, H W pixels or the level's height and width, N = H * W.
 """
@@ -46,13 +46,16 @@ class GroupNorm(nn.GroupNorm):
     """Group normalisation in channels-last layout whose statistics hold for flat images too.
 
     PyTorch's CPU kernel for this layout adds up one element after the other and subtracts the square of the mean,
-    which on an image of a single colour leaves nothing of the variance. Here values are centred first.
+    which on an image of a single colour leaves nothing of the variance. Here values are centred first. Its kernel for
+    the ordinary layout has no such flaw and comes with a backward pass, so training takes that one.
     """
 
     def __init__(self, channels: int):
         super().__init__(32, channels, eps=1e-6)
 
     def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return F.group_norm(x.contiguous(), self.num_groups, self.weight, self.bias, self.eps)
         rows = x.permute(0, 2, 3, 1)  # (B, H, W, C)
         mean = rows.mean((1, 2), dtype=torch.float32)  # (B, C)
         pivot = mean.to(x.dtype)

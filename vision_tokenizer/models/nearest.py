@@ -18,11 +18,11 @@ NO_CODE = -1  # of a feature that is not finite: weights are damaged, or fp16 ov
 def nearest_codes(features: Tensor, codebook: Tensor, half_norms: Tensor) -> Tensor:
     """Index of the codebook row nearest to each feature by Euclidean distance, the lowest on a tie.
 
-    `features` (..., d) of any float dtype, `codebook` (K, d) and `half_norms` (K,) = |row|^2 / 2, both fp32; returns
-    (...) int64, `NO_CODE` for a feature that is not finite. |x - c|^2 / 2 without its |x|^2 / 2 is |c|^2 / 2 - x c, so
+    `features` (..., d) of any float dtype, `codebook` (K, d) and `half_norms` (K,) = |row|^2 / 2, both fp32 (or fp64,
+    which then decides); returns (...) int64, `NO_CODE` for a feature that is not finite. |x - c|^2 / 2 without its |x|^2 / 2 is |c|^2 / 2 - x c, so
     one product per block decides.
     """
-    tokens = features.float().flatten(0, -2)
+    tokens = features.to(codebook.dtype).flatten(0, -2)
     with float32_products(tf32=False):
         blocks = [_nearest(block, codebook, half_norms) for block in tokens.split(TOKENS_AT_ONCE)]
     return torch.cat(blocks).view(features.shape[:-1])

@@ -31,6 +31,13 @@ def grid_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int
     return (vit_height // CELL, vit_width // CELL), (height // SIDE, width // SIDE)
 
 
+def join_branches(semantic: Tensor, pixel: Tensor) -> Tensor:
+    """Codebook rows (B, h, w, d) of both branches -> what the decoder reads, (B, d + d', h, w) on the pixel grid."""
+    semantic, pixel = semantic.permute(0, 3, 1, 2), pixel.permute(0, 3, 1, 2)
+    semantic = F.interpolate(semantic, pixel.shape[2:], mode="bicubic", align_corners=False)
+    return torch.cat([semantic, pixel], dim=1)
+
+
 class DualViTok(nn.Module):
     """An `ImageTokenizer`. `load_dualvitok` makes one that is ready for use."""
 
@@ -89,11 +96,7 @@ class DualViTok(nn.Module):
     def decode(self, grids: tuple[Tensor, Tensor]) -> Tensor:
         """Semantic and pixel codes -> (B, 3, H, W) float32, nominally [-1, 1] but not clamped."""
         self._require_decoder()
-        rows = self._rows(grids)
-        size = grids[1].shape[1:]
-        semantic = F.interpolate(rows[0].permute(0, 3, 1, 2), size, mode="bicubic", align_corners=False)
-        zq = torch.cat([semantic, rows[1].permute(0, 3, 1, 2)], dim=1)
-        zq = zq.to(self.dtype, memory_format=torch.channels_last)
+        zq = join_branches(*self._rows(grids)).to(self.dtype, memory_format=torch.channels_last)
         with float32_products(tf32=self.tf32):
             return self.pixel_decoder(self.pixel_post_quant_conv(zq), zq).float().contiguous()
 

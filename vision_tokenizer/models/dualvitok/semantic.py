@@ -22,6 +22,7 @@ from vision_tokenizer.models.dualvitok.vit import (
     raster_positions,
     rotary_table,
 )
+from vistoken.device import at_least_float32
 
 CELL = MERGE * PATCH  # pixels of the ViT's input per code
 HEADS = 16  # of the blocks after the ViT and in the decoder, whatever the ViT has
@@ -69,16 +70,17 @@ def vit_input_size(height: int, width: int) -> tuple[int, int]:
 
 
 @lru_cache  # a copy to a GPU at every batch would wait for it
-def _clip_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values).view(3, 1, 1).to(device) for values in (CLIP_MEAN, CLIP_STD))
+def _clip_statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, dtype=dtype).view(3, 1, 1).to(device) for values in (CLIP_MEAN, CLIP_STD))
     return mean, std
 
 
 def vit_input(pixels: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> the ViT's normalised input, resized and in fp32 whatever the model's dtype."""
     size = vit_input_size(*pixels.shape[2:])
-    image = F.interpolate((pixels.float() + 1) / 2, size, mode="bicubic", align_corners=False, antialias=True)
-    mean, std = _clip_statistics(pixels.device)
+    image = (at_least_float32(pixels) + 1) / 2
+    image = F.interpolate(image, size, mode="bicubic", align_corners=False, antialias=True)
+    mean, std = _clip_statistics(image.device, image.dtype)
     return (image.clamp_(0, 1) - mean) / std
 
 
@@ -109,8 +111,11 @@ class SemanticEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """The ViT's input (B, 3, 28 h, 28 w), see `vit_input` -> features (B, h, w, z)."""
-        height, width = image.shape[2] // CELL, image.shape[3] // CELL
-        x = F.linear(self.target(image), self.proj_in.weight.flatten(1), self.proj_in.bias)
+        return self.features(self.target(image), image.shape[2] // CELL, image.shape[3] // CELL)
+
+    def features(self, target: Tensor, height: int, width: int) -> Tensor:
+        """What `target` gives (B, n, hidden_size) -> (B, height, width, z)."""
+        x = F.linear(target, self.proj_in.weight.flatten(1), self.proj_in.bias)
         rotary = grid_rotary(height, width, x.shape[-1], x.device)
         for block in self.blocks:
             x = block(x, rotary)

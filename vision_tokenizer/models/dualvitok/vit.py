@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vistoken.device import at_least_float32
+
 PATCH = 14
 MERGE = 2  # a merged token is MERGE x MERGE patches
 THETA = 1e4
@@ -51,7 +53,7 @@ def merge_order(grid: Tensor, height: int, width: int) -> Tensor:
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn the pairs (x[i], x[i + D / 2]) of (B, N, 2, heads, D), in fp32."""
     cos, sin = (table[:, None, None, :] for table in rotary)
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = at_least_float32(x).chunk(2, dim=-1)
     turned = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
     return torch.cat(turned, dim=-1).to(x.dtype)
 
@@ -88,7 +90,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc1(x)
-        return self.fc2(torch.sigmoid_(1.702 * h).mul_(h))  # the quick form of GELU
+        gate = torch.sigmoid_(1.702 * h)  # the quick form of GELU
+        return self.fc2(gate * h if gate.requires_grad else gate.mul_(h))
 
 
 class Block(nn.Module):
