@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from measure import REPO, describe_machine, make_images, measure_command
 
-from pre_tokenize.chameleon import ChameleonSequences, Settings, load_tokenizers, make_engine, make_manifest
+from pre_tokenize.chameleon import ChameleonFormat, Settings, load_tokenizers, make_engine, make_manifest
 from pre_tokenize.conversation import parse_conversation
 from pre_tokenize.job import run_job
 from pre_tokenize.output import OutputFolder, open_source
@@ -117,7 +117,7 @@ def job(data: Path, out: Path, text: TextTokenizer, vqgan: ChameleonVQGAN, setti
     clock = Clock()
     source = open_source(data, out, settings.items_per_file)
     manifest = make_manifest(settings, text, vqgan, source.table) | {"token_files": "arrow", "image_dir": "."}
-    sequences = ChameleonSequences(text, lambda item: item, Path())
+    sequences = ChameleonFormat(text, lambda item: item, Path())
     engine = partial(make_engine, vqgan, settings, default_workers())
     _, account, _ = run_job(source, OutputFolder(out, manifest), sequences, engine, Solo(), overwrite=False)
     if account.done != account.items:

@@ -1,4 +1,4 @@
-"""What pre_tokenize.py does with the Chameleon tokenizers: load them, record them, put them to work.
+"""Chameleon's sequences, and what pre_tokenize.py does with its tokenizers: load them, record them, put them to work.
 
 A sequence is `<s>`, then turns that each end in an id of their own; images are blocks of ids in their places.
 """
@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pre_tokenize.conversation import Conversation, parse_conversation
 from pre_tokenize.output import common_manifest
-from pre_tokenize.sequences import Draft, Images, ProcessItem, join, tokenize_items
+from pre_tokenize.sequences import Block, Draft, Images, ProcessItem, as_it_is, join, tokenize_items
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenSample
 from vision_tokenizer.codebook.encoder import Engine
@@ -49,8 +50,8 @@ def load_tokenizers(
     return tokenizer, vqgan
 
 
-class ChameleonSequences:
-    """Items to Chameleon sequences.
+class ChameleonFormat:
+    """A `SequenceFormat`: `<s>`, then turns that each end in an id of their own, of which every second is learned.
 
     Args:
         text: the text tokenizer of a Chameleon release.
@@ -58,13 +59,23 @@ class ChameleonSequences:
         image_dir: where relative image paths begin.
     """
 
-    def __init__(self, text: TextTokenizer, process_item: ProcessItem, image_dir: Path):
+    branches = ("image",)
+
+    def __init__(self, text: TextTokenizer, process_item: ProcessItem = as_it_is, image_dir: Path = Path()):
         self._text, self._process_item, self._image_dir = text, process_item, image_dir
-        self.vocabulary = ChameleonVocabulary(text.ids, str(text.path))
-        text.forbid(self.vocabulary.image_ids)
+        self.vocabulary = vocabulary = ChameleonVocabulary(text.ids, str(text.path))
+        text.forbid(vocabulary.image_ids)
+        self.codebook_sizes = (len(vocabulary.image_ids),)
+        self.vocab_size = vocabulary.size
+        self.turn_end = vocabulary.end_of_turn
+        self.names = {vocabulary.begin: "start", self.turn_end: "end of turn"}
+        self.text = text.decode
 
     def drafts(self, items: Sequence[Item]) -> Iterator[Draft | ItemError]:
         return tokenize_items(items, self._parse, self._text, self._image_dir)
+
+    def _parse(self, value: dict[str, Any]) -> Conversation:
+        return parse_conversation(self._process_item(value))
 
     def sample(self, draft: Draft, images: Images) -> TokenSample:
         learned, blocks = draft.parsed.learned, []
@@ -77,8 +88,24 @@ class ChameleonSequences:
         tokens, loss_mask = join(draft.marked, learned, blocks, [self.vocabulary.begin], ends)
         return TokenSample(draft.item, tokens, loss_mask, draft.parsed.images)
 
-    def _parse(self, value: dict[str, Any]) -> Conversation:
-        return parse_conversation(self._process_item(value))
+    def blocks(self, tokens: np.ndarray) -> list[Block]:
+        found = []
+        for start, end in self.vocabulary.image_spans(tokens):
+            block = tokens[start:end]
+            found.append(Block(start, end, self.vocabulary.image_size(block), (self.vocabulary.image_codes(block),)))
+        if int(np.isin(tokens, self.vocabulary.image_ids).sum()) != sum(block.grids[0].size for block in found):
+            raise ValueError("there are image tokens outside of image blocks")
+        return found
+
+    def learned(self, tokens: np.ndarray) -> np.ndarray:
+        begin, end = self.vocabulary.begin, self.vocabulary.end_of_turn
+        if tokens[0] != begin or np.count_nonzero(tokens == begin) != 1:
+            raise ValueError("a sequence begins with <s>, and has it nowhere else")
+        ends = np.flatnonzero(tokens == end)
+        if not len(ends) or ends[-1] != len(tokens) - 1:
+            raise ValueError("the last id does not end a turn")
+        turns = np.searchsorted(ends, np.arange(len(tokens)))
+        return turns % 2 == 1
 
 
 def make_engine(

@@ -1,4 +1,4 @@
-"""What pre_tokenize.py does with the codes of DualViTok: lines of codebook inference become a language model's tokens.
+"""Sequences of DualViTok's codes: lines of codebook inference as a language model's tokens, and back.
 
 No image is read: the codes are in the lines. Turns are written in the ChatML form of Qwen2.5 and others, without a
 system turn:
@@ -13,14 +13,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pre_tokenize.conversation import END_MARK, IMAGE_MARK, Conversation, learned_turns
 from pre_tokenize.dualvitok_text import read_item, spell
 from pre_tokenize.job import ChunkWork
 from pre_tokenize.output import common_manifest
-from pre_tokenize.sequences import Draft, Images, ProcessItem, join, tokenize_items
+from pre_tokenize.sequences import Block, Draft, Images, ProcessItem, as_it_is, join, pairs, tokenize_items
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenSample
-from vision_tokenizer.models.dualvitok.vocabulary import DualViTokVocabulary
+from vision_tokenizer.models.dualvitok.model import grid_sizes
+from vision_tokenizer.models.dualvitok.vocabulary import DualViTokVocabulary, code_place
 from vistoken.errors import ItemError, UserError
 from vistoken.jobs.chunks import ChunkTable, Item
 from vistoken.jobs.manifest import MANIFEST, read_manifest
@@ -29,39 +32,38 @@ from vistoken.jobs.progress import Stopwatch
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
 
-class DualViTokSequences:
-    """Lines of codebook inference to sequences.
+class DualViTokFormat:
+    """A `SequenceFormat`: turns in ChatML, of which those of the assistant are learned; images as words.
 
     Args:
         text: the tokenizer of a language model, extended with the words of DualViTok. Raises `UserError` if not.
         process_item: brings an item to the form of such a line.
     """
 
-    def __init__(self, text: TextTokenizer, process_item: ProcessItem):
+    branches = ("semantic", "pixel")
+
+    def __init__(self, text: TextTokenizer, process_item: ProcessItem = as_it_is):
         self._text, self._process_item = text, process_item
-        self.vocabulary = DualViTokVocabulary(text.ids, str(text.path))
-        text.forbid(self.vocabulary.image_ids)
+        self.vocabulary = vocabulary = DualViTokVocabulary(text.ids, str(text.path))
+        text.forbid(vocabulary.image_ids)
+        self.codebook_sizes = vocabulary.codebook_sizes
+        self.vocab_size = text.size
         if missing := [name for name in (TURN_START, TURN_END) if name not in text.ids]:
             raise UserError(
                 f"{text.path}: no token {' and no '.join(missing)}, which separate the turns (ChatML). Take a language "
                 "model whose tokenizer has them, such as Qwen2.5."
             )
-        start, end = text.ids[TURN_START], text.ids[TURN_END]
-        new_line, assistant = (ids.tolist() for ids in text.encode_batch(["\n", "assistant\n"]))
+        self.turn_start, self.turn_end = start, end = text.ids[TURN_START], text.ids[TURN_END]
+        self.names = {start: TURN_START, end: TURN_END}
+        self.text = text.decode
+        new_line, self._assistant = (ids.tolist() for ids in text.encode_batch(["\n", "assistant\n"]))
         self._begin = [start]
-        self._to_answer = [end, *new_line, start, *assistant]
+        self._to_answer = [end, *new_line, start, *self._assistant]
         self._to_question = [end, *new_line, start]  # "user\n" stands in the text: it is tokenised with what follows
         self._last = [end, *new_line]
 
     def drafts(self, items: Sequence[Item]) -> Iterator[Draft | ItemError]:
         return tokenize_items(items, self._parse, self._text)
-
-    def sample(self, draft: Draft, images: Images) -> TokenSample:
-        parsed = draft.parsed
-        blocks = [self.vocabulary.spell(words) for words in parsed.words]
-        ends = [self._to_question if learned else self._to_answer for learned in parsed.learned[:-1]]
-        tokens, loss_mask = join(draft.marked, parsed.learned, blocks, self._begin, [*ends, self._last])
-        return TokenSample(draft.item, tokens, loss_mask, parsed.images)
 
     def _parse(self, value: dict[str, Any]) -> Conversation:
         values, pictures = read_item(self._process_item(value), self.vocabulary.codebook_sizes)
@@ -71,6 +73,52 @@ class DualViTokSequences:
             text += "".join(piece if isinstance(piece, str) else IMAGE_MARK for piece in pieces) + END_MARK
             words += [piece for piece in pieces if not isinstance(piece, str)]
         return Conversation(text, learned, tuple(picture.name for picture in pictures), tuple(words))
+
+    def sample(self, draft: Draft, images: Images) -> TokenSample:
+        parsed = draft.parsed
+        blocks = [self.vocabulary.spell(words) for words in parsed.words]
+        ends = [self._to_question if learned else self._to_answer for learned in parsed.learned[:-1]]
+        tokens, loss_mask = join(draft.marked, parsed.learned, blocks, self._begin, [*ends, self._last])
+        return TokenSample(draft.item, tokens, loss_mask, parsed.images)
+
+    def blocks(self, tokens: np.ndarray) -> list[Block]:
+        marks = pairs(tokens, self.vocabulary.image_start, self.vocabulary.image_end, "image")
+        found = [self._block(tokens, start - 2, end + 1) for start, end in marks]
+        codes = sum(int(((tokens >= words.start) & (tokens < words.stop)).sum()) for words in self.vocabulary.code_ids)
+        if codes != sum(grid.size for block in found for grid in block.grids):
+            raise ValueError("there are image tokens outside of image blocks")
+        return found
+
+    def _block(self, tokens: np.ndarray, start: int, end: int) -> Block:
+        block = tokens[max(start, 0) : end]
+        try:
+            size = self.vocabulary.image_size(block[:2])
+        except ValueError as error:
+            raise ValueError("an image block does not begin with its height and width") from error
+        shapes = grid_sizes(*size)
+        layout, grids = self.vocabulary.layout(*size, shapes), []
+        if len(block) != len(layout):
+            raise ValueError(f"an image block of {end - start} ids cannot hold an image of {size[0]} x {size[1]}")
+        wrong = (layout >= 0) & (block != layout)
+        for level, (shape, words) in enumerate(zip(shapes, self.vocabulary.code_ids, strict=True)):
+            places = layout == code_place(level)
+            wrong |= places & ((block < words.start) | (block >= words.stop))
+            grids.append(block[places].reshape(shape) - words.start)
+        if wrong.any():
+            raise ValueError("an image block holds an id that does not belong there")
+        return Block(start, end, size, tuple(grids))
+
+    def learned(self, tokens: np.ndarray) -> np.ndarray:
+        turns = pairs(tokens, self.turn_start, self.turn_end, "turn")
+        if not turns or turns[0][0]:
+            raise ValueError(f"a sequence begins with {TURN_START}")
+        mask = np.zeros(len(tokens), bool)
+        for start, end in turns[1::2]:
+            said = start + 1 + len(self._assistant)
+            if not np.array_equal(tokens[start + 1 : said], self._assistant):
+                raise ValueError("every second turn must be the assistant's")
+            mask[said : end + 1] = True
+        return mask
 
 
 class NoImages:
@@ -85,7 +133,7 @@ class NoImages:
 
 
 def make_manifest(
-    items_per_file: int, text: TextTokenizer, sequences: DualViTokSequences, table: ChunkTable
+    items_per_file: int, text: TextTokenizer, sequences: DualViTokFormat, table: ChunkTable
 ) -> dict[str, Any]:
     """What decides the token files. Raises `UserError` where the lines come from codebooks of other sizes."""
     codebook = read_manifest(table.path.parent) or {}  # absent beside lines that were moved, or made elsewhere

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from pre_tokenize.output import OutputFolder
 from pre_tokenize.record import Lengths, companions
-from pre_tokenize.sequences import Draft, Images, Sequences
+from pre_tokenize.sequences import Draft, Images, SequenceFormat
 from pre_tokenize.token_file import TokenSample
 from vistoken.errors import ItemError
 from vistoken.jobs.counts import Account
@@ -33,7 +33,7 @@ class Encoder(Protocol):
 class ChunkWork:
     """One chunk in progress: what its items need, what they already have, and then its part."""
 
-    def __init__(self, task: Task, sequences: Sequences, output: OutputFolder):
+    def __init__(self, task: Task, sequences: SequenceFormat, output: OutputFolder):
         """Read the chunk's items and tokenise their text; of a chunk done before, only those that failed."""
         self.task = task
         self._chunk = OpenChunk.read(task)
@@ -52,7 +52,7 @@ class ChunkWork:
         for draft in self._drafts.values():
             yield from draft.paths
 
-    def part(self, images: Images, sequences: Sequences, output: OutputFolder) -> Part:
+    def part(self, images: Images, sequences: SequenceFormat, output: OutputFolder) -> Part:
         """The finished chunk: its samples in input order, its problems, its account."""
         samples = dict(self._kept)
         for index, draft in self._drafts.items():
@@ -68,7 +68,7 @@ class ChunkWork:
 
 
 def tokenize_chunks(
-    tasks: Iterator[Task], *, sequences: Sequences, encoder: Encoder, output: OutputFolder, progress: Progress
+    tasks: Iterator[Task], *, sequences: SequenceFormat, encoder: Encoder, output: OutputFolder, progress: Progress
 ) -> Iterator[tuple[Task, Part]]:
     """The job's `process`: read each chunk, have its images encoded, join text and images."""
 
@@ -90,7 +90,7 @@ def tokenize_chunks(
 def run_job(
     source: Source,
     output: OutputFolder,
-    sequences: Sequences,
+    sequences: SequenceFormat,
     make_encoder: Callable[[Callable[[int], None]], Encoder],
     claims: Claims,
     *,

@@ -43,7 +43,7 @@ from vistoken.cli import run_command
 from vistoken.errors import UserError
 
 if TYPE_CHECKING:
-    from pre_tokenize.sequences import Sequences
+    from pre_tokenize.sequences import SequenceFormat
 
 
 class ItemProcessor:
@@ -169,9 +169,9 @@ def _check_dualvitok(args: argparse.Namespace, parser: argparse.ArgumentParser) 
         parser.error(f"{args.in_filename} lists items without codes; name the .jsonl beside it")
 
 
-def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[Sequences, Callable, Callable]":
+def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[SequenceFormat, Callable, Callable]":
     """How items become sequences, what makes the encoder of their images, and what makes the input's manifest."""
-    from pre_tokenize.chameleon import ChameleonSequences, Settings, load_tokenizers, make_engine, make_manifest
+    from pre_tokenize.chameleon import ChameleonFormat, Settings, load_tokenizers, make_engine, make_manifest
     from vistoken.device import default_batch_size, default_workers, local_device
 
     num_workers = args.num_workers or default_workers()
@@ -185,20 +185,20 @@ def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[
         items_per_file=args.items_per_file,
     )
     text, vqgan = load_tokenizers(args.text_tokenizer, args.tokenizer_dir, device, settings)
-    sequences = ChameleonSequences(text, process_item, args.image_dir)
+    sequences = ChameleonFormat(text, process_item, args.image_dir)
     make_encoder = partial(make_engine, vqgan, settings, num_workers)
     return sequences, make_encoder, partial(make_manifest, settings, text, vqgan)
 
 
-def dualvitok_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[Sequences, Callable, Callable]":
+def dualvitok_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[SequenceFormat, Callable, Callable]":
     """The same for codes that codebook inference has written: there is nothing left to encode."""
-    from pre_tokenize.dualvitok import DualViTokSequences, NoImages, make_manifest
+    from pre_tokenize.dualvitok import DualViTokFormat, NoImages, make_manifest
     from pre_tokenize.text import TextTokenizer
     from vistoken.device import default_workers
 
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.num_workers or default_workers()))
     text = TextTokenizer(args.tokenizer_dir)
-    sequences = DualViTokSequences(text, process_item)
+    sequences = DualViTokFormat(text, process_item)
     return sequences, lambda on_images: NoImages(), partial(make_manifest, args.items_per_file, text, sequences)
 
 

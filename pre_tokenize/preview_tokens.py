@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
-    from pre_tokenize.sequence_reader import load_reader
+    from pre_tokenize.formats import load_format
     from pre_tokenize.text import TextTokenizer
     from pre_tokenize.token_file import TokenFiles
     from pre_tokenize.token_preview import TALLIED, Renderer, tally, write_report
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if not len(files):
         raise UserError(f"{args.record}: no items in it")
     manifest = files.manifest()
-    reader = load_reader(manifest, TextTokenizer(args.text_tokenizer or args.tokenizer_dir))
+    reader = load_format(manifest, TextTokenizer(args.text_tokenizer or args.tokenizer_dir))
     tokenizer, original = image_parts(args, manifest)
     renderer, talks = Renderer(reader, tokenizer, original), []
     contents = tally(files, draw(len(files), TALLIED, args.seed), reader)

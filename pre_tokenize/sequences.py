@@ -1,9 +1,9 @@
-"""Items to sequences: what both kinds of image tokens have in common. See `chameleon.py` and `dualvitok.py`."""
+"""Items to sequences, and back: what both formats have in common. See `chameleon.py` and `dualvitok.py`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -32,16 +32,60 @@ class Draft:
     paths: tuple[Path, ...] = ()  # the images whose codes it needs
 
 
-class Sequences(Protocol):
-    """How items become sequences, in two steps around the encoding of their images."""
+class Block(NamedTuple):
+    """An image in a sequence: ids [start, end)."""
+
+    start: int
+    end: int
+    size: tuple[int, int]  # (h, w) in pixels
+    grids: tuple[np.ndarray, ...]  # codes per branch, (h, w)
+
+
+class SequenceFormat(Protocol):
+    """How items are written as sequences, and sequences read back.
+
+    Items are written in two steps, around the encoding of their images. Where ids come from elsewhere, reading them
+    raises `ValueError`.
+    """
+
+    branches: tuple[str, ...]
+    codebook_sizes: tuple[int, ...]
+    vocab_size: int  # ids lie in [0, vocab_size)
+    names: Mapping[int, str]  # of the marks: ids that are neither text nor codes
+    turn_end: int  # the mark that ends a turn
 
     def drafts(self, items: Sequence[Item]) -> Iterable[Draft | ItemError]:
         """Each item with its text tokenised, all texts in one batch, or why it cannot be done."""
         ...
 
     def sample(self, draft: Draft, images: Images) -> TokenSample:
-        """The finished sequence. Raises the error of the first image that has one."""
+        """The finished sequence and its loss mask. Raises the error of the first image that has one."""
         ...
+
+    def blocks(self, tokens: np.ndarray) -> list[Block]:
+        """The images, in order. Raises `ValueError` for a block that is not well formed, or codes outside of one."""
+        ...
+
+    def learned(self, tokens: np.ndarray) -> np.ndarray:
+        """(L,) bool, the loss mask: what the turns say is learned. Raises `ValueError` for ids that are no turns."""
+        ...
+
+    def text(self, ids: np.ndarray) -> str:
+        """Ids of text -> the text, special tokens by their names."""
+        ...
+
+
+def as_it_is(item: dict[str, Any]) -> dict[str, Any]:
+    """The `ProcessItem` for items that are in the document's format already."""
+    return item
+
+
+def pairs(tokens: np.ndarray, start: int, end: int, what: str) -> list[tuple[int, int]]:
+    """Positions of the marks that open and close something, in order. Raises `ValueError` where one is left over."""
+    starts, ends = np.flatnonzero(tokens == start), np.flatnonzero(tokens == end)
+    if len(starts) != len(ends) or (starts >= ends).any() or (starts[1:] < ends[:-1]).any():
+        raise ValueError(f"{len(starts)} {what} starts and {len(ends)} {what} ends do not pair up")
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
 def tokenize_items(

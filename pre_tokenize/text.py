@@ -66,6 +66,10 @@ class TextTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._checked(np.asarray(encoding.ids, np.int64)) for encoding in encodings]
 
+    def decode(self, ids: np.ndarray) -> str:
+        """Ids -> text, special tokens shown by their names."""
+        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
     def _checked(self, ids: np.ndarray) -> np.ndarray | Failed:
         if forbidden := self._control[ids].nonzero()[0].tolist():
             name = self._tokenizer.id_to_token(int(ids[forbidden[0]]))

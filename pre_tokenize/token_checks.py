@@ -13,8 +13,7 @@ import orjson
 import torch
 
 from pre_tokenize.record import Record, companions
-from pre_tokenize.sequence_reader import SequenceReader
-from pre_tokenize.sequences import Sequences
+from pre_tokenize.sequences import SequenceFormat
 from pre_tokenize.token_file import TokenFiles, TokenSample
 from vision_tokenizer.codebook.encoder import Encoded
 from vision_tokenizer.images.dualvitok import normalize
@@ -53,7 +52,7 @@ def _rejected(path: Path, findings: Findings) -> np.ndarray:
 
 
 def check_sequences(
-    files: TokenFiles, reader: SequenceReader, findings: Findings, on_item: Callable[[], None]
+    files: TokenFiles, reader: SequenceFormat, findings: Findings, on_item: Callable[[], None]
 ) -> dict[str, int]:
     """Every sequence by the rules of its vocabulary; returns how many tokens, learned ones and images there are."""
     found = {"tokens": 0, "learned": 0, "images": 0}
@@ -73,7 +72,7 @@ def check_sequences(
     return found
 
 
-def sequence_errors(sample: TokenSample, reader: SequenceReader) -> Iterator[tuple[str, str]]:
+def sequence_errors(sample: TokenSample, reader: SequenceFormat) -> Iterator[tuple[str, str]]:
     """(kind, detail) of what is wrong with a sequence."""
     tokens = sample.tokens
     if not len(tokens) or tokens.min() < 0 or tokens.max() >= reader.vocab_size:
@@ -100,8 +99,7 @@ def sequence_errors(sample: TokenSample, reader: SequenceReader) -> Iterator[tup
 class Retokenizer:
     """Tokenises items again and compares. Without `vqgan` the items bring their codes, and all ids must be equal."""
 
-    sequences: Sequences
-    reader: SequenceReader
+    reader: SequenceFormat
     findings: Findings
     prepare: Callable[[Path], tuple[torch.Tensor, Any]] | None = None
     vqgan: Any = None
@@ -110,13 +108,13 @@ class Retokenizer:
 
     def compare(self, item: Item, stored: TokenSample, where: str) -> None:
         """Findings of whatever differs, except codes that were as good as tied."""
-        draft = next(iter(self.sequences.drafts([item])))
+        draft = next(iter(self.reader.drafts([item])))
         if isinstance(draft, ItemError):
             self.findings.add("item fails now", f"{where}: {draft}")
             return
         features: dict[Path, torch.Tensor] = {}
         try:
-            fresh = self.sequences.sample(draft, {path: self._encode(path, features) for path in draft.paths})
+            fresh = self.reader.sample(draft, {path: self._encode(path, features) for path in draft.paths})
         except ItemError as error:
             self.findings.add("item fails now", f"{where}: {error}")
             return

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pre_tokenize.sequence_reader import Block, SequenceReader
+from pre_tokenize.sequences import Block, SequenceFormat
 from pre_tokenize.token_file import TokenFiles, TokenSample
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vision_tokenizer.review import html as report
@@ -43,7 +43,7 @@ class Contents:
     uses: dict[str, CodeUse] = field(default_factory=dict)
 
 
-def tally(files: TokenFiles, positions: Sequence[int], reader: SequenceReader) -> Contents:
+def tally(files: TokenFiles, positions: Sequence[int], reader: SequenceFormat) -> Contents:
     """Count what the sequences at `positions` hold."""
     contents = Contents()
     sizes = zip(reader.branches, reader.codebook_sizes, strict=True)
@@ -68,7 +68,7 @@ def tally(files: TokenFiles, positions: Sequence[int], reader: SequenceReader) -
 class Renderer:
     """Sequences as HTML; `pairs` collects their images. Without a tokenizer, images are only named."""
 
-    def __init__(self, reader: SequenceReader, tokenizer: ImageTokenizer | None, original: Original):
+    def __init__(self, reader: SequenceFormat, tokenizer: ImageTokenizer | None, original: Original):
         self._reader, self._tokenizer, self._original = reader, tokenizer, original
         self.pairs: list[Pair] = []
 

@@ -47,7 +47,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
-    from pre_tokenize.sequence_reader import load_reader
+    from pre_tokenize.formats import load_format
+    from pre_tokenize.pre_tokenize import load_item_processor
     from pre_tokenize.text import TextTokenizer
     from pre_tokenize.token_checks import check_input, check_record, check_sequences
     from pre_tokenize.token_file import TokenFiles
@@ -59,7 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     if not len(files):
         raise UserError(f"{args.record}: no items in it")
     text, manifest = TextTokenizer(args.text_tokenizer or args.tokenizer_dir), files.manifest()
-    reader = load_reader(manifest, text)
+    processor, _ = load_item_processor(args.item_processor)
+    image_dir = args.image_dir or Path(manifest["image_dir"] if manifest else "")
+    reader = load_format(manifest, text, processor.process_item, image_dir)
     can_repeat = bool(manifest and args.in_filename)
     table = check_input(manifest, args.in_filename, findings) if can_repeat else None
     check_record(files.record, manifest, findings)
@@ -78,25 +81,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def tokenize_again(args: argparse.Namespace, files, table, manifest: dict[str, Any], text, reader, findings) -> None:
-    from pre_tokenize.pre_tokenize import load_item_processor
     from pre_tokenize.token_checks import Retokenizer, check_tokenizer, retokenize
 
-    processor, _ = load_item_processor(args.item_processor)
     if manifest["image_tokenizer"]["name"] == "chameleon":
-        from pre_tokenize.chameleon import ChameleonSequences
         from vision_tokenizer.images.chameleon import crop_sizes, prepare
         from vision_tokenizer.models.chameleon.vqgan import load_chameleon
         from vision_tokenizer.review.reencode import MAX_GAP
 
         settings, vqgan = manifest["settings"], load_chameleon(args.tokenizer_dir, device=args.device)
-        sequences = ChameleonSequences(text, processor.process_item, args.image_dir or Path(manifest["image_dir"]))
         crops = partial(prepare, sizes=crop_sizes(settings["target_size"], settings["crop"]))
-        again = Retokenizer(sequences, reader, findings, crops, vqgan, MAX_GAP[settings["torch_dtype"]])
+        again = Retokenizer(reader, findings, crops, vqgan, MAX_GAP[settings["torch_dtype"]])
         check_tokenizer(manifest, text.sha256, vqgan.fingerprint, findings)
     else:
-        from pre_tokenize.dualvitok import DualViTokSequences
-
-        again = Retokenizer(DualViTokSequences(text, processor.process_item), reader, findings)
+        again = Retokenizer(reader, findings)
         check_tokenizer(manifest, text.sha256, None, findings)
     count = retokenize(files, table, again, args.sample, args.seed)
     codes = f"; {again.agreement}" if again.agreement.codes else ""

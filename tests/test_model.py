@@ -10,8 +10,9 @@ from unitoken_small import IMAGES, LLM, VISION, batch, golden, sample, small_mod
 
 from training.assemble import freeze
 from training.data.anyres import image_input
-from training.data.packing import IMAGE_TOKENS, SEPARATOR, interleave, pack
+from training.data.packing import SEPARATOR, interleave, pack
 from training.report import Flops
+from vision_tokenizer.models.chameleon.vocabulary import RELEASED_IMAGE_IDS
 
 
 def mean_step(model, packed):
@@ -28,7 +29,7 @@ def test_single_step(key):
 
 @pytest.mark.parametrize("key", golden("training/more_single_step.json"))
 def test_single_step_with_masked_logits_and_z_weight(key):
-    settings = {"masked": IMAGE_TOKENS} if "masked" in key else {"z_weight": 0.1}
+    settings = {"masked": RELEASED_IMAGE_IDS} if "masked" in key else {"z_weight": 0.1}
     check_step(key, golden("training/more_single_step.json")[key], small_model(**settings))
 
 

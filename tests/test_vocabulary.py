@@ -6,7 +6,12 @@ import torch
 
 from pre_tokenize.text import TextTokenizer
 from vision_tokenizer.models.chameleon import untrained
-from vision_tokenizer.models.chameleon.vocabulary import ChameleonVocabulary, image_token_name
+from vision_tokenizer.models.chameleon.vocabulary import (
+    RELEASED_IMAGE_IDS,
+    RELEASED_MARKS,
+    ChameleonVocabulary,
+    image_token_name,
+)
 from vision_tokenizer.models.chameleon.vqgan import load_chameleon
 from vistoken.errors import UserError
 
@@ -24,13 +29,14 @@ def vocabulary(ids):
 def test_special_tokens_have_the_published_ids(vocabulary):
     assert (vocabulary.begin, vocabulary.end_of_turn, vocabulary.new_line) == (0, 8710, 8803)
     assert (vocabulary.image_start, vocabulary.image_end, vocabulary.separator) == (8197, 8196, 8198)
+    assert vocabulary.marks == RELEASED_MARKS
     assert vocabulary.grid_ids[[1, 16, 64]].tolist() == [8805, 8820, 8868]
 
 
 def test_image_ids_are_read_from_their_names(vocabulary, ids):
     assert image_token_name(8046) == "IMGIMGIAEGZ"
     assert vocabulary.image_ids[8046] == ids["IMGIMGIAEGZ"]
-    assert sorted(vocabulary.image_ids.tolist()) == list(range(4, 8196))
+    assert sorted(vocabulary.image_ids.tolist()) == list(RELEASED_IMAGE_IDS) == list(range(4, 8196))
     assert vocabulary.image_ids.tolist() != list(range(4, 8196))  # not in code order
 
 

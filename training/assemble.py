@@ -16,10 +16,11 @@ from pre_tokenize.token_file import TokenFiles
 from training.config import ALWAYS_FROZEN, TrainConfig
 from training.data.index import RecordIndex, ensure_index, fingerprint
 from training.data.loading import Batches, Entry, ImageReader, SampleRules, check_manifest
-from training.data.packing import IMAGE_TOKENS, SPECIAL_TOKENS, pack
+from training.data.packing import pack
 from training.data.sampler import Pool, Sampler
 from training.models.folder import ModelFolder, open_unitoken
 from training.models.unitoken import UniToken
+from vision_tokenizer.models.chameleon.vocabulary import MARK_NAMES, RELEASED_IMAGE_IDS, RELEASED_MARKS
 from vistoken.errors import UserError
 from vistoken.weights import load_strict
 
@@ -52,7 +53,7 @@ def open_model(config: TrainConfig) -> tuple[nn.Module, ModelFolder]:
 
 def masked_words(config: TrainConfig) -> range | None:
     """Image tokens, where they are neither to be learned nor another vocabulary's."""
-    return None if config.unmask_image_logits or config.variant == "lm" else IMAGE_TOKENS
+    return None if config.unmask_image_logits or config.variant == "lm" else RELEASED_IMAGE_IDS
 
 
 def freeze(model: nn.Module, trainable: str) -> None:
@@ -158,7 +159,7 @@ def check_tokenizer(folder: Path, *, chameleon: bool) -> str | None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     tokenizer = TextTokenizer(folder)
-    for name, expected in SPECIAL_TOKENS.items() if chameleon else ():
+    for name, expected in zip(MARK_NAMES, RELEASED_MARKS, strict=True) if chameleon else ():
         if tokenizer.ids.get(name) != expected:
             raise UserError(
                 f"{tokenizer.path}: {name} has id {tokenizer.ids.get(name)}, not {expected}; this model's tokenizer is "

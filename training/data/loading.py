@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from pre_tokenize.token_file import IGNORE, TokenFiles, TokenSample
 from training.data.anyres import ImageInput, image_input
-from training.data.packing import IMAGE_END, IMAGE_TOKENS, Batch, Sample, discrete, interleave
+from training.data.packing import IMAGE_END, Batch, Sample, discrete, interleave
 from training.data.sampler import Key, RankBatches
 from vision_tokenizer.images.files import read_image
+from vision_tokenizer.models.chameleon.vocabulary import RELEASED_IMAGE_IDS
 from vistoken.errors import Failed, UserError
 
 MAX_RATIO = 1000  # times that a record is gone through in an epoch
@@ -109,7 +110,7 @@ class SampleRules:
 
     vocab_size: int
     max_seq_len: int
-    masked: range | None = IMAGE_TOKENS  # words that cannot be learned
+    masked: range | None = RELEASED_IMAGE_IDS  # words that cannot be learned
     continuous: Callable[[str], ImageInput] | None = None  # image file -> tiles and layout; None: discrete codes only
 
 

@@ -10,19 +10,10 @@ import torch
 
 from pre_tokenize.token_file import IGNORE
 from training.data.anyres import NEWLINE, ImageInput
+from vision_tokenizer.models.chameleon.vocabulary import RELEASED_MARKS
 
-# Chameleon's ids, the same in every release
-IMAGE_TOKENS = range(4, 8196)
-IMAGE_END = 8196
-IMAGE_START = 8197
-SEPARATOR = 8198  # between an image's discrete and its continuous tokens
-NEWLINE_TOKEN = 8803  # in an image
-SPECIAL_TOKENS = {
-    "<eoss>": IMAGE_END,
-    "<racm3:break>": IMAGE_START,
-    "<sentinel:0>": SEPARATOR,
-    "<reserved08799>": NEWLINE_TOKEN,
-}
+IMAGE_START, IMAGE_END = RELEASED_MARKS.image_start, RELEASED_MARKS.image_end
+SEPARATOR, NEWLINE_TOKEN = RELEASED_MARKS.separator, RELEASED_MARKS.new_line
 
 
 @dataclass(frozen=True)
