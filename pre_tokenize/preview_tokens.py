@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     from pre_tokenize.formats import load_format
     from pre_tokenize.text import TextTokenizer
     from pre_tokenize.token_file import TokenFiles
-    from pre_tokenize.token_preview import TALLIED, Renderer, tally, write_report
-    from vision_tokenizer.review.findings import draw
+    from pre_tokenize.token_preview import COUNTED, Renderer, count_contents, write_report
+    from vision_tokenizer.review.issues import draw
 
     files = TokenFiles(args.record, args.image_dir)
     if not len(files):
@@ -58,15 +58,15 @@ def main(argv: list[str] | None = None) -> int:
     manifest = files.manifest()
     reader = load_format(manifest, TextTokenizer(args.text_tokenizer or args.tokenizer_dir))
     tokenizer, original = image_parts(args, manifest)
-    renderer, talks = Renderer(reader, tokenizer, original), []
-    contents = tally(files, draw(len(files), TALLIED, args.seed), reader)
+    renderer, conversations = Renderer(reader, tokenizer, original), []
+    contents = count_contents(files, draw(len(files), COUNTED, args.seed), reader)
     for position in draw(len(files), args.sample, args.seed):
         try:
-            talks.append(renderer.talk(files[position]))
+            conversations.append(renderer.conversation(files[position]))
         except (ValueError, IndexError) as error:
             print(f"item {files.record[position].id} cannot be shown: {error}; see verify_tokens.py", file=sys.stderr)
-    write_report(args.out_dir, files, contents, talks, renderer.pairs, args.note)
-    print(f"{len(talks):,} of {len(files):,} conversations, {len(renderer.pairs):,} images decoded")
+    write_report(args.out_dir, files, contents, conversations, renderer.pairs, args.note)
+    print(f"{len(conversations):,} of {len(files):,} conversations, {len(renderer.pairs):,} images decoded")
     print(f"look at {args.out_dir / 'report.html'}")
     return 0
 

@@ -1,5 +1,5 @@
-"""Are token files whole and right? The record against its files and its input, every sequence against the rules of its
-vocabulary, and a sample against the same items tokenised again.
+"""Checks token files: the record against its files and its input, every sequence against the rules of its vocabulary,
+and a sample of items against the same items tokenised again.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ from pre_tokenize.sequences import SequenceFormat
 from pre_tokenize.token_file import TokenFiles, TokenSample
 from vision_tokenizer.codebook.encoder import Encoded
 from vision_tokenizer.images.dualvitok import normalize
-from vision_tokenizer.review.findings import Findings, draw
+from vision_tokenizer.review.issues import Issues, draw
 from vision_tokenizer.review.reencode import MAX_GAP, Agreement, differences
 from vistoken.errors import ItemError, UserError
 from vistoken.jobs.chunks import ChunkTable, Item, chunk_table
@@ -25,36 +25,36 @@ from vistoken.jobs.chunks import ChunkTable, Item, chunk_table
 _CHUNK_ITEMS = 512
 
 
-def check_record(record: Record, manifest: dict[str, Any] | None, findings: Findings) -> None:
-    """Items in order, each once, and all of the input's accounted for."""
+def check_record(record: Record, manifest: dict[str, Any] | None, issues: Issues) -> None:
+    """Items must be in order, each once; every item of the input must be in the record or among the rejected."""
     steps = np.diff(record.ids)
     for index in np.flatnonzero(steps <= 0).tolist():
         kind = "item twice" if steps[index] == 0 else "items out of order"
-        findings.add(kind, f"{record.path}: item {record.ids[index + 1]} after item {record.ids[index]}")
-    rejected = _rejected(companions(record.path)[0], findings)
+        issues.add(kind, f"{record.path}: item {record.ids[index + 1]} after item {record.ids[index]}")
+    rejected = _rejected(companions(record.path)[0], issues)
     ids = np.unique(record.ids)
     for item in np.intersect1d(ids, rejected).tolist():
-        findings.add("item twice", f"{record.path}: item {item} is in the record and among the rejected")
+        issues.add("item twice", f"{record.path}: item {item} is in the record and among the rejected")
     if manifest and "input" in manifest:
         missing = np.setdiff1d(np.arange(manifest["input"]["items"]), np.concatenate([ids, rejected]))
         for item in missing.tolist():
-            findings.add("item lost", f"{record.path}: item {item} of {manifest['input']['name']}")
+            issues.add("item lost", f"{record.path}: item {item} of {manifest['input']['name']}")
 
 
-def _rejected(path: Path, findings: Findings) -> np.ndarray:
+def _rejected(path: Path, issues: Issues) -> np.ndarray:
     items = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
         try:
             items.append(int(orjson.loads(line)["item"]))
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            findings.add("broken entry", f"{path}, line {number}: {error}")
+            issues.add("broken entry", f"{path}, line {number}: {error}")
     return np.array(items, np.int64)
 
 
 def check_sequences(
-    files: TokenFiles, reader: SequenceFormat, findings: Findings, on_item: Callable[[], None]
+    files: TokenFiles, reader: SequenceFormat, issues: Issues, on_item: Callable[[], None]
 ) -> dict[str, int]:
-    """Every sequence by the rules of its vocabulary; returns how many tokens, learned ones and images there are."""
+    """Check every sequence by the rules of its vocabulary. Returns the numbers of tokens, learned tokens and images."""
     found = {"tokens": 0, "learned": 0, "images": 0}
     for index in range(len(files)):
         on_item()
@@ -62,13 +62,13 @@ def check_sequences(
         try:
             sample = files[index]
         except UserError as error:
-            findings.add("token file", str(error))
+            issues.add("token file", str(error))
             continue
         found["tokens"] += len(sample.tokens)
         found["learned"] += int(sample.loss_mask.sum())
         found["images"] += len(sample.images)
         for kind, detail in sequence_errors(sample, reader):
-            findings.add(kind, f"{entry.file}, row {entry.row}, item {entry.id}: {detail}")
+            issues.add(kind, f"{entry.file}, row {entry.row}, item {entry.id}: {detail}")
     return found
 
 
@@ -82,7 +82,7 @@ def sequence_errors(sample: TokenSample, reader: SequenceFormat) -> Iterator[tup
         learned = reader.learned(tokens)
         if (learned != sample.loss_mask).any():
             first = int(np.flatnonzero(learned != sample.loss_mask)[0])
-            yield "loss mask", f"from token {first} on it is not what the turns say"
+            yield "loss mask", f"from token {first} on it does not follow the turns"
         if not sample.loss_mask.any():
             yield "loss mask", "nothing is learned"
     except ValueError as error:
@@ -100,26 +100,26 @@ class Retokenizer:
     """Tokenises items again and compares. Without `vqgan` the items bring their codes, and all ids must be equal."""
 
     reader: SequenceFormat
-    findings: Findings
+    issues: Issues
     prepare: Callable[[Path], tuple[torch.Tensor, Any]] | None = None
     vqgan: Any = None
     max_gap: float = MAX_GAP["fp32"]
     agreement: Agreement = field(default_factory=Agreement)
 
     def compare(self, item: Item, stored: TokenSample, where: str) -> None:
-        """Findings of whatever differs, except codes that were as good as tied."""
+        """Whatever differs becomes an issue, except codes that were nearly tied."""
         draft = next(iter(self.reader.drafts([item])))
         if isinstance(draft, ItemError):
-            self.findings.add("item fails now", f"{where}: {draft}")
+            self.issues.add("item fails now", f"{where}: {draft}")
             return
         features: dict[Path, torch.Tensor] = {}
         try:
             fresh = self.reader.sample(draft, {path: self._encode(path, features) for path in draft.paths})
         except ItemError as error:
-            self.findings.add("item fails now", f"{where}: {error}")
+            self.issues.add("item fails now", f"{where}: {error}")
             return
         if len(fresh.tokens) != len(stored.tokens) or (fresh.loss_mask != stored.loss_mask).any():
-            self.findings.add("another sequence", f"{where}: {len(stored.tokens)} tokens, now {len(fresh.tokens)}")
+            self.issues.add("another sequence", f"{where}: {len(stored.tokens)} tokens, now {len(fresh.tokens)}")
             return
         differs = fresh.tokens != stored.tokens
         for number, block in enumerate(self.reader.blocks(fresh.tokens)):
@@ -131,7 +131,7 @@ class Retokenizer:
                 differs[there] = False
         if differs.any():
             at = int(np.flatnonzero(differs)[0])
-            self.findings.add("another text", f"{where}: token {at} is {stored.tokens[at]}, now {fresh.tokens[at]}")
+            self.issues.add("another text", f"{where}: token {at} is {stored.tokens[at]}, now {fresh.tokens[at]}")
 
     def _encode(self, path: Path, features: dict[Path, torch.Tensor]) -> Encoded | ItemError:
         try:
@@ -147,7 +147,7 @@ class Retokenizer:
         try:
             (codes,) = self.reader.blocks(stored)[0].grids
         except (ValueError, IndexError) as error:
-            self.findings.add("image block", f"{where}: {error}")
+            self.issues.add("image block", f"{where}: {error}")
             return
         self.agreement.codes += codes.size
         fresh, codebook = torch.from_numpy(block.grids[0]), self.vqgan.quantize.embedding.weight
@@ -155,11 +155,11 @@ class Retokenizer:
             self.agreement.gaps.append(gap)
             if gap > self.max_gap:
                 detail = f"{where}, row {row} column {column}: {codes[row, column]}, gap {gap:.2g}"
-                self.findings.add("code is not the nearest", detail)
+                self.issues.add("code is not the nearest", detail)
 
 
 def retokenize(files: TokenFiles, table: ChunkTable, again: Retokenizer, count: int, seed: int) -> int:
-    """Compare `count` items, drawn evenly, with the input; returns how many there were."""
+    """Compare `count` items, drawn evenly, with the input. Returns how many were compared."""
     drawn = draw(len(files), count, seed)
     for index in drawn:
         entry = files.record[index]
@@ -167,7 +167,7 @@ def retokenize(files: TokenFiles, table: ChunkTable, again: Retokenizer, count: 
         try:
             again.compare(_item(table, entry.id), files[index], where)
         except UserError as error:
-            again.findings.add("token file", str(error))
+            again.issues.add("token file", str(error))
     return len(drawn)
 
 
@@ -178,20 +178,20 @@ def _item(table: ChunkTable, number: int) -> Item:
     return next(item for item in table.read(chunk) if item.index == number)
 
 
-def check_input(manifest: dict[str, Any], source: Path, findings: Findings) -> ChunkTable | None:
+def check_input(manifest: dict[str, Any], source: Path, issues: Issues) -> ChunkTable | None:
     """The items of `source`, if that is the file that the tokens were made from."""
     with tempfile.TemporaryDirectory() as cache:
         table = chunk_table(source, _CHUNK_ITEMS, Path(cache) / "chunks.json")
     if table.sha256 == manifest["input"]["sha256"]:
         return table
-    findings.add("input changed", f"{source}: not the file that the tokens were made from, so none was made again")
+    issues.add("input changed", f"{source}: not the file that the tokens were made from, so none was made again")
     return None
 
 
-def check_tokenizer(manifest: dict[str, Any], text_sha256: str, fingerprint: str | None, findings: Findings) -> None:
+def check_tokenizer(manifest: dict[str, Any], text_sha256: str, fingerprint: str | None, issues: Issues) -> None:
     """Whether the tokenizers given are those of the manifest."""
     if manifest["text_tokenizer"] != text_sha256:
-        findings.add("another text tokenizer", f"made with {manifest['text_tokenizer'][:16]}, given {text_sha256[:16]}")
+        issues.add("another text tokenizer", f"made with {manifest['text_tokenizer'][:16]}, given {text_sha256[:16]}")
     made_with = manifest["image_tokenizer"]["fingerprint"]
     if fingerprint is not None and made_with != fingerprint:
-        findings.add("another image tokenizer", f"made with {made_with}, given {fingerprint}")
+        issues.add("another image tokenizer", f"made with {made_with}, given {fingerprint}")

@@ -52,11 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     from pre_tokenize.text import TextTokenizer
     from pre_tokenize.token_checks import check_input, check_record, check_sequences
     from pre_tokenize.token_file import TokenFiles
-    from vision_tokenizer.review.findings import Findings
+    from vision_tokenizer.review.issues import Issues
     from vistoken.errors import UserError
     from vistoken.jobs.progress import bar
 
-    files, findings = TokenFiles(args.record), Findings()
+    files, issues = TokenFiles(args.record), Issues()
     if not len(files):
         raise UserError(f"{args.record}: no items in it")
     text, manifest = TextTokenizer(args.text_tokenizer or args.tokenizer_dir), files.manifest()
@@ -64,23 +64,23 @@ def main(argv: list[str] | None = None) -> int:
     image_dir = args.image_dir or Path(manifest["image_dir"] if manifest else "")
     reader = load_format(manifest, text, processor.process_item, image_dir)
     can_repeat = bool(manifest and args.in_filename)
-    table = check_input(manifest, args.in_filename, findings) if can_repeat else None
-    check_record(files.record, manifest, findings)
+    table = check_input(manifest, args.in_filename, issues) if can_repeat else None
+    check_record(files.record, manifest, issues)
     with bar("reading", len(files)) as progress:
-        found = check_sequences(files, reader, findings, progress.update)
+        found = check_sequences(files, reader, issues, progress.update)
     print(
         f"{len(files):,} sequences of {found['tokens']:,} tokens, {found['learned'] / max(found['tokens'], 1):.1%} of "
         f"them learned; {found['images']:,} images"
     )
     if table is not None:
-        tokenize_again(args, files, table, manifest, text, reader, findings)
+        tokenize_again(args, files, table, manifest, text, reader, issues)
     elif not can_repeat:
         print(f"no item was tokenised again: {'that needs --in_filename' if manifest else 'there is no manifest'}")
-    print(f"\n{findings}\n\nNOT as it should be" if findings.counts else "\nall as it should be")
-    return 1 if findings.counts else 0
+    print(f"\n{issues}")
+    return 1 if issues.counts else 0
 
 
-def tokenize_again(args: argparse.Namespace, files, table, manifest: dict[str, Any], text, reader, findings) -> None:
+def tokenize_again(args: argparse.Namespace, files, table, manifest: dict[str, Any], text, reader, issues) -> None:
     from pre_tokenize.token_checks import Retokenizer, check_tokenizer, retokenize
 
     if manifest["image_tokenizer"]["name"] == "chameleon":
@@ -90,11 +90,11 @@ def tokenize_again(args: argparse.Namespace, files, table, manifest: dict[str, A
 
         settings, vqgan = manifest["settings"], load_chameleon(args.tokenizer_dir, device=args.device)
         crops = partial(prepare, sizes=crop_sizes(settings["target_size"], settings["crop"]))
-        again = Retokenizer(reader, findings, crops, vqgan, MAX_GAP[settings["torch_dtype"]])
-        check_tokenizer(manifest, text.sha256, vqgan.fingerprint, findings)
+        again = Retokenizer(reader, issues, crops, vqgan, MAX_GAP[settings["torch_dtype"]])
+        check_tokenizer(manifest, text.sha256, vqgan.fingerprint, issues)
     else:
-        again = Retokenizer(reader, findings)
-        check_tokenizer(manifest, text.sha256, None, findings)
+        again = Retokenizer(reader, issues)
+        check_tokenizer(manifest, text.sha256, None, issues)
     count = retokenize(files, table, again, args.sample, args.seed)
     codes = f"; {again.agreement}" if again.agreement.codes else ""
     print(f"{count:,} items tokenised again{codes}")

@@ -8,11 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from browser import browse, needs_browser, screenshot, section_names
+from browser import browse, facts, needs_browser, pairs, parse, screenshot, section_names, shown, text_of
 from codebook_job import dataset, run_here, write_config
-from PIL import Image
+from PIL import Image, ImageFont
 
-from vision_tokenizer.review import html as report
+from vision_tokenizer.review.contact_sheet import font_with, missing
+from vision_tokenizer.review.html import PLOT_WIDTH, histogram
 from vision_tokenizer.review.quality import CodeUse, psnr, ssim
 from vision_tokenizer.tokenizer.preview_codes import main
 from vistoken.errors import UserError
@@ -37,17 +38,26 @@ def previewed(tmp_path_factory, golden, tiny_dualvitok):
     return base / "report", arguments
 
 
+def report(folder) -> str:
+    return (folder / "report.html").read_text()
+
+
 def test_the_report_is_one_file_with_all_its_parts(previewed):
-    html = (previewed[0] / "report.html").read_text()
+    html = report(previewed[0])
+    page = parse(html)
     assert section_names(html) == SECTIONS
-    assert html.count("<img ") == 10 and html.count("data:image/webp;base64,") == 10
-    assert "Untrained &lt;weights&gt;." in html
+    gallery = pairs(page)
+    assert len(gallery) == 5
+    for pair in gallery:
+        name = pair.findtext(".//b")
+        assert shown(pair) == [f"original: {name}", f"decoded: {name}"]
+    assert text_of(page.find(".//p[@id='note']")) == "Untrained <weights>."
     assert not re.search(r'(src|href)="(?!data:)|@import|url\(|<script', html)  # nothing comes from elsewhere
-    assert "19</b><span>items" in html and "22</b><span>images" in html
+    assert facts(page)["items"] == "19" and facts(page)["images"] == "22"
 
 
-def test_numbers_are_those_of_the_lines(previewed, capsys):
-    html = (previewed[0] / "report.html").read_text()
+def test_numbers_are_those_of_the_lines(previewed):
+    page = parse(report(previewed[0]))
     items = [
         json.loads(line)
         for path in sorted(previewed[0].parent.rglob("fixed_anchors/000?.jsonl"))
@@ -55,19 +65,26 @@ def test_numbers_are_those_of_the_lines(previewed, capsys):
     ]
     pixel = [code for item in items for image in item["image_embed_inds"] for row in image[1] for code in row]
     counts = np.bincount(pixel, minlength=512)
-    part = html[html.index('id="codebook-pixel"') :]
-    assert f"{np.count_nonzero(counts):,}</b><span>distinct codes of 512" in part
+    section = page.find(".//section[@id='codebook-pixel']")
+    assert facts(section)["distinct codes of 512"] == f"{np.count_nonzero(counts):,}"
     shares = counts[counts > 0] / counts.sum()
-    assert f"{math.exp(-(shares * np.log(shares)).sum()):,.0f}</b><span>perplexity" in part
-    assert f"code {counts.argmax()}</div>" in part
+    assert facts(section)["perplexity"] == f"{math.exp(-(shares * np.log(shares)).sum()):,.0f}"
+    assert f"code {counts.argmax()}" in text_of(section)
     square = sum(anchor == [512, 512] for item in items for anchor in item["matched_ratios"])
-    resolutions = html[html.index('id="resolutions"') : html.index('id="codebook-semantic"')]
-    assert re.search(rf'512 x 512</div>.*?<div class="value">{square}</div>', resolutions)
+    assert f"512 x 512 {square} " in text_of(page.find(".//section[@id='resolutions']"))
 
 
 def test_a_picture_for_terminals(previewed):
     with Image.open(previewed[0] / "contact_sheet.png") as sheet:
         assert sheet.width > 1000 and len(sheet.convert("RGB").getcolors(1 << 24)) > 1000
+
+
+def test_characters_that_no_font_has_are_told_from_those_it_has():
+    font = ImageFont.load_default(13)
+    assert not missing(font, "cat 12.jpg") and missing(font, "\U0010fffe") and missing(font, "猫")
+    assert font_with("cat 12.jpg") is None  # Pillow's own
+    found = font_with("猫")
+    assert found is None or not missing(ImageFont.truetype(found, 13), "猫")
 
 
 @needs_browser
@@ -93,8 +110,9 @@ def test_originals_that_are_gone_are_said_to_be(previewed, tmp_path, golden):
         str(base / "moved.json") if argument == str(base / "meta.json") else argument for argument in arguments
     ]
     assert main([*arguments, "--sample", "2", "--out_dir", str(tmp_path / "report")]) == 0
-    html = (tmp_path / "report" / "report.html").read_text()
-    assert html.count("original not found") == 2 and html.count("<img ") == 2
+    gone = pairs(parse(report(tmp_path / "report")))
+    assert [shown(pair) for pair in gone] == [[f"decoded: {pair.findtext('.//b')}"] for pair in gone]
+    assert len(gone) == 2 and all("original not found" in text_of(pair) for pair in gone)
 
 
 def test_an_original_of_another_shape_is_shown_at_the_stored_anchor(previewed, tmp_path, golden):
@@ -107,7 +125,7 @@ def test_an_original_of_another_shape_is_shown_at_the_stored_anchor(previewed, t
         tmp_path / "meta.json", **{name: {**entry, "image_dir": str(images)} for name, entry in config.items()}
     )
     assert main(["--data_config", str(changed), *arguments[2:], "--out_dir", str(tmp_path / "report")]) == 0
-    assert "original not found" not in (tmp_path / "report" / "report.html").read_text()
+    assert "original not found" not in report(tmp_path / "report")
 
 
 def test_another_tokenizer_is_refused(previewed, dualvitok_config, dualvitok_checkpoint, tmp_path):
@@ -136,7 +154,9 @@ def test_code_use():
 
 
 def test_histograms_put_many_lengths_into_bins():
-    lengths = dict.fromkeys(range(1, 1001), 1)
-    drawn = report.histogram(lengths, "codes")
-    assert drawn.count("<rect") == 40 and "1 to 25 codes: 25" in drawn and "976 to 1,000 codes: 25" in drawn
-    assert report.histogram({7: 3}, "codes").count("<rect") == 1
+    columns = histogram(dict.fromkeys(range(1, 1001), 1))
+    assert len(columns) == 40 and {column.count for column in columns} == {25}
+    assert (columns[0].low, columns[0].high, columns[-1].low, columns[-1].high) == (1, 25, 976, 1000)
+    assert all(column.x >= 0 and column.x + column.width <= PLOT_WIDTH for column in columns)
+    [alone] = histogram({7: 3})
+    assert (alone.low, alone.high, alone.count) == (7, 7, 3)

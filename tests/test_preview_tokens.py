@@ -1,11 +1,12 @@
 """The report of token files: conversations in order, images in place, and how a browser sees it."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-from browser import browse, needs_browser, screenshot, section_names
+from browser import browse, facts, needs_browser, pairs, parse, screenshot, section_names, shown, text_of
 from lm_small import extended_tokenizer, golden_lines, write_lines
 from PIL import Image
 
@@ -39,43 +40,50 @@ def previewed(tmp_path_factory, golden, chameleon_folder) -> tuple[Path, str]:
     return base, preview(base, chameleon_folder, "--note", "Untrained <weights>.")
 
 
+def conversations(document: str) -> dict[str, list]:
+    """Title -> turns."""
+    articles = [article for article in parse(document).iter("article") if article.get("class") == "talk"]
+    return {
+        article.findtext("h3"): [turn for turn in article.iter("div") if turn.get("class") == "said"]
+        for article in articles
+    }
+
+
 def test_the_report_is_one_file_with_all_its_parts(previewed):
     html = previewed[1]
-    assert section_names(html) == SECTIONS and "Untrained &lt;weights&gt;." in html
+    assert section_names(html) == SECTIONS
+    assert text_of(parse(html).find(".//p[@id='note']")) == "Untrained <weights>."
     assert not re.search(r'(src|href)="(?!data:)|@import|url\(|<script', html)
-    assert html.count('<article class="talk">') == 8
+    assert len(conversations(html)) == 8
 
 
 def test_a_conversation_is_rendered_in_order_with_its_learned_part(previewed):
     """The document's own example with four images."""
-    html = previewed[1]
-    talk = html[html.index("<h3>item 0 ") : html.index("<h3>item 1 ")]
-    turns = talk.split('<div class="said">')[1:]
-    assert len(turns) == 4
-    texts = [re.sub(r"<[^>]+>", "", re.sub(r"<figure.*?</figure>", "IMAGE", turn)).strip() for turn in turns]
-    assert texts == [
-        "startHi, please convert this depth image IMAGE to a color imageend of turn",
-        "IMAGEend of turn",
-        "Could you change its style to that of this image? IMAGEend of turn",
-        "Sure, here&#x27;s the image. IMAGEend of turn",
+    turns = next(turns for title, turns in conversations(previewed[1]).items() if title.startswith("item 0 "))
+    said = [["IMAGE" if part.tag == "figure" else text_of(part) for part in turn] for turn in turns]
+    assert said == [
+        ["start", "Hi, please convert this depth image", "IMAGE", "to a color image", "end of turn"],
+        ["IMAGE", "end of turn"],
+        ["Could you change its style to that of this image?", "IMAGE", "end of turn"],
+        ["Sure, here's the image.", "IMAGE", "end of turn"],
     ]
     for turn, learned in zip(turns, (False, True, False, True), strict=True):
-        assert ('class="pair learned"' in turn) == ('class="mark learned"' in turn) == learned
-        assert turn.count("<img ") == 2 and "PSNR" in turn  # the original and what is decoded
+        assert {"learned" in part.get("class", "").split() for part in turn} == {learned}
+        [pair] = pairs(turn)
+        assert [what.split(":")[0] for what in shown(pair)] == ["original", "decoded"] and "PSNR" in text_of(pair)
 
 
 def test_lengths_are_those_of_the_record(previewed):
-    entries = [line for line in (previewed[0] / "out" / "record.json").read_text().splitlines() if '"len"' in line]
-    lengths = [int(re.search(r'"len":\s*(\d+)', line).group(1)) for line in entries]
-    html = previewed[1]
-    assert f"{sum(lengths):,}</b><span>tokens" in html and f"{max(lengths):,}</b><span>longest" in html
+    lengths = [entry["len"] for entry in json.loads((previewed[0] / "out" / "record.json").read_text())]
+    found = facts(parse(previewed[1]))
+    assert found["tokens"] == f"{sum(lengths):,}" and found["longest"] == f"{max(lengths):,}"
 
 
 @needs_browser
 def test_a_browser_finds_every_part_and_shows_both_themes(previewed, tmp_path):
     page = previewed[0] / "report" / "report.html"
     document = browse(page, tmp_path / "profile")
-    assert section_names(document) == SECTIONS and document.count('<article class="talk">') == 8
+    assert section_names(document) == SECTIONS and len(conversations(document)) == 8
     papers = []
     for dark in (False, True):
         shot = screenshot(page, tmp_path / f"profile{dark}", tmp_path / "shot.png", dark=dark, width=500)
@@ -90,10 +98,12 @@ def test_sequences_of_dualvitok_codes(tmp_path, golden, dualvitok_config, dualvi
     make_tokens(tmp_path, "--image_tokenizer", "dualvitok", "--in_filename", source, "--tokenizer_dir", tokenizer)
     html = preview(tmp_path, tokenizer)
     assert section_names(html) == ["conversations", "resolutions", "codebook-semantic", "codebook-pixel", "lengths"]
-    assert "<img " not in html and "256 x 256</span>" in html  # no decoder was named
+    assert not pairs(parse(html)) and "256 x 256" in text_of(parse(html))  # no decoder was named
     model = ("--model_config", dualvitok_config, "--tokenizer_checkpoint", dualvitok_checkpoint)
     html = preview(tmp_path, tokenizer, *model, "--image_dir", golden / "images", "--sample", 1)
-    assert html.count("<img ") == 4 and html.count('class="pair learned"') == 1
+    asked, answered = pairs(parse(html))
+    assert (asked.get("class"), answered.get("class")) == ("pair", "pair learned")
+    assert [what.split(":")[0] for pair in (asked, answered) for what in shown(pair)] == ["original", "decoded"] * 2
     assert "Please edit the image according to the instruction" in html
 
 

@@ -1,7 +1,7 @@
-"""What codebook inference would do with a data set, from its annotations and image headers: no pixels, no model.
+"""What codebook inference would do with a data set, told from its annotations and image headers, without a model.
 
-The rules are the job's own functions, so that what is counted here is what will happen. A JPEG or PNG file without its
-mark at the end is decoded, to see whether it is truncated; other damage behind a sound header shows in the run only.
+The rules are the job's own functions, so the run will do what is counted here. A JPEG or PNG file whose end mark is
+missing is decoded to see whether it is truncated. Other damage behind a sound header shows only in the run.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ _WINDOW = 4  # chunks per worker handed out at a time
 
 
 class Header(NamedTuple):
-    """What is known of an image without its pixels."""
+    """What the header tells of an image."""
 
     size: tuple[int, int]  # (h, w)
     anchor: tuple[int, int]
@@ -55,21 +55,21 @@ class Header(NamedTuple):
 
 @dataclass
 class Survey:
-    """What was found in some items. Grows by 16 bytes an image."""
+    """What some items hold. Grows by 16 bytes an image."""
 
-    account: Account = field(default_factory=Account)  # as codebook inference will have it
+    account: Account = field(default_factory=Account)  # as codebook inference will count
     images: int = 0  # referred to by all items
     anchors: Counter[tuple[int, int]] = field(default_factory=Counter)  # images that will be in the output
     ratios: Counter[tuple] = field(default_factory=Counter)  # `Header.ratio` of all images to be encoded
     thresholds: Counter[float] = field(default_factory=Counter)  # items that each threshold would reject
     source_bytes: int = 0  # of the annotations that will be done
-    format_errors: Counter[str] = field(default_factory=Counter)  # against the rules for conversations
+    format_errors: Counter[str] = field(default_factory=Counter)  # breaches of the rules for conversations
     paths: array = field(default_factory=lambda: array("Q"))
     contents: array = field(default_factory=lambda: array("Q"))
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, other: "Survey") -> None:
-        """Everything but the problems, which the caller writes away."""
+        """Add everything but the problems, which the caller writes to a file."""
         self.account.add(other.account)
         self.images += other.images
         for name in ("anchors", "ratios", "thresholds", "format_errors"):
@@ -101,7 +101,7 @@ class Rules:
 def survey_dataset(
     rules: Rules, num_workers: int, on_items: Callable[[int], None], on_problem: Callable[[Problem], None]
 ) -> tuple[Survey, list[str]]:
-    """Survey every annotation file of a data set; returns it with the errors that keep files from being read.
+    """Survey every annotation file of a data set. Returns the survey, and why some files cannot be read.
 
     Raises `UserError` where the data set has no files at all.
     """
@@ -160,7 +160,7 @@ def _survey_chunk(rules: Rules, chunk: tuple[ChunkTable, int]) -> Survey:
 
 
 def _format_error(value: Any) -> Failed | None:
-    """What the conversations of an item have against the document's rules, where its images are in order."""
+    """The rule that the conversations of an item break, if any, where its images are in order."""
     if not isinstance(value, dict) or not isinstance(value.get("images", []), str | list):
         return None  # told already
     try:
@@ -171,7 +171,7 @@ def _format_error(value: Any) -> Failed | None:
 
 
 def _survey_item(rules: Rules, survey: Survey, item: Item, look: Callable[[str], Header | Failed]) -> None:
-    """Count an item. Raises what codebook inference will say of it: the first error among its images."""
+    """Count an item. Raises the error that codebook inference will report: the first among its images."""
     if item.error:
         raise Failed("not JSON", item.error)
     text_only = not rules.dataset.tokenizer_inference and isinstance(item.value, dict) and "images" not in item.value

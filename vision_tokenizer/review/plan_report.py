@@ -1,4 +1,4 @@
-"""A plan in numbers: what a run will write and how long it takes, for the terminal, as JSON and as a picture."""
+"""A plan in numbers: what a run will write and how long it will take, as text, as JSON and as a picture."""
 
 import random
 from collections import Counter
@@ -23,7 +23,7 @@ RELEASED_CODEBOOKS = (32768, 98304)
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a data set becomes: codes, bytes of output, hours at a given speed."""
+    """What codebook inference will make of a data set: codes, bytes of output, hours at a given speed."""
 
     images: int
     tokens: int
@@ -83,7 +83,7 @@ def as_dict(survey: Survey, estimate: Estimate, errors: Sequence[str]) -> dict[s
 
 
 def describe(surveys: Mapping[str, Survey], estimates: Mapping[str, Estimate], speed: float | None) -> str:
-    """The plan as text: accounts, what is written, anchors, thresholds."""
+    """The plan as text: items, output, anchors, thresholds."""
     rows: list[Sequence[object]] = [("data set", "images", "codes", "disk", "time")]
     for name, estimate in ((name, each) for name, each in estimates.items() if each.images):
         rows.append((name, estimate.images, estimate.tokens, _size(estimate.bytes), _duration(estimate.hours)))
@@ -164,6 +164,7 @@ def _dress(axes, octaves: Sequence[float], choices: Sequence[tuple[int, int]]) -
     axes.set_xlim(ticks[0], ticks[-1])
     axes.set_xlabel("width : height (lines: the anchors)")
     axes.set_ylabel("images")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_title("Aspect ratios, and the anchor (height x width) that images are matched to", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     if axes.containers:

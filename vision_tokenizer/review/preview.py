@@ -14,22 +14,21 @@ from vision_tokenizer.codebook.annotations import image_path
 from vision_tokenizer.codebook.read import Output, Place, parse_line, read_lines
 from vision_tokenizer.images.dualvitok import denormalize, prepare, to_image
 from vision_tokenizer.models.protocol import ImageTokenizer
-from vision_tokenizer.review import html as report
-from vision_tokenizer.review.findings import Sample
+from vision_tokenizer.review.contact_sheet import contact_sheet
+from vision_tokenizer.review.html import TEMPLATES, render
+from vision_tokenizer.review.issues import Reservoir
 from vision_tokenizer.review.quality import CodeUse, psnr, ssim
 from vistoken.errors import Failed, ItemError
 from vistoken.jobs.files import write_bytes
 
-MOST_USED = 8  # codes listed per branch
-
 
 @dataclass
 class Contents:
-    """What a data set's output holds, in tallies."""
+    """What the output of some data sets holds, counted."""
 
     items: int = 0
     images: int = 0
-    broken: int = 0  # lines that verify_codebook.py has something to say about
+    broken: int = 0  # lines that verify_codebook.py would report
     anchors: Counter[tuple[int, int]] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)  # codes per item
     uses: dict[str, CodeUse] = field(default_factory=dict)  # by branch
@@ -46,13 +45,14 @@ class Pair(NamedTuple):
     ssim: float
 
     @property
-    def said(self) -> str:
-        quality = f"PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.3f}" if self.original else "original not found"
-        return f"{self.decoded.height} x {self.decoded.width}, {quality}"
+    def quality(self) -> str:
+        """Size (height x width) and likeness in words."""
+        likeness = f"PSNR {self.psnr:.2f}\N{NO-BREAK SPACE}dB, SSIM {self.ssim:.3f}" if self.original else "no original"
+        return f"{self.decoded.height} x {self.decoded.width}, {likeness}"
 
 
-def read_contents(output: Output, contents: Contents, sample: Sample[Place], on_item: Callable[[], None]) -> None:
-    """Tally all lines of a data set into `contents` and offer their images to `sample`."""
+def read_contents(output: Output, contents: Contents, sample: Reservoir[Place], on_item: Callable[[], None]) -> None:
+    """Count all lines of a data set into `contents` and offer their images to `sample`."""
     branches = zip(output.manifest["tokenizer"]["branches"], output.codebook_sizes, strict=True)
     uses = [contents.uses.setdefault(branch, CodeUse(size)) for branch, size in branches]
     for file in output.files():
@@ -100,59 +100,36 @@ def write_report(folder: Path, outputs: Sequence[Output], contents: Contents, pa
     """`report.html` and `contact_sheet.png` in `folder`."""
     first = outputs[0]
     names = ", ".join(output.dataset.name for output in outputs)
-    known = [pair for pair in pairs if pair.original]
-    facts = [(f"{contents.items:,}", "items"), (f"{contents.images:,}", "images")]
-    facts += [(f"{sum(use.total for use in contents.uses.values()):,}", "codes")]
-    facts += quality_facts(known)
-    sections = [report.note(note)] if note else []
-    sections += [report.tiles(facts)]
-    if contents.broken:
-        sections += [report.note(f"{contents.broken:,} lines are not as they should be: see verify_codebook.py.")]
-    lead = "Drawn from all images. First the original at its anchor, then what its codes decode to."
-    sections += [gallery_section(pairs, lead)]
-    sections += [resolution_section(contents.anchors)]
-    sections += [codebook_section(branch, use) for branch, use in contents.uses.items()]
-    sections += [lengths_section(contents.lengths, "codes", "Codes of all images of an item, both branches.")]
-    tokenizer = first.manifest["tokenizer"]
-    subtitle = f"{names} · {first.settings.tag} · {tokenizer['name']} {tokenizer['fingerprint'][:12]}"
-    html = report.page("Codes of images", f"{subtitle} · {first.settings.torch_dtype}", sections)
-    write_bytes(folder / "report.html", html.encode())
-    write_contact_sheet(folder / "contact_sheet.png", pairs)
+    tokenizer, run = first.manifest["tokenizer"], f"{names} · {first.settings.tag}"
+    page = render(
+        TEMPLATES / "codes.html",
+        title="Codes of images",
+        subtitle=f"{run} · {tokenizer['name']} {tokenizer['fingerprint'][:12]} · {first.settings.torch_dtype}",
+        note=note,
+        warning=f"{contents.broken:,} lines are broken: run verify_codebook.py." if contents.broken else "",
+        facts=[
+            (f"{contents.items:,}", "items"),
+            (f"{contents.images:,}", "images"),
+            (f"{sum(use.total for use in contents.uses.values()):,}", "codes"),
+            *mean_quality(pairs),
+        ],
+        contents=contents,
+        pairs=pairs,
+    )
+    write_bytes(folder / "report.html", page.encode())
+    write_contact_sheet(folder / "contact_sheet.png", run, pairs)
 
 
-def write_contact_sheet(path: Path, pairs: Sequence[Pair]) -> None:
-    sheet = report.contact_sheet([(pair.original, pair.decoded, f"{pair.title}: {pair.said}") for pair in pairs])
+def write_contact_sheet(path: Path, title: str, pairs: Sequence[Pair]) -> None:
+    sheet = contact_sheet(title, [(pair.original, pair.decoded, f"{pair.title}: {pair.quality}") for pair in pairs])
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
-def quality_facts(known: Sequence[Pair]) -> list[tuple[str, str]]:
+def mean_quality(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
+    """Mean PSNR and SSIM as (value, label), of the pairs that have an original."""
+    known = [pair for pair in pairs if pair.original]
     if not known:
         return []
     mean_psnr, mean_ssim = (sum(values) / len(known) for values in zip(*((p.psnr, p.ssim) for p in known), strict=True))
     return [(f"{mean_psnr:.2f} dB", f"mean PSNR of {len(known)}"), (f"{mean_ssim:.3f}", f"mean SSIM of {len(known)}")]
-
-
-def gallery_section(pairs: Sequence[Pair], lead: str) -> str:
-    cards = [report.pair(pair.original, pair.decoded, pair.title, f"{pair.place}: {pair.said}") for pair in pairs]
-    return report.section("gallery", "Original and reconstruction", report.gallery(cards), lead=lead)
-
-
-def resolution_section(sizes: Counter[tuple[int, int]]) -> str:
-    rows = [(f"{h} x {w}", n) for (h, w), n in sizes.most_common()]
-    icons = [report.shape_icon(h, w) for (h, w), _ in sizes.most_common()]
-    lead = "Images at each resolution, height x width."
-    return report.section("resolutions", "Resolutions", report.bars(rows, sum(sizes.values()), icons), lead=lead)
-
-
-def codebook_section(branch: str, use: CodeUse) -> str:
-    facts = [(f"{use.distinct:,}", f"distinct codes of {len(use.counts):,}"), (f"{use.perplexity:,.0f}", "perplexity")]
-    facts += [(f"{use.dead_share:.1%}", "of the codebook not used here"), (f"{use.total:,}", "codes")]
-    most = [(f"code {code}", n) for code, n in use.most_used(MOST_USED)]
-    lead = "Perplexity is the number of codes that, used evenly, would carry as much information."
-    content = (report.tiles(facts), report.rank_curve(use.counts), "<h3>Most used</h3>", report.bars(most, use.total))
-    return report.section(f"codebook-{branch}", f"Codebook use: {branch}", *content, lead=lead)
-
-
-def lengths_section(lengths: Counter[int], unit: str, lead: str) -> str:
-    return report.section("lengths", "Lengths", report.histogram(lengths, unit), lead=lead)

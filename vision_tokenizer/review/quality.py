@@ -47,6 +47,11 @@ class CodeUse:
         self.counts += np.bincount(codes.ravel(), minlength=len(self.counts))
 
     @property
+    def size(self) -> int:
+        """Codes in the codebook."""
+        return len(self.counts)
+
+    @property
     def total(self) -> int:
         return int(self.counts.sum())
 
@@ -57,7 +62,7 @@ class CodeUse:
     @property
     def dead_share(self) -> float:
         """Of the codebook: codes that do not occur."""
-        return 1 - self.distinct / len(self.counts)
+        return 1 - self.distinct / self.size
 
     @property
     def perplexity(self) -> float:

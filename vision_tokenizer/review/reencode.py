@@ -1,8 +1,8 @@
-"""A sample of stored codes against the same images encoded again, one at a time.
+"""Compares a sample of stored codes with the same images encoded again, one at a time.
 
-Where a code differs, the question is how near the tie was: two machines that round differently choose differently
-between two codes that are equally near, and never otherwise. `gap` is how much farther the stored code is than the
-nearest one, as a share of the median distance to the codebook: 0 is a tie, about 1 is any code at all.
+Two machines that round differently may choose differently between two codes that are about equally near. Where a code
+differs, `gap` says how near: how much farther away the stored code is than the nearest one, as a share of the median
+distance to the codebook. 0 is a tie; a code drawn at random has about 1.
 """
 
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ import torch
 from vision_tokenizer.codebook.annotations import image_path
 from vision_tokenizer.codebook.read import Place
 from vision_tokenizer.images.dualvitok import normalize, prepare
-from vision_tokenizer.review.findings import Findings
+from vision_tokenizer.review.issues import Issues
 from vistoken.errors import Failed, ItemError
 from vistoken.jobs.progress import bar
 
-# by the dtype of the run; codes are compared with fp32's
+# largest gap that rounding explains, by the dtype of the run; the comparison is with fp32
 MAX_GAP = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}
-_SPARSE = 1024  # codebook rows that the median distance is taken over
+_SPARSE = 1024  # codebook rows that the median distance is estimated from
 
 
 @dataclass
 class Agreement:
-    """Of one branch over the sample."""
+    """How many codes of one branch are equal, over the whole sample."""
 
     codes: int = 0
     gaps: list[float] = field(default_factory=list)  # of the codes that differ
@@ -38,14 +38,14 @@ class Agreement:
         return f"{1 - len(self.gaps) / self.codes:.4%} of {self.codes:,} codes equal{different}"
 
 
-def reencode(tokenizer: Any, places: Sequence[Place], findings: Findings) -> dict[str, Agreement]:
-    """Encode the images at `places` again with a `DualViTok` in fp32 and compare; far-off codes become findings."""
+def reencode(tokenizer: Any, places: Sequence[Place], issues: Issues) -> dict[str, Agreement]:
+    """Encode the images at `places` again with a `DualViTok` in fp32. Codes beyond the largest gap become issues."""
     agreements = {branch: Agreement() for branch in tokenizer.branches}
     for place in bar("encoding", iterable=places):
         try:
             features = _features(tokenizer, place)
         except ItemError as error:
-            findings.add("image changed", f"{place}: it had codes, but now: {error}")
+            issues.add("image changed", f"{place}: it had codes, but now: {error}")
             continue
         limit = MAX_GAP[place.output.settings.torch_dtype]
         for branch, quantizer, feature, stored in zip(
@@ -62,7 +62,7 @@ def reencode(tokenizer: Any, places: Sequence[Place], findings: Findings) -> dic
                 agreements[branch].gaps.append(gap)
                 if gap > limit:
                     detail = f"{place}, {branch} row {row} column {column}: {stored[row, column]}, gap {gap:.2g}"
-                    findings.add("code is not the nearest", detail)
+                    issues.add("code is not the nearest", detail)
     return agreements
 
 

@@ -1,13 +1,14 @@
-"""Is the output of codebook inference whole and consistent? Everything that can be told without encoding an image.
+"""Checks the output of codebook inference, as far as that is possible without encoding an image.
 
-Input and output are walked side by side, in bounded memory: each annotation is followed by its line or by its entry
-in `*.rejected.jsonl`, byte for byte, and nothing else is there.
+Annotations and output are read side by side, in bounded memory: every annotation must have its line, byte for byte, or
+its entry in `*.rejected.jsonl`, and every line must belong to an annotation.
 """
 
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,18 @@ import orjson
 from vision_tokenizer.codebook.output import CHUNK_ITEMS, RATIO
 from vision_tokenizer.codebook.read import Output, Place, parse_line, read_lines
 from vision_tokenizer.images.anchors import crop_share, ratio_tag
-from vision_tokenizer.review.findings import Findings, Sample
+from vision_tokenizer.review.issues import Issues, Reservoir
 from vistoken.errors import Failed, UserError
 from vistoken.jobs.chunks import ChunkTable, Item, chunk_table
 from vistoken.jobs.counts import Account
 from vistoken.jobs.files import sha256_of
 from vistoken.jobs.summary import SUMMARY
 
-LOOK_AHEAD = 256  # items in which the one of an unexpected line is looked for
+LOOK_AHEAD = 256  # items among which we look for the one that an output line belongs to
 
 
-def verify_output(output: Output, sample: Sample[Place], findings: Findings, on_item: Callable[[], None]) -> Account:
-    """Check a data set's output; returns what was found in it, as an account like the run's own."""
+def verify_output(output: Output, sample: Reservoir[Place], issues: Issues, on_item: Callable[[], None]) -> Account:
+    """Check a data set's output. Returns what it holds, counted as the run itself counts."""
     account, expected = Account(), set()
     with tempfile.TemporaryDirectory() as cache:
         for path in output.dataset.annotation_files():
@@ -36,60 +37,54 @@ def verify_output(output: Output, sample: Sample[Place], findings: Findings, on_
             try:
                 table = chunk_table(path, CHUNK_ITEMS, Path(cache) / f"{path.name}.json")
             except UserError as error:
-                findings.add("annotations unreadable", str(error))
+                issues.add("annotations unreadable", str(error))
                 continue
             if output.manifest["inputs"].get(path.name) != table.sha256:
-                findings.add("annotations changed", f"{path}: not the file that the manifest says was encoded")
+                issues.add("annotations changed", f"{path}: not the file that the manifest says was encoded")
             if not file.exists():
-                findings.add("output file missing", f"{file}: {table.items:,} items of {path} have no codes")
+                issues.add("output file missing", f"{file}: {table.items:,} items of {path} have no codes")
                 account.items += table.items
                 continue
-            _Walk(output, table, file, sample, findings, account, on_item).run()
+            _Walk(output, table, file, sample, issues, account, on_item).run()
     for file in set(output.files()) - expected:
-        findings.add("foreign file", f"{file}: no annotation file of that name")
-    _check_statistics(output, account, findings)
+        issues.add("foreign file", f"{file}: no annotation file of that name")
+    _check_statistics(output, account, issues)
     return account
 
 
 @dataclass
 class _Walk:
-    """Items, output lines and rejected entries of one annotation file, side by side."""
+    """Reads the items, output lines and rejected entries of one annotation file side by side."""
 
     output: Output
     table: ChunkTable
     file: Path
-    sample: Sample[Place]
-    findings: Findings
+    sample: Reservoir[Place]
+    issues: Issues
     account: Account
     on_item: Callable[[], None]
 
     def run(self) -> None:
-        items, rejected = deque(), _Rejected(self.file, self.findings)
+        items, rejected = deque[Item](), _Rejected(self.file, self.issues)
         source = (item for index in range(len(self.table)) for item in self.table.read(self.table[index]))
         waiting = (item for item in source if not self._accounted(item, rejected))
         for number, line in enumerate(read_lines(self.file), start=1):
-            self._fill(items, waiting)
-            for skipped, item in enumerate(items):
-                if _made_of(line, item):
-                    for _ in range(skipped):
-                        self._missing(items.popleft())
-                    items.popleft()
-                    self._check_line(number, line)
-                    break
-            else:
-                self.findings.add("line of no item", f"{self.file}, line {number}: none of the next items is like it")
-        for item in (*items, *waiting):
-            self._missing(item)
+            items.extend(islice(waiting, LOOK_AHEAD - len(items)))
+            position = next((position for position, item in enumerate(items) if _made_of(line, item)), None)
+            if position is None:
+                self.issues.add("line of no item", f"{self.file}, line {number}: none of the next items is like it")
+                continue
+            for _ in range(position):
+                self._lost(items.popleft())
+            items.popleft()
+            self._check_line(number, line)
+        for item in chain(items, waiting):
+            self._lost(item)
         for entry in rejected.rest():
-            self.findings.add("entry of no item", f"{rejected.path}: item {entry.get('item')!r} is not waiting for it")
-
-    @staticmethod
-    def _fill(items: deque[Item], waiting: Iterator[Item]) -> None:
-        while len(items) < LOOK_AHEAD and (item := next(waiting, None)):
-            items.append(item)
+            self.issues.add("entry of no item", f"{rejected.path}: item {entry.get('item')!r} is not waiting for it")
 
     def _accounted(self, item: Item, rejected: "_Rejected") -> bool:
-        """Count an item; True if its entry says why it has no line."""
+        """Count an item. True if a rejected entry says why it has no line."""
         self.on_item()
         self.account.items += 1
         entry = rejected.take(item.index)
@@ -97,8 +92,8 @@ class _Walk:
             self.account.reasons[entry["kind"], entry["reason"]] += 1
         return entry is not None
 
-    def _missing(self, item: Item) -> None:
-        self.findings.add("item lost", f"{self.table.path}, {item.where}: neither in {self.file.name} nor rejected")
+    def _lost(self, item: Item) -> None:
+        self.issues.add("item lost", f"{self.table.path}, {item.where}: neither in {self.file.name} nor rejected")
 
     def _check_line(self, number: int, line: bytes) -> None:
         self.account.done += 1
@@ -106,7 +101,7 @@ class _Walk:
         try:
             _, images = parse_line(line, self.output)
         except Failed as error:
-            self.findings.add(error.reason, f"{where}: {error.detail}")
+            self.issues.add(error.reason, f"{where}: {error.detail}")
             return
         threshold = self.output.settings.crop_percent_thresh
         matched = [image.anchor for image in images]
@@ -115,11 +110,11 @@ class _Walk:
             self.account.counts["images"] += 1
             self.sample.offer(Place(self.output, self.file, number, index, image))
             if 0 < threshold < crop_share(*image.size, image.anchor):
-                self.findings.add("should be rejected", f"{where}, image {index}: {image.size} loses more than allowed")
+                self.issues.add("should be rejected", f"{where}, image {index}: {image.size} loses more than allowed")
 
 
 def _made_of(line: bytes, item: Item) -> bool:
-    """Whether an output line is that annotation, byte for byte, with the three fields added."""
+    """Whether an output line is this annotation, byte for byte, with three fields added."""
     if item.error or not item.raw.endswith(b"}"):
         return False
     return line.startswith(item.raw[:-1].rstrip() + b', "image_sizes":')
@@ -128,18 +123,18 @@ def _made_of(line: bytes, item: Item) -> bool:
 class _Rejected:
     """The entries of a `*.rejected.jsonl`, taken in the order of the items."""
 
-    def __init__(self, file: Path, findings: Findings):
+    def __init__(self, file: Path, issues: Issues):
         self.path = file.with_suffix(".rejected.jsonl")
-        self._entries = self._read(findings) if self.path.exists() else iter(())
+        self._entries = self._read(issues) if self.path.exists() else iter(())
         self._next: dict[str, Any] | None = next(self._entries, None)
 
-    def _read(self, findings: Findings) -> Iterator[dict[str, Any]]:
+    def _read(self, issues: Issues) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(read_lines(self.path), start=1):
             try:
                 entry = orjson.loads(line)
                 yield {"item": int(entry["item"]), "kind": str(entry["kind"]), "reason": str(entry["reason"])}
             except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-                findings.add("broken entry", f"{self.path}, line {number}: {error}")
+                issues.add("broken entry", f"{self.path}, line {number}: {error}")
 
     def take(self, item: int) -> dict[str, Any] | None:
         entry = self._next
@@ -154,41 +149,41 @@ class _Rejected:
         yield from self._entries
 
 
-def _check_statistics(output: Output, account: Account, findings: Findings) -> None:
+def _check_statistics(output: Output, account: Account, issues: Issues) -> None:
     counted = {name: n for name, n in account.counts.items() if name.startswith(RATIO)}
     path = output.settings.statistics_file(output.dataset)
-    stored = _load(path, findings)
+    stored = _load(path, issues)
     for name in sorted(counted.keys() | stored.keys()):
         said, found = stored.get(name, 0), counted.get(name, 0)
         if said != found:
-            findings.add("statistics differ", f"{path}: {name} is {said}, the lines have {found}")
+            issues.add("statistics differ", f"{path}: {name} is {said}, the lines have {found}")
     path = output.folder / SUMMARY
-    summary = _load(path, findings)
-    files, total = (_object(summary, name, path, findings) for name in ("files", "total"))
+    summary = _load(path, issues)
+    files, total = (_object(summary, name, path, issues) for name in ("files", "total"))
     for name in files:
         file = output.folder / f"{Path(name).stem}.jsonl"
-        if file.exists() and _object(files, name, path, findings).get("sha256") != sha256_of(file):
-            findings.add("file changed", f"{file}: not the bytes that the run wrote, by the hash in {path.name}")
+        if file.exists() and _object(files, name, path, issues).get("sha256") != sha256_of(file):
+            issues.add("file changed", f"{file}: not the bytes that the run wrote, by the hash in {path.name}")
     for name in ("items", "done", "rejected", "failed"):
         if total.get(name) != getattr(account, name):
-            findings.add("summary differs", f"{path}: {name} is {total.get(name)}, found {getattr(account, name)}")
+            issues.add("summary differs", f"{path}: {name} is {total.get(name)}, found {getattr(account, name)}")
 
 
-def _load(path: Path, findings: Findings) -> dict[str, Any]:
+def _load(path: Path, issues: Issues) -> dict[str, Any]:
     try:
         content = orjson.loads(path.read_bytes())
     except FileNotFoundError:
-        findings.add("file missing", str(path))
+        issues.add("file missing", str(path))
         return {}
     except (OSError, orjson.JSONDecodeError) as error:
-        findings.add("file damaged", f"{path}: {error}")
+        issues.add("file damaged", f"{path}: {error}")
         return {}
-    return _object({"all of it": content}, "all of it", path, findings)
+    return _object({"all of it": content}, "all of it", path, issues)
 
 
-def _object(holder: dict[str, Any], name: str, path: Path, findings: Findings) -> dict[str, Any]:
+def _object(holder: dict[str, Any], name: str, path: Path, issues: Issues) -> dict[str, Any]:
     value = holder.get(name, {})
     if not isinstance(value, dict):
-        findings.add("file damaged", f"{path}: {name} must be an object, is {value!r:.60}")
+        issues.add("file damaged", f"{path}: {name} must be an object, is {value!r:.60}")
         return {}
     return value

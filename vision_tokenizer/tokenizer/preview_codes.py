@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     outputs = open_outputs(args)
 
     from vision_tokenizer.models.dualvitok.model import load_dualvitok
-    from vision_tokenizer.review.findings import Sample
+    from vision_tokenizer.review.issues import Reservoir
     from vision_tokenizer.review.preview import Contents, decode_place, read_contents, write_report
     from vistoken.jobs.progress import bar
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{output.folder} was made with the tokenizer {output.fingerprint}, but {args.tokenizer_checkpoint} is "
                 f"{tokenizer.fingerprint}: its decoder would show something else. Name the one it was made with."
             )
-    contents, sample = Contents(), Sample(args.sample, args.seed)
+    contents, sample = Contents(), Reservoir(args.sample, args.seed)
     with bar("reading") as progress:
         for output in outputs:
             read_contents(output, contents, sample, progress.update)

@@ -66,25 +66,25 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     outputs = open_outputs(args)
 
-    from vision_tokenizer.review.findings import Findings, Sample
+    from vision_tokenizer.review.issues import Issues, Reservoir
     from vision_tokenizer.review.verify import verify_output
     from vistoken.jobs.progress import bar
     from vistoken.jobs.summary import accounts_table
 
     tokenizer = load_tokenizer(args)  # first: a wrong path should not come to light after millions of lines
-    findings, sample = Findings(), Sample(args.sample if tokenizer else 0, args.seed)
+    issues, sample = Issues(), Reservoir(args.sample if tokenizer else 0, args.seed)
     accounts = {}
     with bar("reading") as progress:
         for output in outputs:
-            accounts[output.dataset.name] = verify_output(output, sample, findings, progress.update)
+            accounts[output.dataset.name] = verify_output(output, sample, issues, progress.update)
     print(accounts_table(accounts))
     print(f"{sum(account.counts['images'] for account in accounts.values()):,} images with codes")
     if tokenizer:
-        encode_again(tokenizer, args.tokenizer_checkpoint, outputs, sample, findings)
+        encode_again(tokenizer, args.tokenizer_checkpoint, outputs, sample, issues)
     else:
         print("no image was encoded again: that needs --model_config and --tokenizer_checkpoint")
-    print(f"\n{findings}\n\nNOT as it should be" if findings.counts else "\nall as it should be")
-    return 1 if findings.counts else 0
+    print(f"\n{issues}")
+    return 1 if issues.counts else 0
 
 
 def load_tokenizer(args: argparse.Namespace):
@@ -97,16 +97,16 @@ def load_tokenizer(args: argparse.Namespace):
     )
 
 
-def encode_again(tokenizer, checkpoint: str, outputs: list, sample, findings) -> None:
+def encode_again(tokenizer, checkpoint: str, outputs: list, sample, issues) -> None:
     from vision_tokenizer.review.reencode import reencode
 
     for output in outputs:
         if output.fingerprint != tokenizer.fingerprint:
             found = f"{checkpoint} is {tokenizer.fingerprint}"
-            findings.add("another tokenizer", f"{output.folder} was made with {output.fingerprint}, {found}")
+            issues.add("another tokenizer", f"{output.folder} was made with {output.fingerprint}, {found}")
     places = [place for place in sample.drawn if place.output.fingerprint == tokenizer.fingerprint]
     print(f"{len(places):,} images encoded again, one at a time in fp32:")
-    for branch, agreement in reencode(tokenizer, places, findings).items():
+    for branch, agreement in reencode(tokenizer, places, issues).items():
         print(f"  {branch}: {agreement}")
 
 

@@ -1,42 +1,45 @@
-"""What the verifying commands say, and what they look at more closely."""
+"""What the verify commands found, and how they choose the few things that they look at closely."""
 
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-SHOWN = 5  # findings of a kind that are told in words
+EXAMPLES = 5  # issues of a kind that are told in full
 
 T = TypeVar("T")
 
 
 @dataclass
-class Findings:
-    """What is wrong, counted by kind, the first few of each in words."""
+class Issues:
+    """What is wrong: counted by kind, with the first few of each kind in full."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, kind: str, detail: str) -> None:
         self.counts[kind] += 1
-        if len(self.examples[kind]) < SHOWN:
+        if len(self.examples[kind]) < EXAMPLES:
             self.examples[kind].append(detail)
 
     def __str__(self) -> str:
+        if not self.counts:
+            return "no issues"
         lines = []
         for kind, count in sorted(self.counts.items()):
             lines += [f"{kind}: {count:,}", *(f"    {example}" for example in self.examples[kind])]
             lines += ["    ..."] if count > len(self.examples[kind]) else []
-        return "\n".join(lines)
+        total = self.counts.total()
+        return "\n".join([*lines, "", f"{total:,} issue{'s' if total > 1 else ''}"])
 
 
 def draw(length: int, count: int, seed: int) -> list[int]:
-    """`count` positions of `length`, drawn evenly, in order; the same ones for the same seed."""
+    """`count` positions of `length`, drawn evenly, in order. The same seed draws the same ones."""
     return sorted(random.Random(seed).sample(range(length), min(count, length)))
 
 
-class Sample(Generic[T]):
-    """`size` things drawn evenly from all that are offered, the same ones for the same seed."""
+class Reservoir(Generic[T]):
+    """`size` things, drawn evenly from all that are offered. The same seed draws the same ones."""
 
     def __init__(self, size: int, seed: int):
         self.size, self._seen, self._random = size, 0, random.Random(seed)
