@@ -19,8 +19,8 @@ def nearest_codes(features: Tensor, codebook: Tensor, half_norms: Tensor) -> Ten
     """Index of the codebook row nearest to each feature by Euclidean distance, the lowest on a tie.
 
     `features` (..., d) of any float dtype, `codebook` (K, d) and `half_norms` (K,) = |row|^2 / 2, both fp32 (or fp64,
-    which then decides); returns (...) int64, `NO_CODE` for a feature that is not finite. |x - c|^2 / 2 without its |x|^2 / 2 is |c|^2 / 2 - x c, so
-    one product per block decides.
+    which then decides); returns (...) int64, `NO_CODE` for a feature that is not finite. |x - c|^2 / 2 without its
+    |x|^2 / 2 is |c|^2 / 2 - x c, so one product per block decides.
     """
     tokens = features.to(codebook.dtype).flatten(0, -2)
     with float32_products(tf32=False):
