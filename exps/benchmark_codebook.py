@@ -30,6 +30,7 @@ from vision_tokenizer.images.dualvitok import normalize, prepare
 from vision_tokenizer.models.dualvitok.config import read_config
 from vision_tokenizer.models.dualvitok.model import DualViTok, load_dualvitok
 from vision_tokenizer.models.dualvitok.untrained import main as write_untrained
+from vistoken.cli import command_parser
 from vistoken.device import default_batch_size, default_workers, local_device
 from vistoken.jobs.summary import table
 from vistoken.jobs.workers import Solo
@@ -43,7 +44,7 @@ MODES = {"fixed 256": ("fixed", 256), "anchors": ("fixed_anchors", 512)}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--device", default="auto")

@@ -40,6 +40,7 @@ from vision_tokenizer.images.dualvitok import normalize
 from vision_tokenizer.models.chameleon.untrained import main as write_untrained
 from vision_tokenizer.models.chameleon.vocabulary import ChameleonVocabulary
 from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN
+from vistoken.cli import command_parser
 from vistoken.device import default_batch_size, default_workers, local_device
 from vistoken.jobs.summary import table
 from vistoken.jobs.workers import Solo
@@ -50,7 +51,7 @@ PER_SHARD = 512
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=("small", "full"), default=["small", "full"])
     parser.add_argument("--images", type=int, default=48, help="distinct images; a sixth of it for the full model")
     parser.add_argument("--items", type=int, default=1_000_000, help="text items, and records, of the large cases")

@@ -40,6 +40,7 @@ from training.models.siglip import VisionConfig
 from training.models.unitoken import UniToken
 from training.parallel import process_group, shard
 from training.report import Flops, memory_used
+from vistoken.cli import command_parser
 
 CPU_LLM = LLMConfig(16384, 256, 688, 4, 4, 4)
 GPU_LLM = LLMConfig(num_hidden_layers=4)
@@ -245,7 +246,7 @@ PARTS = {"steps": steps, "startup": startup, "loader": loader, "utilisation": ut
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--parts", default=",".join(PARTS), help="some of them, separated by commas")
     parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -10,12 +10,6 @@ Beside the record it writes `*.rejected.jsonl`, the items that are not in it, an
 published form (pickles, no manifest) are joined, too. Memory does not grow with the number of items.
 """
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):  # started as a file: its folder comes first, and hides the package of the same name
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-
 import argparse
 import heapq
 import os
@@ -24,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from operator import itemgetter
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -32,8 +27,8 @@ from tqdm import tqdm
 
 from pre_tokenize.record import Lengths, companions, entry_line, manifest_id, read_entries
 from pre_tokenize.token_file import MAKE_ANEW, shard_manifest
-from vistoken.cli import run_command
-from vistoken.errors import UserError
+from vistoken.cli import command_parser, run_command
+from vistoken.errors import DataError, UserError
 from vistoken.jobs.files import atomic_write, write_bytes
 from vistoken.jobs.manifest import read_manifest
 
@@ -58,12 +53,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sub_record_dir", type=Path, required=True, help="the --out_dir of pre_tokenize.py")
-    parser.add_argument("--save_path", type=Path, required=True, help="the record to write, .json or .jsonl")
-    parser.add_argument(
-        "--allow_partial", action="store_true", help="warn of missing ranks and items instead of ending"
-    )
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("--sub_record_dir", type=Path, required=True, help="the --out_dir of pre_tokenize.py")
+    add("--save_path", type=Path, required=True, help="the record to write, .json or .jsonl")
+    add("--allow_partial", action="store_true", help="warn of missing ranks and items instead of ending")
     return parser.parse_args(argv)
 
 
@@ -75,7 +69,7 @@ class Complaints:
 
     def of(self, message: str) -> None:
         if not self.allowed:
-            raise UserError(
+            raise DataError(
                 f"{message}. Run pre_tokenize.py again to finish, or go on regardless with --allow_partial."
             )
         print(f"warning: {message}", flush=True)
@@ -93,7 +87,7 @@ def find_sub_records(folder: Path, complaints: Complaints) -> list[Path]:
         )
     if len(ranks) > 1:
         names = " and ".join(f"*-of-{splits}" for splits in sorted(ranks))
-        raise UserError(f"{folder}: sub-records of several runs, {names}. Delete those that are out of date.")
+        raise DataError(f"{folder}: sub-records of several runs, {names}. Delete those that are out of date.")
     splits, found = ranks.popitem()
     if missing := [rank for rank in range(splits) if rank not in found]:
         complaints.of(f"{folder}: no sub-record of rank {_listed(missing)} of {splits}: not started, or not finished")
@@ -107,9 +101,9 @@ def check_manifests(sub_records: Sequence[Path], manifest: dict[str, Any]) -> No
         try:
             stored = orjson.loads(summary.read_bytes())["manifest"]
         except (OSError, orjson.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{summary}: {path.name} has no readable summary. Run its rank again.") from error
+            raise DataError(f"{summary}: {path.name} has no readable summary. Run its rank again.") from error
         if stored != manifest_id(manifest):
-            raise UserError(
+            raise DataError(
                 f"{path}: made by another run (manifest {stored}, the one here is {manifest_id(manifest)}). "
                 "Delete the sub-record, or put it where it belongs."
             )
@@ -196,7 +190,7 @@ class TokenFileCheck:
         if entry["file"] != self._file:
             self._open(entry["file"])
         if entry.get("row", 0) >= self._rows:
-            raise UserError(f"{self._path}: the sub-record names row {entry['row']}, the file has {self._rows}")
+            raise DataError(f"{self._path}: the sub-record names row {entry['row']}, the file has {self._rows}")
         return entry_line(self._name, entry.get("row"), entry["len"], entry["id"])
 
     def _open(self, file: str) -> None:
@@ -206,14 +200,14 @@ class TokenFileCheck:
             path = Path(file).absolute()
             self._name = str(path)
         if not path.exists():
-            raise UserError(
+            raise DataError(
                 f"{self._folder / file}: a sub-record names this token file, but it does not exist. {MAKE_ANEW}"
             )
         self._file, self._path, self._rows = file, path, 1
         if path.suffix == ".arrow":
             manifest, self._rows = shard_manifest(path)
             if manifest != (self._manifest or {}):
-                raise UserError(f"{path}: a token file of another run: its manifest is not that of {self._folder}")
+                raise DataError(f"{path}: a token file of another run: its manifest is not that of {self._folder}")
 
 
 def _merged(sub_records: Sequence[Path], spill: Path) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
@@ -233,7 +227,7 @@ def _rejected(path: Path) -> Iterator[tuple[int, bytes]]:
                     item = int(orjson.loads(line)["item"])
                 except (ValueError, LookupError, TypeError) as error:
                     message = f"{path}, line {number}: not a rejected item ({error}). Run its rank again."
-                    raise UserError(message) from error
+                    raise DataError(message) from error
                 yield item, line
 
 

@@ -11,17 +11,11 @@ one that has some of them, or has them in another order, is refused.
 The embeddings grow when training starts: `training/train.py --variant lm --tokenizer_from OUTPUT_DIR`.
 """
 
-import sys
+import shutil
 from pathlib import Path
 
-if __package__ in (None, ""):  # started as a file: its folder comes first, and hides the package of the same name
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-
-import argparse
-import shutil
-
 from vision_tokenizer.models.dualvitok.vocabulary import CODEBOOK_SIZES, LEVEL_MARKS, added_names, find_words
-from vistoken.cli import run_command
+from vistoken.cli import at_least, command_parser, run_command
 from vistoken.errors import UserError
 from vistoken.jobs.files import write_bytes
 
@@ -39,15 +33,13 @@ COMPANIONS = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--tokenizer_dir", required=True, help="folder with tokenizer.json, or the file")
     parser.add_argument("--output_dir", type=Path, required=True, help="may be the same folder")
-    parser.add_argument("--semantic_size", type=int, default=CODEBOOK_SIZES[0], help="codes of the semantic codebook")
-    parser.add_argument("--pixel_size", type=int, default=CODEBOOK_SIZES[1], help="codes of the pixel codebook")
+    add = parser.add_argument
+    add("--semantic_size", type=at_least(1), default=CODEBOOK_SIZES[0], help="codes of the semantic codebook")
+    parser.add_argument("--pixel_size", type=at_least(1), default=CODEBOOK_SIZES[1], help="codes of the pixel codebook")
     args = parser.parse_args(argv)
-    for name in ("semantic_size", "pixel_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     extend(args.tokenizer_dir, args.output_dir, (args.semantic_size, args.pixel_size))
 
 

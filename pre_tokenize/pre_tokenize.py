@@ -10,8 +10,7 @@ Without a GPU: add `--device cpu`.
 
 Stop it whenever you like: the same command, with any number of processes or splits, goes on from there, and tries items
 that failed again. Then join the records: `python -u pre_tokenize/concat_record.py --sub_record_dir tokens --save_path
-tokens/record.json`. The exit code is 0 if at most `--max_failed` of the items failed, 1 if more did, 2 for a mistake in
-the call.
+tokens/record.json`.
 
 The input is a `.json` list, or a `.jsonl`, of objects `{"conversations": [{"from": "human", "value": "<|image|> What is
 this?"}, {"from": "gpt", "value": "A cat."}], "image": ["cat.png"]}`. Data in a format of your own: see `ItemProcessor`.
@@ -24,26 +23,25 @@ not its `.rejected.jsonl`), and the output is for a language model whose tokeniz
 No device is needed then. Images become their codes, those of human turns, too: this model has no vision tower.
 """
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):  # started as a file: its folder comes first, and this file hides the package of its name
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-
 import argparse
 import hashlib
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vistoken.cli import run_command
+from vistoken.cli import add_batches, add_device, add_dtype, add_max_failed, at_least, command_parser, run_command
 from vistoken.errors import UserError
 
 if TYPE_CHECKING:
     from pre_tokenize.sequences import SequenceFormat
+
+if __name__ == "pre_tokenize":  # started as a file, a command has this folder first on its path, and this file for the
+    __path__ = [str(Path(__file__).parent)]  # package of its name: so it is the package
 
 
 class ItemProcessor:
@@ -104,36 +102,34 @@ def _sha256(text: str) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = parser.add_argument_group("data")
-    data.add_argument("--in_filename", type=Path, required=True, help="conversations, .json or .jsonl")
-    data.add_argument("--out_dir", type=Path, required=True, help="folder of the token files and records")
-    data.add_argument("--image_dir", type=Path, help="where relative image paths begin (default: the current folder)")
-    data.add_argument("--item_processor", metavar="FILE.py:Class", help="your own `ItemProcessor`")
-    data.add_argument("--format", choices=("arrow", "pkl"), default="arrow", help="pkl: the published form")
-    data.add_argument("--items_per_file", type=int, default=512, help="items of one Arrow file, done at a time")
-    data.add_argument("--max_seq_len", type=int, default=4096, help="only counts longer sequences; nothing is cut")
-    model = parser.add_argument_group("tokenizers")
-    model.add_argument("--image_tokenizer", choices=("chameleon", "dualvitok"), default="chameleon")
-    model.add_argument(
+    parser = command_parser(__doc__)
+    data = parser.add_argument_group("data").add_argument
+    data("--in_filename", type=Path, required=True, help="conversations, .json or .jsonl")
+    data("--out_dir", type=Path, required=True, help="folder of the token files and records")
+    data("--image_dir", type=Path, help="where relative image paths begin (default: the current folder)")
+    data("--item_processor", metavar="FILE.py:Class", help="your own (default: the `ItemProcessor` here)")
+    data("--format", choices=("arrow", "pkl"), default="arrow", help="pkl: the published form")
+    data("--items_per_file", type=at_least(1), default=512, help="items of one Arrow file, done at a time")
+    data("--max_seq_len", type=at_least(1), default=4096, help="only counts longer sequences; nothing is cut")
+    model = parser.add_argument_group("tokenizers").add_argument
+    model("--image_tokenizer", choices=("chameleon", "dualvitok"), default="chameleon", help="whose codes images get")
+    model(
         "--tokenizer_dir",
         help="text_tokenizer.json, vqgan.yaml and vqgan.ckpt (default: ckpts/chameleon/tokenizer); for dualvitok an "
         "extended tokenizer.json",
     )
-    model = parser.add_argument_group("Chameleon")
-    model.add_argument("--text_tokenizer", help="another folder, file or hub id for the text (default: as above)")
-    model.add_argument("--target_size", type=int, default=512, help="crops have the area of this square, in pixels")
-    model.add_argument("--crop", choices=("square", "variable"), default="square", help="variable: keep the shape")
-    model.add_argument("--torch_dtype", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32", help="fp32 is IEEE")
-    model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    chameleon = parser.add_argument_group("Chameleon")
+    add = chameleon.add_argument
+    add("--text_tokenizer", help="another folder, file or hub id for the text (default: --tokenizer_dir)")
+    add("--target_size", type=int, default=512, help="crops have the area of this square, in pixels")
+    add("--crop", choices=("square", "variable"), default="square", help="variable: keep the shape")
+    add_dtype(chameleon)
+    add_device(chameleon)
     job = parser.add_argument_group("job")
-    job.add_argument("--splits", type=int, default=1, help="number of processes of a shell loop")
+    job.add_argument("--splits", type=at_least(1), default=1, help="number of processes of a shell loop")
     job.add_argument("--rank", type=int, default=0, help="which of them this is, from 0")
-    job.add_argument("--batch_size", type=int, help="images per batch (default: 1 on CPU, 32 on a GPU)")
-    job.add_argument(
-        "--num_workers", type=int, help="decoding threads (default: this process's share of the cores, at most 16)"
-    )
-    job.add_argument("--max_failed", type=float, default=0.01, help="share of failed items up to which we exit with 0")
+    add_batches(job)
+    add_max_failed(job)
     job.add_argument("--overwrite", action="store_true", help="delete what is in --out_dir and begin anew")
     args = parser.parse_args(argv)
     _check(args, parser)
@@ -143,9 +139,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    for name in ("splits", "batch_size", "num_workers", "items_per_file", "max_seq_len"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0 <= args.rank < args.splits:
         parser.error(f"--rank {args.rank} is outside of 0 to {args.splits - 1}, given --splits {args.splits}")
     if args.splits > 1 and args.overwrite:
@@ -156,8 +149,6 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"--target_size must be a multiple of 32 from 32 to 1024, not {args.target_size}")
     if args.image_tokenizer == "dualvitok":
         _check_dualvitok(args, parser)
-    if not 0 <= args.max_failed <= 1:
-        parser.error(f"--max_failed is a share from 0 to 1, not {args.max_failed}")
 
 
 def _check_dualvitok(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

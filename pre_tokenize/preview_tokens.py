@@ -9,38 +9,35 @@ conversations, image sizes, codebook use, lengths. Images of Chameleon tokens ar
 only. One process, on a GPU if there is one (`--device cpu` if not).
 """
 
+import argparse
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # started as a file: its folder comes first, and hides the package of the same name
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-
-import argparse
-
-from vistoken.cli import run_command
+from vision_tokenizer.tokenizer.flags import add_tokenizer_files, check_tokenizer_files
+from vistoken.cli import Flags, add_device, add_sample, command_parser, run_command
 from vistoken.errors import UserError
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = command_parser(__doc__)
+    add_record(parser)
+    add_tokenizer_files(parser, required=False)
+    add_sample(parser, "conversations to show", default=12)
+    parser.add_argument("--note", default="", help="a sentence to show on top of the report")
+    add_device(parser)
+    parser.add_argument("--out_dir", type=Path, default=Path("preview"), help="folder to write")
+    args = parser.parse_args(argv)
+    check_tokenizer_files(parser, args)
+    return args
+
+
+def add_record(flags: Flags) -> None:
+    """Which token files to read, and what wrote them."""
+    add = flags.add_argument
     add("--record", type=Path, required=True, help="what concat_record.py wrote")
     add("--tokenizer_dir", default="ckpts/chameleon/tokenizer", help="as pre_tokenize.py had it")
-    add("--text_tokenizer", help="another folder, file or hub id for the text (default: as above)")
+    add("--text_tokenizer", help="another folder, file or hub id for the text (default: --tokenizer_dir)")
     add("--image_dir", type=Path, help="where relative image paths begin (default: as pre_tokenize.py had it)")
-    add("--model_config", type=Path, help="DualViTok's .py config (code: it is run)")
-    add("--tokenizer_checkpoint", help="DualViTok's .bin, .pt, .safetensors, a folder or a hub id")
-    add("--sample", type=int, default=12, help="conversations to show (default: %(default)s)")
-    add("--seed", type=int, default=0, help="another one draws other conversations")
-    add("--note", default="", help="a sentence to show on top of the report")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--out_dir", type=Path, default=Path("preview"), help="(default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.sample < 1:
-        parser.error(f"--sample must be at least 1, is {args.sample}")
-    if (args.model_config is None) != (args.tokenizer_checkpoint is None):
-        parser.error("--model_config and --tokenizer_checkpoint belong together")
-    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-from vistoken.errors import UserError
+from vistoken.errors import DataError, UserError
 
 
 class Entry(NamedTuple):
@@ -79,7 +79,7 @@ def read_entries(path: Path) -> Iterator[dict[str, Any]]:
                 elif content:
                     yield _checked(_parsed(content, path, number), path, f"line {number}")
             if not closed:
-                raise UserError(f"{path}: the list is not closed: the file was cut off. Run concat_record.py again.")
+                raise DataError(f"{path}: the list is not closed: the file was cut off. Run concat_record.py again.")
     except OSError as error:
         raise UserError(f"{path}: cannot read the record ({error.strerror})") from error
 
@@ -93,7 +93,7 @@ def entry_line(file: str, row: int | None, length: int, item: int) -> bytes:
 def _whole(path: Path) -> list[Any]:
     entries = _parsed(path.read_bytes(), path, 1)
     if not isinstance(entries, list):
-        raise UserError(f"{path}: not a record: expected a list of entries")
+        raise DataError(f"{path}: not a record: expected a list of entries")
     return entries
 
 
@@ -101,7 +101,7 @@ def _parsed(content: bytes, path: Path, line: int) -> Any:
     try:
         return orjson.loads(content)
     except orjson.JSONDecodeError as error:
-        raise UserError(f"{path}, line {line}: not a record entry ({error})") from error
+        raise DataError(f"{path}, line {line}: not a record entry ({error})") from error
 
 
 def _fits(number: Any, end: int) -> bool:
@@ -117,7 +117,7 @@ def _checked(entry: Any, path: Path, where: str) -> dict[str, Any]:
         and _fits(entry.get("id"), 2**63)
     )
     if not right:
-        raise UserError(f'{path}, {where}: expected {{"file", "len", "id"}} and perhaps "row", found {entry!r:.80}')
+        raise DataError(f'{path}, {where}: expected {{"file", "len", "id"}} and perhaps "row", found {entry!r:.80}')
     return entry
 
 

@@ -19,7 +19,7 @@ import orjson
 import pyarrow as pa
 
 from pre_tokenize.record import Record
-from vistoken.errors import UserError
+from vistoken.errors import DataError
 from vistoken.jobs.manifest import read_manifest
 
 SCHEMA = pa.schema(
@@ -55,7 +55,7 @@ class TokenFiles(Sequence[TokenSample]):
         image_dir: where relative image paths begin, if not where they did when the tokens were made.
 
     Cheap to pickle (data-loader workers): mapped files stay behind and are mapped again on first use. A file that
-    is missing, damaged or not of this record raises `UserError` with its path.
+    is missing, damaged or not of this record raises `DataError` with its path.
     """
 
     def __init__(self, record: Record | str | Path, image_dir: str | Path | None = None):
@@ -84,7 +84,7 @@ class TokenFiles(Sequence[TokenSample]):
         entry = self.record[index]
         sample = self._shard(index).sample(entry.row) if entry.file.suffix == ".arrow" else read_pickle(entry.file)
         if sample.id != entry.id or len(sample.tokens) != entry.length:
-            raise UserError(
+            raise DataError(
                 f"{entry.file}, row {entry.row}: holds item {sample.id} of {len(sample.tokens)} tokens, but the record "
                 f"{self.record.path} says item {entry.id} of {entry.length}. Run concat_record.py again."
             )
@@ -121,11 +121,11 @@ class _Shard:
                 reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(use_threads=False))
                 schema, batches = reader.schema, [reader.get_batch(i) for i in range(reader.num_record_batches)]
         except FileNotFoundError as error:
-            raise UserError(f"{path}: the record names this token file, but it does not exist. {MAKE_ANEW}") from error
+            raise DataError(f"{path}: the record names this token file, but it does not exist. {MAKE_ANEW}") from error
         except (pa.ArrowException, OSError) as error:
             raise _damaged(path, error) from error
         if len(batches) != 1 or not schema.equals(SCHEMA) or any(column.null_count for column in batches[0].columns):
-            raise UserError(f"{path}: not a token file: expected one batch of {SCHEMA.names}, found {schema.names}")
+            raise DataError(f"{path}: not a token file: expected one batch of {SCHEMA.names}, found {schema.names}")
         batch = batches[0]
         self.rows = batch.num_rows
         self.manifest = _manifest((schema.metadata or {}).get(b"manifest", b"{}"))
@@ -138,7 +138,7 @@ class _Shard:
 
     def sample(self, row: int) -> TokenSample:
         if not 0 <= row < self.rows:
-            raise UserError(f"{self.path}: the record names row {row}, the file has {self.rows}")
+            raise DataError(f"{self.path}: the record names row {row}, the file has {self.rows}")
         start, end = self._token_ends[row], self._token_ends[row + 1]
         images = tuple(self._images[row].as_py())
         return TokenSample(int(self._ids[row]), self._tokens[start:end].copy(), self._mask(row), images)
@@ -149,8 +149,8 @@ class _Shard:
         return bits[start % 8 : start % 8 + end - start].view(bool)
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: not a token file, or a damaged one ({error}). Delete it. {MAKE_ANEW}")
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: not a token file, or a damaged one ({error}). Delete it. {MAKE_ANEW}")
 
 
 @lru_cache(maxsize=16)
@@ -213,17 +213,17 @@ _DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError,
 
 
 def read_pickle(path: Path) -> TokenSample:
-    """A published token file. Raises `UserError` for one that is missing, damaged, or would run code."""
+    """A published token file. Raises `DataError` for one that is missing, damaged, or would run code."""
     try:
         content = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         tokens, labels = np.array(content["token"], np.int32), np.array(content["label"], np.int32)
         images = content.get("raw_image") or ()
         item = int(content["id"])
     except FileNotFoundError as error:
-        raise UserError(f"{path}: the record names this token file, but it does not exist. {MAKE_ANEW}") from error
+        raise DataError(f"{path}: the record names this token file, but it does not exist. {MAKE_ANEW}") from error
     except _DAMAGE as error:
         raise _damaged(path, error) from error
     loss_mask = labels != IGNORE
     if tokens.ndim != 1 or tokens.shape != labels.shape or (tokens[loss_mask] != labels[loss_mask]).any():
-        raise UserError(f"{path}: labels must be the tokens themselves or {IGNORE}, one for each token")
+        raise DataError(f"{path}: labels must be the tokens themselves or {IGNORE}, one for each token")
     return TokenSample(item, tokens, loss_mask, (images,) if isinstance(images, str) else tuple(images))

@@ -8,40 +8,28 @@ says; and of every sequence that its ids exist, its turns and image blocks are w
 the turns say. With `--in_filename`, `--sample` items are tokenised again, their images one at a time in fp32: text must
 be the same, and where a code differs it is told how near the tie was.
 
-The exit code is 0 if nothing is wrong, 1 if something is, 2 for a mistake in the call. Reads only, in one process, on a
-GPU if there is one (`--device cpu` if not). Published token files (pickles) are read, too; they have no manifest, so
-nothing is tokenised again.
+Reads only, in one process, on a GPU if there is one (`--device cpu` if not). Published token files (pickles) are read,
+too; they have no manifest, so nothing is tokenised again.
 """
-
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):  # started as a file: its folder comes first, and hides the package of the same name
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 import argparse
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from vistoken.cli import run_command
+from pre_tokenize.preview_tokens import add_record
+from vistoken.cli import add_device, add_sample, command_parser, run_command
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
+    add_record(parser)
     add = parser.add_argument
-    add("--record", type=Path, required=True, help="what concat_record.py wrote")
-    add("--tokenizer_dir", default="ckpts/chameleon/tokenizer", help="as pre_tokenize.py had it")
-    add("--text_tokenizer", help="another folder, file or hub id for the text (default: as above)")
-    add("--in_filename", type=Path, help="the conversations that the tokens were made from")
-    add("--image_dir", type=Path, help="where relative image paths begin (default: as pre_tokenize.py had it)")
-    add("--item_processor", metavar="FILE.py:Class", help="as pre_tokenize.py had it")
-    add("--sample", type=int, default=100, help="items to tokenise again (default: %(default)s)")
-    add("--seed", type=int, default=0, help="another one draws other items")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    args = parser.parse_args(argv)
-    if args.sample < 0:
-        parser.error(f"--sample must not be negative, is {args.sample}")
-    return args
+    add("--in_filename", type=Path, help="the conversations that the tokens were made from (default: none)")
+    add("--item_processor", metavar="FILE.py:Class", help="as pre_tokenize.py had it (default: none)")
+    add_sample(parser, "items to tokenise again", default=100, low=0)
+    add_device(parser)
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

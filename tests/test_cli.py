@@ -1,13 +1,18 @@
 """What a command says last, alone and as one of torchrun's processes."""
 
+import argparse
+import errno
+import importlib
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from vistoken.cli import run_command
+from vistoken.cli import EXIT_CODES, above_zero, at_least, run_command, share
+from vistoken.errors import DataError, UserError
 
 COMMAND = """
 import os, time
@@ -79,3 +84,138 @@ def test_a_process_that_leaves_at_once_leaves_nothing_unsaid(tmp_path):
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (3, "done\n", "")
+
+
+@pytest.mark.parametrize(
+    "raised, code, said",
+    [
+        (UserError("meta.json: no data set in it"), 2, "error: meta.json: no data set in it"),
+        (DataError("0.arrow: damaged"), 1, "error: 0.arrow: damaged"),
+        (OSError(errno.ENOSPC, "No space left on device", "out.jsonl"), 2, "error: the disk is full: out.jsonl"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20 MiB"), 2, "error: out of memory. Make --batch_size"),
+        (MemoryError(), 2, "error: out of memory"),
+    ],
+    ids=["call", "data", "full disk", "memory of the GPU", "memory"],
+)
+def test_one_rule_for_exit_codes(capsys, raised, code, said):
+    def main():
+        raise raised
+
+    with pytest.raises(SystemExit, match=f"^{code}$"):
+        run_command(main)
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_a_defect_of_ours_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_command(lambda: (_ for _ in ()).throw(RuntimeError("shapes do not fit")))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["written at the end", "written in between"])
+@pytest.mark.parametrize("streams", [("stdout",), ("stdout", "stderr")], ids=["> log", "> log 2>&1"])
+def test_a_full_disk_behind_the_log_is_a_message(tmp_path, lines, streams):
+    script = tmp_path / "command.py"
+    script.write_text(
+        f"from vistoken.cli import run_command\nrun_command(lambda: [print('line') for _ in range({lines})] and 0)"
+    )
+    with Path("/dev/full").open("wb") as full:
+        pipes = {"stdout": full, "stderr": full if "stderr" in streams else subprocess.PIPE}
+        done = subprocess.run([sys.executable, str(script)], **pipes, text=True, timeout=60)
+    assert done.returncode == 2
+    if done.stderr is not None:
+        assert done.stderr.startswith("error: the disk is full") and "Traceback" not in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def type_error(kind, text: str) -> str:
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        kind(text)
+    return str(caught.value)
+
+
+def test_types_of_flags_say_what_they_take():
+    assert (at_least(1)("7"), share("0"), share("1"), above_zero("0.5")) == (7, 0.0, 1.0, 0.5)
+    assert type_error(at_least(1), "0") == "must be at least 1 and below 2^63, not 0"
+    assert type_error(at_least(1), "1.5") == "must be a whole number, not '1.5'"
+    for text in ("-0.1", "1.1", "nan"):
+        assert type_error(share, text) == f"is a share from 0 to 1, not {text}"
+    for text in ("0", "-1", "inf", "nan"):
+        assert type_error(above_zero, text) == f"must be a number above 0, not {text}"
+
+
+COMMANDS = [
+    "pre_tokenize.concat_record",
+    "pre_tokenize.extend_tokenizer",
+    "pre_tokenize.pre_tokenize",
+    "pre_tokenize.preview_tokens",
+    "pre_tokenize.verify_tokens",
+    "training.export_checkpoint",
+    "training.toy_model",
+    "training.train",
+    "vision_tokenizer.models.chameleon.untrained",
+    "vision_tokenizer.models.dualvitok.untrained",
+    "vision_tokenizer.tokenizer.import_annotations",
+    "vision_tokenizer.tokenizer.plan_codebook_inference",
+    "vision_tokenizer.tokenizer.preview_codes",
+    "vision_tokenizer.tokenizer.tokenizer_codebook_inference",
+    "vision_tokenizer.tokenizer.verify_codebook",
+]
+
+
+def parser_of(command: str, monkeypatch) -> argparse.ArgumentParser:
+    class Caught(Exception):
+        pass
+
+    def catch(parser, *_):
+        raise Caught(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", catch)
+    with pytest.raises(Caught) as caught:
+        importlib.import_module(command).main([])
+    return caught.value.args[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_the_manual_and_shows_defaults_and_exit_codes(command, monkeypatch):
+    parser = parser_of(command, monkeypatch)
+    shown = parser.format_help()
+    assert importlib.import_module(command).__doc__.strip() in shown  # as it is laid out
+    assert EXIT_CODES in shown
+    for action in parser._actions:
+        assert action.help, f"{action.dest} has no help"
+        switch = action.nargs == 0 and not isinstance(action, argparse.BooleanOptionalAction)
+        if not (action.required or switch or action.default == "" or command == "training.train"):
+            text = parser.formatter_class(parser.prog)._expand_help(action)
+            assert "default: " in text, f"{action.option_strings}: {text}"
+
+
+def test_help_and_mistakes_in_the_call_need_no_torch():
+    """The whole list in one process: it takes seconds to import torch, and nobody waits that long for help."""
+    code = (
+        "import importlib, sys\n"
+        f"for name in {COMMANDS}:\n"
+        "    try:\n        importlib.import_module(name).main(['--help'])\n"
+        "    except SystemExit as end:\n        assert end.code == 0, name\n"
+        "    assert 'torch' not in sys.modules, name\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=120)
+
+
+@pytest.mark.parametrize("flag", ["--use-ema", "--use_ema"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if "codebook_inference" in name or "codes" in name])
+def test_the_documented_spelling_and_ours(flag, command, monkeypatch):
+    parser = parser_of(command, monkeypatch)
+    monkeypatch.undo()
+    if "plan" not in command:
+        required = [(a.option_strings[0], "x") for a in parser._actions if a.required]
+        assert parser.parse_args([flag, *(word for pair in required for word in pair)]).use_ema
+
+
+@pytest.mark.parametrize("name", ["pre_tokenize", "concat_record", "preview_tokens", "verify_tokens"])
+def test_a_command_of_pre_tokenize_finds_its_package_though_a_file_beside_it_has_its_name(name):
+    repo = Path(__file__).parents[1]
+    command = [sys.executable, str(repo / "pre_tokenize" / f"{name}.py"), "--help"]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=60).returncode == 0
+    source = (repo / "pre_tokenize" / f"{name}.py").read_text()
+    assert "sys.path" not in source

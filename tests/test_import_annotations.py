@@ -490,7 +490,7 @@ def test_what_was_left_out_is_named_where_there_is_some(tmp_path, pictures, caps
 def test_arguments_that_do_not_fit(tmp_path, pictures, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "pairs", pictures, "--max_failed", "-3")
-    assert "--max_failed is a share from 0 to 1, not -3.0" in capsys.readouterr().err
+    assert "--max_failed: is a share from 0 to 1, not -3" in capsys.readouterr().err
     with pytest.raises(UserError, match="needs --image_source"):
         run(tmp_path, "coco", pictures)
     with pytest.raises(UserError, match="does not exist"):

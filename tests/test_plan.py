@@ -131,7 +131,7 @@ def test_data_sets_that_need_no_codes_are_checked_too(tmp_path, golden):
     talk = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]
     (annotations / "0.jsonl").write_text(json.dumps({"conversations": talk}) + "\n")
     entries = {"text": entry(tmp_path, golden / "images", annotations, inference=False)}
-    assert plan(tmp_path, entries)[0] == 1  # nothing to encode: the run would refuse
+    assert plan(tmp_path, entries)[0] == 2  # nothing to encode: the run would refuse
     entries["images"] = entry(tmp_path, golden / "images", tmp_path / "with_images")
     (tmp_path / "with_images").mkdir()
     (tmp_path / "with_images" / "A.JSONL").write_text(json.dumps({"images": ["photo.jpg"], "conversations": TALK}))
@@ -150,7 +150,7 @@ def test_data_sets_that_need_no_codes_are_checked_too(tmp_path, golden):
 def test_a_missing_folder_does_not_keep_the_others(tmp_path, golden, capsys):
     good = entry(tmp_path, golden / "images", golden / "codebook" / "editing" / "annotations")
     code, datasets, _ = plan(tmp_path, {"gone": entry(tmp_path, tmp_path / "x", tmp_path), "good": good})
-    assert code == 1 and datasets["good"]["done"] == 3
+    assert code == 2 and datasets["good"]["done"] == 3
     assert "data set gone: image_dir" in datasets["gone"]["errors"][0]
     assert "data set gone: image_dir" in capsys.readouterr().err
 
@@ -189,13 +189,13 @@ def test_data_sets_that_the_run_would_refuse_are_told(tmp_path, golden, capsys):
     (annotations / "0.jsonl").write_text(json.dumps({"images": ["photo.jpg"], "conversations": TALK}) + "\n")
     entries = {name: entry(tmp_path, golden / "images", annotations) for name in ("one", "two")}
     code, datasets, problems = plan(tmp_path, entries)
-    assert code == 1 and not problems and datasets["one"]["done"] == datasets["two"]["done"] == 1
+    assert code == 2 and not problems and datasets["one"]["done"] == datasets["two"]["done"] == 1
     shown = capsys.readouterr()
     assert "error: data sets one and two have the same root" in shown.err and "not be clean" in shown.out
     assert plan(tmp_path, entries, "--datasets", "two")[0] == 0
     (annotations / "more.jsonl.gz").touch()
     (tmp_path / "out").touch()  # a file in the way
-    assert plan(tmp_path, entries, "--datasets", "two")[0] == 1
+    assert plan(tmp_path, entries, "--datasets", "two")[0] == 2
     said = capsys.readouterr().err
     assert f"{tmp_path / 'out'} cannot be written" in said and "files are read: more.jsonl.gz\n" in said
 

@@ -292,7 +292,7 @@ def test_a_missing_input_is_named(tokenize, tmp_path):
     [
         (("--rank", "8", "--splits", "8"), "--rank 8 is outside of 0 to 7"),
         (("--rank", "-1"), "--rank -1 is outside"),
-        (("--splits", "0"), "--splits must be at least 1"),
+        (("--splits", "0"), "--splits: must be at least 1"),
         (("--target_size", "500"), "multiple of 32"),
         (("--max_failed", "7"), "a share from 0 to 1"),
         (("--splits", "2", "--overwrite"), "--overwrite would delete what other ranks are writing"),

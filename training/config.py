@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from vistoken.cli import command_parser
 from vistoken.errors import UserError
 
 STAGES = {
@@ -138,11 +139,7 @@ def _check(one: dataclasses.Field, value: Any) -> None:
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = command_parser(description, argument_default=argparse.SUPPRESS)
     parser.add_argument(
         "--config", type=Path, help=f"YAML file of any of the flags below, such as a run's {CONFIG_FILE}"
     )

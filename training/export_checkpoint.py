@@ -5,15 +5,14 @@
 The folder is like the final/ of a finished run. It takes memory for one fp32 copy of the model.
 """
 
-import argparse
 from pathlib import Path
 
-from vistoken.cli import run_command
+from vistoken.cli import command_parser, run_command
 from vistoken.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a step_* folder")
     parser.add_argument("--output_dir", type=Path, required=True, help="model folder to write")
     args = parser.parse_args(argv)

@@ -6,10 +6,9 @@ Writes llm/ (a Chameleon language model for that tokenizer's vocabulary) and sig
 --init_from and --vit_from of training/train.py take.
 """
 
-import argparse
 from pathlib import Path
 
-from vistoken.cli import run_command
+from vistoken.cli import command_parser, run_command
 
 LLM = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -17,7 +16,7 @@ TILE = {"image_size": 112, "patch_size": 14}  # 64 continuous tokens an image
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="text_tokenizer.json, or a folder that holds it")
     parser.add_argument("--output_dir", type=Path, required=True, help="llm/ and siglip/ are written here")
     args = parser.parse_args(argv)

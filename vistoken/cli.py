@@ -1,5 +1,10 @@
-"""How every command of the toolkit ends: results with 0, failures with a message and never with 0."""
+"""How every command of the toolkit starts and ends: its parser, the flags that several commands share, its exit code.
 
+Imports nothing heavy: `--help` of every command goes through here.
+"""
+
+import argparse
+import errno
 import json
 import os
 import signal
@@ -7,31 +12,145 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from math import isfinite
 from pathlib import Path
+from typing import Any, TextIO
 
-from vistoken.errors import UserError
+from vistoken.errors import DataError, UserError, is_out_of_memory
+
+OK, BAD_DATA, BAD_CALL, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
+EXIT_CODES = """exit codes:
+  0    all right
+  1    the data were not all right: items failed, or something is missing, damaged or does not agree
+  2    the call, a config, or the place to write to is wrong
+  130  interrupted"""
+
+DTYPES = ("fp32", "tf32", "bf16", "fp16")  # what they are to torch: see device.py
+DEVICES = ("auto", "cpu", "cuda")
+BATCH_ON_CPU, BATCH_ON_GPU = 1, 32  # one image fills a core, its activations stay near to it; a GPU wants many
+MAX_WORKERS = 16
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The module's docstring stays as it is laid out, and every flag shows its default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        told = "default" in text or action.required or action.default in (None, "", argparse.SUPPRESS)
+        told = told or action.default is False  # a switch that is off until it is given
+        if isinstance(action.default, list | tuple):
+            return f"{text} (default: {' '.join(map(str, action.default))})"
+        return text if told else f"{text} (default: %(default)s)"
+
+
+def command_parser(description: str | None, **options: Any) -> argparse.ArgumentParser:
+    """The parser of a command: its docstring is the manual, the rule of exit codes stands at the end."""
+    return argparse.ArgumentParser(description=description, epilog=EXIT_CODES, formatter_class=HelpFormatter, **options)
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers from `low` up to what a signed 64-bit integer holds."""
+
+    def whole_number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+        if not low <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"must be at least {low} and below 2^63, not {value}")
+        return value
+
+    return whole_number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+
+
+def share(text: str) -> float:
+    """The type of a flag that takes a share."""
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"is a share from 0 to 1, not {text}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """The type of a flag that takes a speed, a length or the like."""
+    value = _number(text)
+    if not (value > 0 and isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return value
+
+
+Flags = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+def add_device(flags: Flags) -> None:
+    flags.add_argument("--device", choices=DEVICES, default="auto", help="auto: a GPU if there is one")
+
+
+def add_dtype(flags: Flags) -> None:
+    flags.add_argument(
+        "--torch_dtype", choices=DTYPES, default="fp32", help="fp32 is IEEE and exact; the others are faster"
+    )
+
+
+def add_batches(flags: Flags) -> None:
+    batches = f"images per batch (default: {BATCH_ON_CPU} on CPU, {BATCH_ON_GPU} on a GPU)"
+    threads = f"decoding threads (default: this process's share of the cores, at most {MAX_WORKERS})"
+    flags.add_argument("--batch_size", type=at_least(1), help=batches)
+    flags.add_argument("--num_workers", type=at_least(1), help=threads)
+
+
+def add_max_failed(flags: Flags, of: str = "items") -> None:
+    flags.add_argument("--max_failed", type=share, default=0.01, help=f"exit with 1 if a larger share of {of} failed")
+
+
+def add_sample(flags: Flags, what: str, default: int, low: int = 1) -> None:
+    """How much of the data is looked at, and which."""
+    flags.add_argument("--sample", type=at_least(low), default=default, help=what)
+    flags.add_argument("--seed", type=at_least(0), default=0, help="another one draws others")
 
 
 def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = sys.exit, resumes: bool = False) -> None:
-    """Run `main` and `leave` with its exit code; a `UserError` prints its message and exits with 2.
+    """Run `main` and `leave` with its exit code; what a user can mend ends in a message, see `EXIT_CODES`.
 
     Anything else that escapes is a defect of ours and keeps its traceback. `resumes`: the same command goes on from
     where it was interrupted.
     """
-    warnings.filterwarnings("ignore", module="PIL")  # remarks on single images; bad ones are accounted for
+    warnings.filterwarnings("ignore", module="PIL")  # remarks on single images; bad ones are counted
     try:
-        code = main() or 0
-        sys.stdout.flush()  # a pipe that nobody reads any more shows here at the latest
+        code = main() or OK
+        sys.stdout.flush()  # a pipe that nobody reads any more, or a full disk, shows here at the latest
+    except DataError as error:
+        _tell(f"error: {error}")
+        code = BAD_DATA
     except UserError as error:
         _tell(f"error: {error}")
-        code = 2
+        code = BAD_CALL
     except KeyboardInterrupt:
         again = "; run the same command again to go on from here" if resumes else ""
-        print(f"interrupted{again}", file=sys.stderr, flush=True)
-        code = 130
+        _tell(f"interrupted{again}")
+        code = INTERRUPTED
     except BrokenPipeError:  # as of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes there
-        code = 128 + signal.SIGPIPE
+        _discard(sys.stdout)
+        code = BROKEN_PIPE
+    except (OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            _discard(sys.stdout)  # perhaps it was this: `> log` on the full disk
+            where = f": {error.filename}" if error.filename else ""
+            _tell(f"error: the disk is full{where} ({error.strerror}). Make room, then run the same command again.")
+        elif is_out_of_memory(error):
+            _tell(f"error: out of memory. Make --batch_size smaller, or on a CPU --num_workers.\n{error}")
+        else:
+            raise
+        code = BAD_CALL
     leave(code)
 
 
@@ -41,9 +160,18 @@ def leave_at_once(code: int) -> None:
     DTensor keeps the process group alive, so gloo's threads outlive it. Such a thread may still have a tensor of the
     last collective to let go of; before Python 3.14 that aborts the process if the interpreter is being torn down.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it, or its disk is full: `code` says so already
+            stream.flush()
     os._exit(code)
+
+
+def _discard(stream: TextIO) -> None:
+    """Let go of what `stream` buffers and cannot write, or the interpreter fails on it once more when it ends."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _tell(message: str) -> None:
@@ -54,12 +182,16 @@ def _tell(message: str) -> None:
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         content = {"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}
-        Path(file).write_text(json.dumps(content))
+        with suppress(OSError):
+            Path(file).write_text(json.dumps(content))
     if not file or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+        try:
+            print(message, file=sys.stderr, flush=True)
+        except OSError:  # `2> log` on a full disk: the exit code has to say it
+            _discard(sys.stderr)
 
 
 def note(message: str) -> None:
-    """Tell the user something, once per crew: only the first rank speaks."""
+    """Tell the user something once: of all processes of a job only the first speaks."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)

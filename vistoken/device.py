@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 import torch
 
-from vistoken.errors import UserError
+from vistoken.cli import BATCH_ON_CPU, BATCH_ON_GPU, MAX_WORKERS
+from vistoken.errors import UserError, is_out_of_memory
 
-# tf32 rounds the inputs of fp32 products on NVIDIA GPUs; elsewhere it computes as fp32 does
+# the names are those of cli.py; tf32 rounds the inputs of fp32 products on NVIDIA GPUs, elsewhere it computes as fp32
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # from malloc.h
@@ -26,23 +27,64 @@ def local_device(name: str | torch.device) -> torch.device:
         raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda or, say, cuda:1")
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here. Use --device cpu, or install torch's CUDA build.")
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    if index >= torch.cuda.device_count():
-        raise UserError(f"local rank {index} has no GPU of its own: only {torch.cuda.device_count()} are visible")
+    index, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        index = 0  # Slurm shows each of its processes its own GPU alone; those of one torchrun would all share it
+    if index >= visible:
+        raise UserError(f"local rank {index} has no GPU of its own: only {visible} are visible")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 
 
 def default_batch_size(device: torch.device) -> int:
-    """One image fills a core, and its activations stay nearer to it; a GPU wants many."""
-    return 32 if device.type == "cuda" else 1
+    return BATCH_ON_GPU if device.type == "cuda" else BATCH_ON_CPU
 
 
 def default_workers() -> int:
-    """Decoding threads: this process's share of the cores, at most 16."""
+    """Decoding threads: this process's share of the cores, at most `MAX_WORKERS`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+@contextmanager
+def memory_named(device: torch.device, flag: str, size: int, what: str) -> Iterator[None]:
+    """Turn a failed allocation into a `UserError` that names `flag`, its value `size`, and a smaller one to try.
+
+    `what` says what there was no memory for, such as "32 images of 512 x 512".
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = f"Try {flag} {max(size // 2, 1)}." if size > 1 else f"{flag} is 1 already: it takes more memory."
+        raise UserError(f"{device} has too little memory for {what}, with {flag} {size}. {advice}") from error
+
+
+def device_facts(device: torch.device) -> dict[str, str]:
+    """What of the machine may change the last bit of a result: two that differ in it may differ in codes.
+
+    On a CPU that is its kind of instructions, which torch chooses its kernels by.
+    """
+    if device.type != "cuda":
+        return {"type": device.type, "capability": torch.backends.cpu.get_cpu_capability()}
+    return {
+        "type": device.type,
+        "name": torch.cuda.get_device_name(device),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+    }
+
+
+def different_facts(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    """The facts in which two devices differ, in words; empty if they compute alike."""
+    return [
+        f"{name} {theirs.get(name, 'unknown')} there, {ours.get(name, 'unknown')} here"
+        for name in dict.fromkeys([*theirs, *ours])
+        if ours.get(name) != theirs.get(name)
+    ]
 
 
 def keep_freed_memory() -> None:
@@ -74,11 +116,23 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def float32_products(*, tf32: bool) -> Iterator[None]:
-    """Compute fp32 matrix products and convolutions in IEEE fp32, or with TF32 inputs, and restore the setting."""
+    """Compute fp32 matrix products and convolutions in IEEE fp32, or with TF32 inputs, and restore the setting.
+
+    PyTorch 2.9 has a second set of switches, and raises where the first is read while the two disagree, as they do
+    after transformers has used the second. So both are written, and the first is read only where there is no second.
+    """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    switches = [matmul, cudnn.conv, cudnn.rnn] if hasattr(cudnn, "conv") else []
+    precisions = [switch.fp32_precision for switch in switches]
+    first = [name == "tf32" for name in precisions[:2]] or [matmul.allow_tf32, cudnn.allow_tf32]
+
+    def write(first: list[bool], precisions: list[str]) -> None:
+        matmul.allow_tf32, cudnn.allow_tf32 = first
+        for switch, precision in zip(switches, precisions, strict=True):
+            switch.fp32_precision = precision
+
+    write([tf32, tf32], ["tf32" if tf32 else "ieee"] * len(switches))
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        write(first, precisions)

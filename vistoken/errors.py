@@ -1,13 +1,27 @@
 """What can go wrong, in three kinds.
 
-`UserError` ends a command with a message and no traceback. `Rejected` and `Failed` end one item: the
-first because a rule of the format says no, the second because its input is bad or could not be read.
+`UserError` ends a command with a message and no traceback: exit code 2, or 1 where it is a `DataError`.
+`Rejected` and `Failed` end one item: the first because a rule of the format says no, the second because its input is
+bad or could not be read.
 Both carry a short `reason` that accounting can count and a `detail` that a person can act on.
 """
 
 
 class UserError(Exception):
     """A mistake the user can fix; the message names the file, the line or field, and what to do."""
+
+
+class DataError(UserError):
+    """Data that are missing, damaged or do not agree. The call, the configs and the place to write to are all right."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's, torch's on the CPU (a plain RuntimeError) or on a GPU."""
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(words in message for words in ("out of memory", "can't allocate memory", "not enough memory"))
+    )
 
 
 class ItemError(Exception):

@@ -19,8 +19,12 @@ class ImageInfo(NamedTuple):
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
-    """RGB image -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+    """RGB image -> uint8 (3, H, W).
+
+    NumPy copies, not torch: this runs in decoding threads, and torch's OpenMP starts a team of its own, as large as the
+    machine has cores, for every thread that computes.
+    """
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:

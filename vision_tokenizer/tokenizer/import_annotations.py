@@ -22,30 +22,27 @@ import argparse
 import sys
 from pathlib import Path
 
-from vistoken.cli import run_command
+from vistoken.cli import add_max_failed, command_parser, run_command
 from vistoken.errors import UserError
 
 FORMAT_NAMES = ("llava", "coco", "pairs", "webdataset", "parquet")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add = parser.add_argument
-    add("--format", choices=FORMAT_NAMES, required=True)
+    add("--format", choices=FORMAT_NAMES, required=True, help="what the source is, see above")
     add("--source", type=Path, required=True, help="the annotation file, or the folder")
-    add("--image_source", type=Path, help="folder of the images (llava, coco)")
+    add("--image_source", type=Path, help="folder of the images; llava and coco need it (default: none)")
     add("--root", type=Path, required=True, help="folder of the new data set")
     add("--name", help="of the data set in the metadata config (default: the name of --root)")
     add("--task", choices=("understanding", "generation"), required=True, help="what the captions are made into")
     add("--data_config", type=Path, help="metadata config to add the data set to (default: {root}/data_config.json)")
     add("--text_field", help="field or column of the text (default: the first of conversations, caption, text)")
-    add("--image_field", default="image", help="parquet column of the images (default: %(default)s)")
-    add("--max_failed", type=float, default=0.01, help="exit with 1 above this share (default: %(default)s)")
+    add("--image_field", default="image", help="parquet column of the images")
+    add_max_failed(parser, of="records")
     add("--overwrite", action="store_true", help="import anew over another import in --root")
-    args = parser.parse_args(argv)
-    if not 0 <= args.max_failed <= 1:
-        parser.error(f"--max_failed is a share from 0 to 1, not {args.max_failed}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,52 +8,42 @@ metadata config and every annotation line, those of data sets that need no codes
 `plan.json`, `plan.png` (with `pip install 'vistoken[plot]'`) and `problems.jsonl`, a line for each thing that is wrong.
 
 The exit code is 0 only if the run would be clean: every file and line read, every image there, every conversation by
-the rules, at least one data set to encode, none written over another or into a folder that cannot be written. Items
-that the crop threshold rejects are counted, not held against it. Truncated files are found; what else only decoding the
-pixels can show is not.
+the rules (1 if not), at least one data set to encode, none written over another or into a folder that cannot be written
+(2 if not). Items that the crop threshold rejects are counted, not held against it. Truncated files are found; what else
+only decoding the pixels can show is not.
 """
 
 import argparse
 import sys
-from math import inf
 from pathlib import Path
 
 from vision_tokenizer.codebook.annotations import Dataset, needing_codes, note_left_out, read_data_config
-from vision_tokenizer.images.anchors import RESOLUTION_TYPES, anchors
-from vistoken.cli import run_command
+from vision_tokenizer.images.anchors import anchors
+from vision_tokenizer.tokenizer.flags import add_crop_threshold, add_datasets, add_resolution
+from vistoken.cli import BAD_CALL, BAD_DATA, MAX_WORKERS, OK, above_zero, at_least, command_parser, run_command
 from vistoken.errors import UserError
 
 EXAMPLES = 3  # problems of a kind shown in the terminal
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
+    add_datasets(parser)
+    add_resolution(parser)
+    add_crop_threshold(parser)
     add = parser.add_argument
-    add("--data_config", type=Path, required=True, help="metadata config (.json)")
-    add("--datasets", nargs="+", metavar="NAME", help="only these data sets of the config")
-    add("--resolution_type", choices=RESOLUTION_TYPES, default="fixed_anchors")
-    add("--resolution", type=int, default=512, help="side in pixels, for `fixed`")
-    add("--crop_percent_thresh", type=float, default=0.2, help="as codebook inference has it; 0 keeps all")
-    add("--model_config", type=Path, help="the tokenizer's .py config, if its codebooks are not the released sizes")
-    add("--images_per_second", type=float, help="speed of the whole run, to say how long it takes")
-    add("--num_workers", type=int, help="processes (default: the cores, at most 16)")
-    add("--out_dir", type=Path, default=Path("plan"), help="(default: %(default)s)")
-    args = parser.parse_args(argv)
-    for name, low in (("resolution", 16), ("num_workers", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            parser.error(f"--{name} must be at least {low}, not {getattr(args, name)}")
-    if not 0 <= args.crop_percent_thresh <= 1:
-        parser.error(f"--crop_percent_thresh is a share from 0 to 1, not {args.crop_percent_thresh}")
-    if args.images_per_second is not None and not 0 < args.images_per_second < inf:
-        parser.error(f"--images_per_second must be a number above 0, not {args.images_per_second}")
-    return args
+    add("--model_config", type=Path, help="the tokenizer's .py config (default: codebooks of the released sizes)")
+    add("--images_per_second", type=above_zero, help="speed of the whole run, to say how long it takes (default: none)")
+    add("--num_workers", type=at_least(1), help=f"processes (default: the cores, at most {MAX_WORKERS})")
+    add("--out_dir", type=Path, default=Path("plan"), help="folder to write")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     datasets = read_data_config(args.data_config, args.datasets)
     note_left_out(datasets)
-    surveys, errors = survey(args, datasets)
+    surveys, errors, refused = survey(args, datasets)
 
     import orjson
 
@@ -68,14 +58,13 @@ def main(argv: list[str] | None = None) -> int:
         codebooks = (sizes.semantic_quantizer.codebook_size, sizes.pixel_quantizer.codebook_size)
     estimates = {name: Estimate.of(each, codebooks, args.images_per_second) for name, each in surveys.items()}
     print(describe(surveys, estimates, args.images_per_second))
-    messages = [message for each in errors.values() for message in each]
     try:
         settings = Settings(resolution_type=args.resolution_type, resolution=args.resolution)
         chosen = needing_codes(datasets, args.data_config)
         check_folders(chosen, settings)
-        messages += unwritable(chosen, settings)
+        refused += unwritable(chosen, settings)
     except UserError as error:
-        messages.append(str(error))
+        refused.append(str(error))
     plan = {
         "data_config": str(args.data_config),
         "resolution_type": args.resolution_type,
@@ -90,15 +79,20 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"no {picture}: {error}", file=sys.stderr)
     print(f"written: {args.out_dir}/plan.json, plan.png, problems.jsonl")
-    for message in messages:
+    unread = [message for each in errors.values() for message in each]
+    for message in dict.fromkeys([*unread, *refused]):
         print(f"error: {message}", file=sys.stderr)
-    clean = all(each.clean for each in surveys.values()) and not messages
-    print("The run would be clean." if clean else "The run would not be clean; see above and problems.jsonl.")
-    return 0 if clean else 1
+    clean = all(each.clean for each in surveys.values()) and not unread
+    code = BAD_CALL if refused else OK if clean else BAD_DATA
+    print("The run would not be clean; see above and problems.jsonl." if code else "The run would be clean.")
+    return code
 
 
-def survey(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[dict, dict]:
-    """Data set name -> its survey, and -> what kept it or its files from being read. Problems go to a file as found."""
+def survey(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[dict, dict, list[str]]:
+    """Data set name -> its survey, and -> why files of it cannot be read; and what is wrong with the config.
+
+    Problems go to a file as they are found.
+    """
     from collections import Counter
     from dataclasses import asdict
 
@@ -110,7 +104,7 @@ def survey(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[dict, dic
     from vistoken.jobs.files import atomic_write
     from vistoken.jobs.progress import bar
 
-    surveys, errors, shown = {}, {}, Counter()
+    surveys, errors, refused, shown = {}, {}, [], Counter()
     with atomic_write(args.out_dir / "problems.jsonl") as file, bar("reading") as progress:
 
         def note(problem: Problem) -> None:
@@ -126,7 +120,8 @@ def survey(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[dict, dic
                 surveys[dataset.name], errors[dataset.name] = survey_dataset(rules, workers, progress.update, note)
             except UserError as error:
                 surveys[dataset.name], errors[dataset.name] = Survey(), [str(error)]
-    return surveys, errors
+                refused.append(str(error))
+    return surveys, errors, refused
 
 
 if __name__ == "__main__":

@@ -11,27 +11,20 @@ GPU if there is one (`--device cpu` if not).
 import argparse
 from pathlib import Path
 
+from vision_tokenizer.tokenizer.flags import add_tokenizer
 from vision_tokenizer.tokenizer.verify_codebook import add_output_arguments, open_outputs
-from vistoken.cli import run_command
+from vistoken.cli import add_sample, command_parser, run_command
 from vistoken.errors import UserError
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add_output_arguments(parser)
-    model = parser.add_argument_group("tokenizer")
-    model.add_argument("--model_config", type=Path, required=True, help="the tokenizer's .py config (code: it is run)")
-    model.add_argument("--tokenizer_checkpoint", required=True, help=".bin, .pt, .safetensors, a folder or a hub id")
-    model.add_argument("--use-ema", action="store_true", help="take the checkpoint's `ema` weights")
-    model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--sample", type=int, default=24, help="images to decode (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another one draws other images")
+    add_tokenizer(parser, required=True)
+    add_sample(parser, "images to decode", default=24)
     parser.add_argument("--note", default="", help="a sentence to show on top of the report")
-    parser.add_argument("--out_dir", type=Path, default=Path("preview"), help="(default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.sample < 1:
-        parser.error(f"--sample must be at least 1, is {args.sample}")
-    return args
+    parser.add_argument("--out_dir", type=Path, default=Path("preview"), help="folder to write")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,59 +8,38 @@ Eight GPUs, or more machines with one shared folder (`--nnodes 4 --rdzv_backend 
 Without a GPU: add `--device cpu`.
 
 Stop it whenever you like: the same command, with any number of processes, goes on from there. The exit code is 0 if
-every annotation file was read and at most `--max_failed` of a data set's items failed, 1 if not, 2 for a mistake in the
-call.
+every annotation file was read and at most `--max_failed` of a data set's items failed.
 """
 
 import argparse
-from pathlib import Path
 
 from vision_tokenizer.codebook.annotations import note_left_out, select_datasets
-from vision_tokenizer.images.anchors import RESOLUTION_TYPES
-from vistoken.cli import note, run_command
-
-DTYPES = ("fp32", "tf32", "bf16", "fp16")
+from vision_tokenizer.tokenizer.flags import (
+    add_crop_threshold,
+    add_datasets,
+    add_output_names,
+    add_resolution,
+    add_tokenizer,
+)
+from vistoken.cli import add_batches, add_dtype, add_max_failed, command_parser, note, run_command
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_argument_group("tokenizer")
-    model.add_argument("--model_config", type=Path, required=True, help="the tokenizer's .py config (code: it is run)")
-    model.add_argument("--tokenizer_checkpoint", required=True, help=".bin, .pt, .safetensors, a folder or a hub id")
-    model.add_argument("--use-ema", action="store_true", help="take the checkpoint's `ema` weights")
-    model.add_argument("--torch_dtype", choices=DTYPES, default="fp32", help="fp32 is IEEE; the others are faster")
-    model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser = command_parser(__doc__)
+    model = add_tokenizer(parser, required=True)
+    add_dtype(model)
     model.add_argument("--compile", action="store_true", help="torch.compile the encoder")
     data = parser.add_argument_group("data")
-    data.add_argument("--data_config", type=Path, required=True, help="metadata config (.json)")
-    data.add_argument("--datasets", nargs="+", metavar="NAME", help="only these data sets of the config")
-    data.add_argument("--resolution_type", choices=RESOLUTION_TYPES, default="fixed_anchors")
-    data.add_argument("--resolution", type=int, default=512, help="side in pixels, for `fixed`")
-    data.add_argument(
-        "--crop_percent_thresh",
-        type=float,
-        default=0.2,
-        help="reject items with an image that loses a larger share to the crop; 0 keeps all",
-    )
-    data.add_argument("--tokenizer_version", default="dualvitok", help="name of the output folder")
-    data.add_argument("--output_dirname", default="jsonl_after_tokenizer", help="name of the folder around it")
+    add_datasets(data)
+    add_resolution(data)
+    add_crop_threshold(data)
+    add_output_names(data)
     job = parser.add_argument_group("job")
-    job.add_argument("--batch_size", type=int, help="images per batch (default: 1 on CPU, 32 on a GPU)")
-    job.add_argument(
-        "--num_workers", type=int, help="decoding threads (default: this process's share of the cores, at most 16)"
-    )
-    job.add_argument("--max_failed", type=float, default=0.01, help="share of failed items up to which we exit with 0")
+    add_batches(job)
+    add_max_failed(job)
     job.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from what is there")
     job.add_argument("--overwrite", action="store_true", help="begin anew even if other settings made what is there")
-    args = parser.parse_args(argv)
-    for name, low in (("resolution", 16), ("batch_size", 1), ("num_workers", 1)):
-        value = getattr(args, name)
-        if value is not None and value < low:
-            parser.error(f"--{name} must be at least {low}, not {value}")
-    for name in ("crop_percent_thresh", "max_failed"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} is a share from 0 to 1, not {getattr(args, name)}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,27 +8,28 @@ summary and manifest must agree. Then `--sample` images are drawn, over all data
 in fp32: told are the share of equal codes per branch and, for the others, how near the tie was. Without
 `--tokenizer_checkpoint` only the first part is done.
 
-The exit code is 0 if nothing is wrong, 1 if something is, 2 for a mistake in the call. Reads only; runs on one process,
-on a GPU if there is one (`--device cpu` if not).
+Reads only; runs on one process, on a GPU if there is one (`--device cpu` if not).
 """
 
 import argparse
-from pathlib import Path
 
 from vision_tokenizer.codebook.annotations import select_datasets
-from vision_tokenizer.images.anchors import RESOLUTION_TYPES
-from vistoken.cli import run_command
+from vision_tokenizer.tokenizer.flags import (
+    add_datasets,
+    add_output_names,
+    add_resolution,
+    add_tokenizer,
+    check_tokenizer_files,
+)
+from vistoken.cli import add_sample, command_parser, run_command
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """Which output of codebook inference to read; `open_outputs` takes them."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data_config", type=Path, required=True, help="metadata config (.json)")
-    data.add_argument("--datasets", nargs="+", metavar="NAME", help="only these data sets of the config")
-    data.add_argument("--resolution_type", choices=RESOLUTION_TYPES, default="fixed_anchors")
-    data.add_argument("--resolution", type=int, default=512, help="side in pixels, for `fixed`")
-    data.add_argument("--tokenizer_version", default="dualvitok", help="name of the output folder")
-    data.add_argument("--output_dirname", default="jsonl_after_tokenizer", help="name of the folder around it")
+    add_datasets(data)
+    add_resolution(data)
+    add_output_names(data)
 
 
 def open_outputs(args: argparse.Namespace) -> list:
@@ -45,20 +46,12 @@ def open_outputs(args: argparse.Namespace) -> list:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add_output_arguments(parser)
-    model = parser.add_argument_group("tokenizer")
-    model.add_argument("--model_config", type=Path, help="the tokenizer's .py config (code: it is run)")
-    model.add_argument("--tokenizer_checkpoint", help=".bin, .pt, .safetensors, a folder or a hub id")
-    model.add_argument("--use-ema", action="store_true", help="take the checkpoint's `ema` weights")
-    model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--sample", type=int, default=100, help="images to encode again (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another one draws other images")
+    add_tokenizer(parser, required=False)
+    add_sample(parser, "images to encode again", default=100, low=0)
     args = parser.parse_args(argv)
-    if (args.model_config is None) != (args.tokenizer_checkpoint is None):
-        parser.error("--model_config and --tokenizer_checkpoint belong together")
-    if args.sample < 0:
-        parser.error(f"--sample must not be negative, is {args.sample}")
+    check_tokenizer_files(parser, args)
     return args
 
 

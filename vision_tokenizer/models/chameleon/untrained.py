@@ -7,16 +7,15 @@ The folder gets what a release has: `vqgan.yaml` and `vqgan.ckpt`, a VQGAN with 
 mean nothing and decode to noise. `--size full` has the released VQGAN's sizes, for benchmarks.
 """
 
-import argparse
 from pathlib import Path
 
-from vistoken.cli import run_command
+from vistoken.cli import command_parser, run_command
 
 CHANNELS = {"small": 32, "full": 128}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--size", choices=CHANNELS, default="small", help="small: 32 channels instead of 128")
     args = parser.parse_args(argv)

@@ -7,11 +7,10 @@ The weights are random, drawn from each tensor's name, the same on every machine
 codes, but the codes mean nothing and decode to noise. Needs no GPU; the small model takes a second.
 """
 
-import argparse
 import hashlib
 from pathlib import Path
 
-from vistoken.cli import run_command
+from vistoken.cli import command_parser, run_command
 
 
 def untrained_state(shapes: dict[str, tuple[int, ...]]) -> dict:
@@ -40,7 +39,7 @@ def _scaled(name: str, noise):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="a DualViTok config (.py, executed)")
     parser.add_argument("--out", type=Path, required=True, help="where to write, e.g. .../pytorch_model.bin")
     args = parser.parse_args(argv)

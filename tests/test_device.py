@@ -1,0 +1,133 @@
+"""What this process computes with: which GPU, which number format, how many threads, and how it runs out of memory."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vistoken.cli import DTYPES as DTYPE_NAMES
+from vistoken.device import DTYPES, device_facts, different_facts, local_device, memory_named
+from vistoken.errors import UserError
+
+
+def test_flags_name_the_number_formats_that_there_are():
+    assert tuple(DTYPES) == DTYPE_NAMES
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretend that so many GPUs are visible, with these variables set."""
+
+    def pretend(count: int, **variables: str) -> None:
+        for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+    return pretend
+
+
+def test_a_process_takes_the_gpu_of_its_local_rank(gpus):
+    gpus(8, LOCAL_RANK="5", TORCHELASTIC_RUN_ID="x")
+    assert local_device("cuda") == torch.device("cuda", 5)
+
+
+def test_where_each_process_sees_its_own_gpu_alone_it_takes_that(gpus):
+    gpus(1, LOCAL_RANK="5")
+    assert local_device("auto") == torch.device("cuda", 0)
+
+
+def test_more_processes_of_one_torchrun_than_gpus_are_refused(gpus):
+    gpus(1, LOCAL_RANK="1", TORCHELASTIC_RUN_ID="x")
+    with pytest.raises(UserError, match="local rank 1 has no GPU of its own: only 1 are visible"):
+        local_device("cuda")
+
+
+NEW_SWITCHES = """
+import torch
+from vistoken.device import float32_products
+
+torch.backends.cuda.matmul.fp32_precision = "tf32"  # now reading matmul.allow_tf32 raises
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+for tf32 in (True, False):
+    with float32_products(tf32=tf32):
+        wanted = "tf32" if tf32 else "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == wanted
+        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
+assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has the old switches only")
+def test_the_number_format_can_be_set_after_somebody_used_the_newer_switches():
+    subprocess.run([sys.executable, "-W", "error", "-c", NEW_SWITCHES], check=True, timeout=120)
+
+
+DECODE = """
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from vision_tokenizer.images.chameleon import crop_sizes
+from vision_tokenizer.images import chameleon, dualvitok
+
+start, image = Barrier(8), Path(sys.argv[1])
+def decode(_):
+    start.wait()  # so that every worker takes one
+    dualvitok.prepare(image, ((512, 512),), 0)
+    chameleon.prepare(image, crop_sizes(512))
+
+before = len(os.listdir("/proc/self/task"))
+with ThreadPoolExecutor(8) as pool:
+    list(pool.map(decode, range(8)))
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_a_decoding_worker_is_one_thread(golden):
+    environment = {**os.environ, "OMP_NUM_THREADS": "4"}  # as on a machine of four cores where it is unset
+    command = [sys.executable, "-c", DECODE, str(golden / "images" / "photo.jpg")]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "8"
+
+
+ALLOCATOR = "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError(ALLOCATOR), MemoryError()],
+    ids=["gpu", "cpu", "python"],
+)
+def test_too_little_memory_names_the_flag_and_a_size_to_try(error):
+    told = r"cpu .*for 32 images, with --batch_size 32. Try --batch_size 16"
+    with pytest.raises(UserError, match=told), memory_named(torch.device("cpu"), "--batch_size", 32, "32 images"):
+        raise error
+
+
+def test_other_errors_than_of_memory_pass():
+    with pytest.raises(RuntimeError, match="shapes"), memory_named(torch.device("cpu"), "--batch_size", 32, "images"):
+        raise RuntimeError("shapes cannot be multiplied")
+
+
+def test_what_the_cpu_says_when_it_has_too_little_memory_is_recognised():
+    with pytest.raises(UserError, match="too little memory"), memory_named(torch.device("cpu"), "--x", 1, "it"):
+        torch.empty(2**62, dtype=torch.uint8)
+
+
+def test_devices_are_told_apart_by_what_they_compute_with():
+    ours = device_facts(torch.device("cpu"))
+    assert ours["type"] == "cpu" and ours["capability"]
+    assert different_facts(ours, dict(ours)) == []
+    assert different_facts(ours, {**ours, "type": "cuda", "name": "H100"}) == [
+        "type cuda there, cpu here",
+        "name H100 there, unknown here",
+    ]
