@@ -32,8 +32,8 @@ from vision_tokenizer.models.dualvitok.model import DualViTok, load_dualvitok
 from vision_tokenizer.models.dualvitok.untrained import main as write_untrained
 from vistoken.cli import command_parser
 from vistoken.device import default_batch_size, default_workers, local_device
-from vistoken.jobs.summary import table
-from vistoken.jobs.workers import Solo
+from vistoken.jobs.counts import table
+from vistoken.jobs.workers import OneProcess
 
 CONFIGS = {
     "small": REPO / "configs/example/dualvitok/dualvitok_small.py",
@@ -92,13 +92,13 @@ def run_job(model: DualViTok, settings: Settings, images: list[Path], scratch: P
     base = scratch / f"job-{time.monotonic_ns()}"
     data_config = write_dataset(base, images[0].parent, [[path.name] for path in images])
     began = time.perf_counter()
-    accounts, _ = run_codebook_inference(
-        read_data_config(data_config), model, settings, Solo(), num_workers=default_workers()
+    counts, _ = run_codebook_inference(
+        read_data_config(data_config), model, settings, OneProcess(), num_workers=default_workers()
     )
     rate = len(images) / (time.perf_counter() - began)
-    if accounts["bench"].done != len(images):
-        raise SystemExit(f"only {accounts['bench'].done} of {len(images)} images were encoded")
-    return rate, accounts["bench"].seconds
+    if counts["bench"].done != len(images):
+        raise SystemExit(f"only {counts['bench'].done} of {len(images)} images were encoded")
+    return rate, counts["bench"].seconds
 
 
 def bench_mode(model: DualViTok, config: Path, mode: str, args: argparse.Namespace, count: int, scratch: Path) -> dict:

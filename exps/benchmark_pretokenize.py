@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from measure import REPO, describe_machine, make_images, measure_command
 
-from pre_tokenize.chameleon import ChameleonFormat, Settings, load_tokenizers, make_engine, make_manifest
+from pre_tokenize.chameleon import ChameleonFormat, Settings, load_tokenizers, make_encoder, make_manifest
 from pre_tokenize.conversation import parse_conversation
-from pre_tokenize.job import run_job
-from pre_tokenize.output import OutputFolder, open_source
+from pre_tokenize.job import run_pre_tokenization
+from pre_tokenize.output import TokenOutput, open_source
 from pre_tokenize.record import entry_line, sub_record
 from pre_tokenize.sequences import join
 from pre_tokenize.text import TextTokenizer
@@ -42,8 +42,8 @@ from vision_tokenizer.models.chameleon.vocabulary import ChameleonVocabulary
 from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN
 from vistoken.cli import command_parser
 from vistoken.device import default_batch_size, default_workers, local_device
-from vistoken.jobs.summary import table
-from vistoken.jobs.workers import Solo
+from vistoken.jobs.counts import table
+from vistoken.jobs.workers import OneProcess
 
 WORDS = (REPO / "LICENSE").read_text().split()
 COMMAND, CONCAT = REPO / "pre_tokenize/pre_tokenize.py", REPO / "pre_tokenize/concat_record.py"
@@ -119,11 +119,11 @@ def job(data: Path, out: Path, text: TextTokenizer, vqgan: ChameleonVQGAN, setti
     source = open_source(data, out, settings.items_per_file)
     manifest = make_manifest(settings, text, vqgan, source.table) | {"token_files": "arrow", "image_dir": "."}
     sequences = ChameleonFormat(text, lambda item: item, Path())
-    engine = partial(make_engine, vqgan, settings, default_workers())
-    _, account, _ = run_job(source, OutputFolder(out, manifest), sequences, engine, Solo(), overwrite=False)
-    if account.done != account.items:
-        raise SystemExit(f"only {account.done} of {account.items} items were tokenized")
-    return clock.rates(account.items)
+    encoder = partial(make_encoder, vqgan, settings, default_workers())
+    _, counts, _ = run_pre_tokenization(TokenOutput(out, manifest, source), sequences, encoder, OneProcess())
+    if counts.done != counts.items:
+        raise SystemExit(f"only {counts.done} of {counts.items} items were tokenized")
+    return clock.rates(counts.items)
 
 
 def bench_job(name: str, tokenizers: Path, args: argparse.Namespace, scratch: Path) -> Iterator[dict]:

@@ -3,7 +3,7 @@
 A sequence is `<s>`, then turns that each end in an id of their own; images are blocks of ids in their places.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,13 @@ from pre_tokenize.output import common_manifest
 from pre_tokenize.sequences import Block, Draft, Images, ProcessItem, as_it_is, join, tokenize_items
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenSample
-from vision_tokenizer.codebook.encoder import Engine
+from vision_tokenizer.codebook.encoder import Encoder
 from vision_tokenizer.images.chameleon import crop_sizes, prepare
 from vision_tokenizer.models.chameleon.vocabulary import CODEBOOK_SIZE, PIXELS_PER_TOKEN, ChameleonVocabulary
 from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN, load_chameleon
 from vistoken.errors import ItemError, UserError
 from vistoken.jobs.chunks import ChunkTable, Item
+from vistoken.jobs.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,14 @@ class ChameleonFormat:
         return turns % 2 == 1
 
 
-def make_engine(
-    vqgan: ChameleonVQGAN, settings: Settings, num_workers: int, on_images: Callable[[int], None]
-) -> Engine:
-    sizes = crop_sizes(settings.target_size, settings.crop)
-    return Engine(
+def make_encoder(vqgan: ChameleonVQGAN, settings: Settings, num_workers: int, progress: Progress) -> Encoder:
+    """The encoder of a run's images."""
+    return Encoder(
         vqgan,
-        partial(prepare, sizes=sizes),
+        partial(prepare, sizes=crop_sizes(settings.target_size, settings.crop)),
         batch_size=settings.batch_size,
         num_workers=num_workers,
-        on_images=on_images,
+        on_images=lambda count: progress.count(images=count),
     )
 
 

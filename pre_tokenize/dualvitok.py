@@ -9,15 +9,13 @@ of which what the assistant says and the `<|im_end|>` after it are learned. The 
 an input image in the form in which it writes one: as its codes, which are not learned.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from pre_tokenize.conversation import END_MARK, IMAGE_MARK, Conversation, learned_turns
 from pre_tokenize.dualvitok_text import read_item, spell
-from pre_tokenize.job import ChunkWork
 from pre_tokenize.output import common_manifest
 from pre_tokenize.sequences import Block, Draft, Images, ProcessItem, as_it_is, join, pairs, tokenize_items
 from pre_tokenize.text import TextTokenizer
@@ -27,7 +25,6 @@ from vision_tokenizer.models.dualvitok.vocabulary import DualViTokVocabulary, co
 from vistoken.errors import ItemError, UserError
 from vistoken.jobs.chunks import ChunkTable, Item
 from vistoken.jobs.manifest import MANIFEST, read_manifest
-from vistoken.jobs.progress import Stopwatch
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
@@ -119,17 +116,6 @@ class DualViTokFormat:
                 raise ValueError("every second turn must be the assistant's")
             mask[said : end + 1] = True
         return mask
-
-
-class NoImages:
-    """The job's encoder where there is nothing to encode."""
-
-    def __init__(self) -> None:
-        self.watch = Stopwatch()
-
-    def encode(self, groups: Iterable[tuple[ChunkWork, Iterable[Path]]]) -> Iterator[tuple[ChunkWork, Images]]:
-        for work, _ in groups:
-            yield work, {}
 
 
 def make_manifest(

@@ -162,7 +162,7 @@ def _check_dualvitok(args: argparse.Namespace, parser: argparse.ArgumentParser) 
 
 def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[SequenceFormat, Callable, Callable]":
     """How items become sequences, what makes the encoder of their images, and what makes the input's manifest."""
-    from pre_tokenize.chameleon import ChameleonFormat, Settings, load_tokenizers, make_engine, make_manifest
+    from pre_tokenize.chameleon import ChameleonFormat, Settings, load_tokenizers, make_encoder, make_manifest
     from vistoken.device import default_batch_size, default_workers, local_device
 
     num_workers = args.num_workers or default_workers()
@@ -177,48 +177,47 @@ def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[
     )
     text, vqgan = load_tokenizers(args.text_tokenizer, args.tokenizer_dir, device, settings)
     sequences = ChameleonFormat(text, process_item, args.image_dir)
-    make_encoder = partial(make_engine, vqgan, settings, num_workers)
-    return sequences, make_encoder, partial(make_manifest, settings, text, vqgan)
+    return sequences, partial(make_encoder, vqgan, settings, num_workers), partial(make_manifest, settings, text, vqgan)
 
 
 def dualvitok_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[SequenceFormat, Callable, Callable]":
     """The same for codes that codebook inference has written: there is nothing left to encode."""
-    from pre_tokenize.dualvitok import DualViTokFormat, NoImages, make_manifest
+    from pre_tokenize.dualvitok import DualViTokFormat, make_manifest
+    from pre_tokenize.job import no_images
     from pre_tokenize.text import TextTokenizer
     from vistoken.device import default_workers
 
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.num_workers or default_workers()))
     text = TextTokenizer(args.tokenizer_dir)
     sequences = DualViTokFormat(text, process_item)
-    return sequences, lambda on_images: NoImages(), partial(make_manifest, args.items_per_file, text, sequences)
+    return sequences, no_images, partial(make_manifest, args.items_per_file, text, sequences)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     processor, processor_hash = load_item_processor(args.item_processor)
 
-    from pre_tokenize.job import report, run_job
-    from pre_tokenize.output import OutputFolder, open_source
-    from vistoken.jobs.workers import Split, crew
+    from pre_tokenize.job import report, run_pre_tokenization
+    from pre_tokenize.output import TokenOutput, open_source
+    from vistoken.jobs.workers import FixedRange, launched_workers
 
     parts = dualvitok_parts if args.image_tokenizer == "dualvitok" else chameleon_parts
     sequences, make_encoder, make_manifest = parts(args, processor.process_item)
     source = open_source(args.in_filename, args.out_dir, args.items_per_file)
     manifest = make_manifest(source.table)
     manifest |= {"token_files": args.format, "image_dir": str(args.image_dir), "item_processor": processor_hash}
-    finished = run_job(
-        source,
-        OutputFolder(args.out_dir, manifest),
+    finished = run_pre_tokenization(
+        TokenOutput(args.out_dir, manifest, source),
         sequences,
         make_encoder,
-        Split(args.rank, args.splits) if args.splits > 1 else crew(),
+        FixedRange(args.rank, args.splits) if args.splits > 1 else launched_workers(),
         overwrite=args.overwrite,
     )
     if finished is None:
         return 0
-    record, account, lengths = finished
-    print(report(args.in_filename, record, account, lengths, args.max_seq_len))
-    if account.failed_share > args.max_failed:
+    record, counts, lengths = finished
+    print(report(args.in_filename, record, counts, lengths, args.max_seq_len))
+    if counts.failed_share > args.max_failed:
         print(f"more than --max_failed {args.max_failed:g} of the items failed", file=sys.stderr)
         return 1
     return 0

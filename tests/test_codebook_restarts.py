@@ -18,7 +18,7 @@ from PIL import Image
 from vision_tokenizer.codebook import output as codebook_output
 from vision_tokenizer.models.dualvitok.model import load_dualvitok
 from vistoken.errors import UserError
-from vistoken.jobs.run import run_chunks
+from vistoken.jobs.workers import OneProcess
 
 TINY = ("--resolution_type", "fixed", "--resolution", "32", "--batch_size", "2", "--max_failed", "1")
 
@@ -187,12 +187,11 @@ def test_annotations_that_change_meanwhile(job, tmp_path, monkeypatch):
     path = tmp_path / "annotations" / "0.jsonl"
     before = path.read_bytes()
 
-    def run_chunks_and_edit(*args):
-        run_chunks(*args)
+    def wait_and_edit(workers, meanwhile):
         path.write_bytes(before + b"\n" + before)
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"0\.jsonl: changed while it was encoded"):
-        patch.setattr("vision_tokenizer.codebook.job.run_chunks", run_chunks_and_edit)
+        patch.setattr(OneProcess, "wait_for_all", wait_and_edit)
         job()
     folder = tmp_path / "out/jsonl_after_tokenizer/dualvitok/fixed_32"
     assert not list(folder.glob("*.jsonl")) and not (folder / ".work" / "0").exists()
@@ -240,18 +239,18 @@ def test_an_output_folder_that_cannot_be_made(job, tmp_path, capsys):
 
 def test_ranks_that_see_different_work_are_refused():
     rank = (
-        "import sys; from vistoken.errors import UserError; from vistoken.jobs.workers import crew\n"
-        "claims = crew()\n"
-        "claims.lead(lambda: None)\n"
-        "try: list(claims.claim(int(sys.argv[1])))\n"
+        "import sys; from vistoken.errors import UserError; from vistoken.jobs.workers import launched_workers\n"
+        "workers = launched_workers()\n"
+        "workers.on_first(lambda: None)\n"
+        "try: list(workers.claim(range(int(sys.argv[1]))))\n"
         "except UserError as error: print(error)\n"
-        "for _ in claims.wait_for_crew(): pass"
+        "workers.wait_for_all(lambda: None)"
     )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    crew = [
+    ranks = [
         subprocess.Popen(
             [sys.executable, "-c", rank, str(3 + number)],
             env={**environment, "RANK": str(number)},
@@ -260,5 +259,5 @@ def test_ranks_that_see_different_work_are_refused():
         )
         for number in range(2)
     ]
-    said = "".join(process.communicate(timeout=60)[0] for process in crew)
+    said = "".join(process.communicate(timeout=60)[0] for process in ranks)
     assert said.count("every machine must see the same") == 1

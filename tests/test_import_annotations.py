@@ -17,7 +17,7 @@ from vision_tokenizer.codebook.annotations import image_names, image_path, read_
 from vision_tokenizer.importers import formats, job
 from vision_tokenizer.tokenizer.import_annotations import main
 from vistoken.errors import UserError
-from vistoken.jobs.results import Parts
+from vistoken.jobs.results import Results
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cup."}]
 TALK = json.dumps({"image": "photo.jpg", "conversations": TURNS})
@@ -309,23 +309,23 @@ def test_an_interrupted_import_goes_on_and_gives_the_same_files(tmp_path, pictur
     expected = (dataset.annotation_dir / "p.jsonl").read_bytes()
     shutil.rmtree(tmp_path / "imported")
 
-    write, written = Parts.write, []
+    write, written = Results.write, []
 
-    def write_three(parts, index, part):
+    def write_three(results, index, result):
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(index)
-        write(parts, index, part)
+        write(results, index, result)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Parts, "write", write_three)
+        patched.setattr(Results, "write", write_three)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, "parquet", file)
     assert not (dataset.annotation_dir / "p.jsonl").exists()
     with monkeypatch.context() as patched:
         read = []
-        part = job._part
-        patched.setattr(job, "_part", lambda file, chunk: read.append(chunk.index) or part(file, chunk))
+        make = job.chunk_result
+        patched.setattr(job, "chunk_result", lambda file, index, rows: read.append(index) or make(file, index, rows))
         code, items, _, _ = run(tmp_path, "parquet", file)
     assert read == [3, 4] and code == 0
     assert (dataset.annotation_dir / "p.jsonl").read_bytes() == expected and items == whole

@@ -1,4 +1,4 @@
-"""Parts, locks, manifests and claims: what a job's exactness rests on."""
+"""Results, locks, manifests and workers: what a job's exactness rests on."""
 
 import os
 import subprocess
@@ -10,22 +10,20 @@ import pytest
 
 from vistoken.errors import Failed, UserError
 from vistoken.jobs.chunks import Item, chunk_table
-from vistoken.jobs.counts import Account, Problem
-from vistoken.jobs.files import atomic_write, remove_leftovers, write_bytes
-from vistoken.jobs.lock import run_lock
+from vistoken.jobs.counts import Counts, Problem, counts_table
+from vistoken.jobs.files import atomic_write, remove_leftovers, run_lock, write_bytes
 from vistoken.jobs.manifest import check_manifest, read_manifest
 from vistoken.jobs.progress import Progress
-from vistoken.jobs.results import Part, Parts
-from vistoken.jobs.run import Source, run_chunks
-from vistoken.jobs.summary import accounts_table
-from vistoken.jobs.workers import Solo, Split
+from vistoken.jobs.results import Result, Results
+from vistoken.jobs.run import Output, Source, todo
+from vistoken.jobs.workers import FixedRange, OneProcess
 
 PROBLEM = Problem.of(Failed("image not found", "x.png"), Path("a.jsonl"), Item(2, "line 3", b"", {"id": "x"}))
 
 
-def account(items: int, failed: int = 0) -> Account:
+def counts(items: int, failed: int = 0) -> Counts:
     reasons = Counter({("failed", "image not found"): failed}) if failed else Counter()
-    return Account(items=items, done=items - failed, reasons=reasons)
+    return Counts(items=items, done=items - failed, reasons=reasons)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
@@ -56,23 +54,23 @@ def test_leftovers_of_the_dead_go_and_of_the_living_stay(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [f"a.jsonl.{host}-{os.getpid()}.tmp"]
 
 
-def test_a_part_comes_back_and_must_add_up(tmp_path):
-    parts = Parts(tmp_path / "parts")
-    assert parts.read(0) is None
-    parts.write(0, Part(account(3, failed=1), [PROBLEM], {parts.path(0, ".jsonl"): b"lines"}))
-    back = parts.read(0)
-    assert (back.account, back.problems) == (account(3, failed=1), [PROBLEM])
-    parts.path(0, ".json").write_text("{")
-    assert parts.read(0) is None
+def test_a_result_comes_back_and_must_add_up(tmp_path):
+    results = Results(tmp_path / "results")
+    assert results.read(0) is None
+    results.write(0, Result(counts(3, failed=1), [PROBLEM], {results.path(0, ".jsonl"): b"lines"}))
+    back = results.read(0)
+    assert (back.counts, back.problems) == (counts(3, failed=1), [PROBLEM])
+    results.path(0, ".json").write_text("{")
+    assert results.read(0) is None
     with pytest.raises(AssertionError, match="3 items in, but 2 done"):
-        parts.write(1, Part(Account(items=3, done=2)))
+        results.write(1, Result(Counts(items=3, done=2)))
 
 
-def test_a_part_is_replaced_whole_or_done_again(tmp_path, monkeypatch):
+def test_a_result_is_replaced_whole_or_done_again(tmp_path, monkeypatch):
     """Killed between the new files and the new entry, the old entry must not vouch for the new files."""
-    parts = Parts(tmp_path / "parts")
-    payload = parts.path(0, ".jsonl")
-    parts.write(0, Part(account(3, failed=1), [PROBLEM], {payload: b"two lines"}))
+    results = Results(tmp_path / "results")
+    payload = results.path(0, ".jsonl")
+    results.write(0, Result(counts(3, failed=1), [PROBLEM], {payload: b"two lines"}))
 
     def killed(path, content):
         write_bytes(path, content)
@@ -80,20 +78,20 @@ def test_a_part_is_replaced_whole_or_done_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr("vistoken.jobs.results.write_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
-        parts.write(0, Part(account(3), [], {payload: b"three lines"}))
+        results.write(0, Result(counts(3), [], {payload: b"three lines"}))
     assert payload.read_bytes() == b"three lines"
-    assert parts.read(0) is None
+    assert results.read(0) is None
 
 
-def test_one_crew_at_a_time(tmp_path):
+def test_one_run_at_a_time(tmp_path):
     holder = (
-        "import sys, time; from pathlib import Path; from vistoken.jobs.lock import run_lock\n"
+        "import sys, time; from pathlib import Path; from vistoken.jobs.files import run_lock\n"
         f"with run_lock(Path({str(tmp_path)!r}), 1, 3): print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     with run_lock(tmp_path, 0, 3):
-        pass  # another seat of the same crew
+        pass  # another worker of the same run
     with pytest.raises(UserError, match=f"process {process.pid} on"), run_lock(tmp_path, 1, 3):
         pass
     with pytest.raises(UserError, match=f"process {process.pid} on"), run_lock(tmp_path):
@@ -128,9 +126,26 @@ def test_a_manifest_refuses_another_value_and_takes_new_inputs(tmp_path):
         read_manifest(tmp_path)
 
 
+def test_a_manifest_binds_once_something_is_done(tmp_path):
+    """A first try with a batch too large for the memory must not refuse the second with a smaller one."""
+
+    def begin(batch_size, worker=0):
+        output = Output(tmp_path / "out", {"settings": {"batch_size": batch_size}}, sources(tmp_path))
+        return output.begin(FixedRange(worker, 2))
+
+    with begin(4096):
+        pass
+    with begin(8):
+        with pytest.raises(UserError, match=r"batch_size = 8, now it is 1"), begin(1, worker=1):
+            pass  # the first worker is at it
+        Results(tmp_path / "out" / ".work" / "a").write(0, Result(counts(3)))
+    with pytest.raises(UserError, match=r"batch_size = 8, now it is 4"), begin(4):
+        pass
+
+
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 20])
 def test_splits_share_out_every_chunk_once(splits):
-    claimed = [number for rank in range(splits) for number in Split(rank, splits).claim(10)]
+    claimed = [number for rank in range(splits) for number in FixedRange(rank, splits).claim(range(10))]
     assert sorted(claimed) == list(range(10))
 
 
@@ -140,27 +155,17 @@ def sources(tmp_path: Path) -> list[Source]:
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(f'{{"id": {n}}}\n' for n in range(items)))
         table = chunk_table(path, 2, tmp_path / "work" / f"{name}.chunks.json")
-        made.append(Source(table, Parts(tmp_path / "work" / name)))
+        made.append(Source(table, Results(tmp_path / "work" / name)))
     return made
 
 
 def run_job(tmp_path: Path, fail: bool) -> list[tuple[str, int, bool]]:
-    seen = []
-
-    def process(tasks):
-        held = None  # hand the chunks back one late, as a job that fills batches across chunks does
-        for task in tasks:
-            seen.append((task.source.table.path.stem, task.chunk.index, task.previous is not None))
-            failed = int(fail and task.chunk.index == 1)
-            part = Part(account(task.chunk.items, failed), [PROBLEM] * failed)
-            if held:
-                yield held
-            held = task, part
-        if held:
-            yield held
-
-    claims = Solo()
-    run_chunks(sources(tmp_path), claims, process, Progress(claims, 8, "test"))
+    workers, seen = OneProcess(), []
+    with Progress(workers, 8, "test") as progress:
+        for source, chunk, previous in todo(sources(tmp_path), workers, progress):
+            seen.append((source.table.path.stem, chunk.index, previous is not None))
+            failed = int(fail and chunk.index == 1)
+            source.results.write(chunk.index, Result(counts(chunk.items, failed), [PROBLEM] * failed))
     return seen
 
 
@@ -174,6 +179,6 @@ def test_a_rerun_does_what_failed_and_nothing_else(tmp_path):
 
 
 def test_the_table_shows_that_items_add_up():
-    text = accounts_table({"birds": account(1200, failed=3)})
+    text = counts_table({"birds": counts(1200, failed=3)})
     assert text.splitlines()[2].split() == ["birds", "1,200", "1,197", "0", "3"]
     assert "failed: image not found: 3" in text

@@ -80,14 +80,14 @@ def start(command, **more):
     return subprocess.Popen(list(map(str, command)), cwd=REPO, env=environment, start_new_session=True, **more)
 
 
-def finished_parts(folder):
-    return len(list(folder.glob(".work/parts/[0-9]*[0-9].json")))
+def finished_chunks(folder):
+    return len(list(folder.glob(".work/results/[0-9]*[0-9].json")))
 
 
 def kill_on_progress(process, folder, pause):
     """SIGKILL to `process` and all its ranks `pause` seconds after the next chunk is complete."""
-    before, patience = finished_parts(folder), time.monotonic() + 120
-    while process.poll() is None and finished_parts(folder) == before and time.monotonic() < patience:
+    before, patience = finished_chunks(folder), time.monotonic() + 120
+    while process.poll() is None and finished_chunks(folder) == before and time.monotonic() < patience:
         time.sleep(0.002)
     time.sleep(pause)
     kill_all(process, folder)
@@ -164,7 +164,7 @@ def test_torchrun_gives_the_same_bytes_and_a_rerun_changes_nothing(arguments, ex
 def test_a_second_run_in_the_same_folder_is_refused(arguments, tmp_path):
     command = [sys.executable, "-u", "pre_tokenize/pre_tokenize.py", *arguments, f"--out_dir={tmp_path}"]
     first = start(command)
-    while not finished_parts(tmp_path) and first.poll() is None:
+    while not finished_chunks(tmp_path) and first.poll() is None:
         os.kill(first.pid, signal.SIGCONT)
         time.sleep(0.002)
     os.kill(first.pid, signal.SIGSTOP)

@@ -1,8 +1,8 @@
 """Images to codes at full speed: decode pool -> one bucket per resolution -> batches of one fixed shape.
 
-Images come in groups (the chunks of a job) and leave with their group, but batches are filled across groups, so that
-only the last batch of a resolution is ever padded. A batch always has `batch_size` slots: an image's codes then
-depend neither on its neighbours nor on its place among them.
+Images come with the chunk of a job that needs them and leave with it, but batches are filled across chunks, so that
+only the last batch of a resolution is ever padded. A batch always has `batch_size` slots: an image's codes then depend
+neither on its neighbours nor on its place among them.
 """
 
 import time
@@ -10,7 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from vistoken.errors import Failed, ItemError, UserError
 from vistoken.jobs.progress import Stopwatch
 
 CPU_STREAMS = 8  # at most this many batches side by side on a CPU: each has activations of its own
-MAX_OPEN_GROUPS = 16  # a rare resolution's bucket may hold a group back this long, then it is encoded as it is
+MAX_OPEN_CHUNKS = 16  # a rare resolution's bucket may hold a chunk back this long, then it is encoded as it is
 
 Ref = TypeVar("Ref", bound=Hashable)  # what names an image, e.g. its path
-Tag = TypeVar("Tag")  # what names a group
+C = TypeVar("C")  # a chunk
 Prepare = Callable[[Ref], tuple[torch.Tensor, Any]]  # -> pixels (3, H, W), uint8 or float32 in [-1, 1], and its info
 
 
@@ -35,36 +35,150 @@ class Encoded(NamedTuple):
     info: Any
 
 
+Images = dict[Any, Encoded | ItemError]  # what became of a chunk's images, by ref
+
+
 @dataclass(eq=False)
-class _Group(Generic[Tag]):
-    tag: Tag
+class _Open(Generic[C]):
+    """A chunk with images still to come."""
+
+    chunk: C
     waiting: int
-    results: dict[Hashable, Encoded | ItemError] = field(default_factory=dict)
+    images: Images = field(default_factory=dict)
 
     def finish(self, ref: Hashable, result: Encoded | ItemError) -> None:
-        self.results[ref] = result
+        self.images[ref] = result
         self.waiting -= 1
 
 
-class _Slot(NamedTuple):
-    group: _Group
+class Slot(NamedTuple):
+    """An image's place in a batch."""
+
+    owner: _Open
     ref: Hashable
     info: Any
     pixels: torch.Tensor
 
 
-def _not_finite(ref: Hashable) -> Failed:
-    return Failed(
-        "not a number", f"{ref}: its features are not finite: a damaged checkpoint, or too much for fp16 (try bf16)"
-    )
+class Batcher:
+    """Sorts images into buckets of one shape and hands a bucket out when it holds a batch."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self._buckets: dict[tuple[torch.dtype, torch.Size], list[Slot]] = defaultdict(list)
+
+    def add(self, slot: Slot) -> list[Slot] | None:
+        """Put an image into its bucket -> the bucket, if that made it full."""
+        key = slot.pixels.dtype, slot.pixels.shape
+        self._buckets[key].append(slot)
+        return self._buckets.pop(key) if len(self._buckets[key]) == self.batch_size else None
+
+    def rest(self, owner: _Open | None = None) -> list[list[Slot]]:
+        """Take out the buckets that hold images of `owner`; all, if None."""
+        keys = [k for k, slots in self._buckets.items() if owner is None or any(s.owner is owner for s in slots)]
+        return [self._buckets.pop(key) for key in keys]
+
+    def stack(self, slots: list[Slot], *, pinned: bool) -> torch.Tensor:
+        """(batch_size, 3, H, W), of which what `slots` do not fill is zero."""
+        first = slots[0].pixels
+        batch = torch.zeros((self.batch_size, *first.shape), dtype=first.dtype, pin_memory=pinned)
+        for row, slot in zip(batch, slots, strict=False):
+            row.copy_(slot.pixels)
+        return batch
 
 
-class Engine:
-    """Encodes groups of images with `tokenizer`; `prepare` runs in `num_workers` threads.
+class Pending(Protocol):
+    """A batch that is being encoded."""
 
-    Pillow and torch release the interpreter lock while they decode, resize and compute, so threads overlap. On a CPU
-    batches are encoded side by side, with a share of torch's threads each: threads that share out every layer among
-    themselves spend more time waiting for one another.
+    def result(self) -> list[np.ndarray]:
+        """Per branch (B, h, w) int32 codes, once they are there."""
+        ...
+
+
+class CpuRunner:
+    """Encodes batches side by side, each in a thread with a share of torch's own threads.
+
+    Threads that share out every layer among themselves spend more time waiting for one another.
+    """
+
+    def __init__(self, tokenizer: ImageTokenizer):
+        self._tokenizer = tokenizer
+        self._threads = torch.get_num_threads()
+        self.streams = min(self._threads, CPU_STREAMS)
+        self._pool = ThreadPoolExecutor(self.streams, "encode", torch.set_num_threads, (self._threads // self.streams,))
+
+    def start(self, batch: torch.Tensor) -> Pending:
+        return self._pool.submit(self._encode, batch)
+
+    def _encode(self, batch: torch.Tensor) -> list[np.ndarray]:
+        with _memory_named(batch):
+            return [grid.int().numpy() for grid in self._tokenizer.encode(normalize(batch))]
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)  # MKL's number is the whole process's
+
+
+class GpuRunner:
+    """Launches batches one after the other; the copy of their codes to the host runs beside the next one."""
+
+    streams = 1
+
+    def __init__(self, tokenizer: ImageTokenizer):
+        self._tokenizer = tokenizer
+
+    def start(self, batch: torch.Tensor) -> Pending:
+        device = self._tokenizer.device
+        with _memory_named(batch):
+            codes = self._tokenizer.encode(normalize(batch.to(device, non_blocking=True)))
+        host = [torch.empty(grid.shape, dtype=torch.int32, pin_memory=True) for grid in codes]
+        for kept, computed in zip(host, codes, strict=True):
+            kept.copy_(computed, non_blocking=True)
+        return _OnItsWay(host, torch.cuda.current_stream(device).record_event())
+
+    def close(self) -> None:
+        pass
+
+
+class _OnItsWay(NamedTuple):
+    host: list[torch.Tensor]
+    copied: torch.cuda.Event
+
+    def result(self) -> list[np.ndarray]:
+        self.copied.synchronize()
+        return [grid.numpy() for grid in self.host]
+
+
+class _memory_named:
+    """Turns an allocator's error into a message that names the flag."""
+
+    def __init__(self, batch: torch.Tensor):
+        self._count, self._size = len(batch), f"{batch.shape[2]} x {batch.shape[3]}"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+            isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        ):
+            smaller = f"try --batch_size {self._count // 2}" if self._count > 1 else "free some, or use another device"
+            raise UserError(
+                f"too little memory for batches of {self._count} images of {self._size}: {smaller}"
+            ) from error
+
+
+class Encoder(Generic[C]):
+    """Encodes the images of chunks with `tokenizer`; `prepare` runs in `num_workers` threads.
+
+        with Encoder(...) as encoder:
+            for chunk in chunks:
+                encoder.add(chunk, refs)
+                for chunk, images in encoder.finished(): ...
+            for chunk, images in encoder.flush(): ...
+
+    Pillow and torch release the interpreter lock while they decode, resize and compute, so threads overlap.
+    `watch` has the seconds of this thread ("wait for decode", "encode") and of the pool ("decode").
     """
 
     def __init__(
@@ -76,135 +190,111 @@ class Engine:
         num_workers: int,
         on_images: Callable[[int], None] = lambda count: None,
     ):
-        self._tokenizer, self._prepare = tokenizer, prepare
-        self._batch_size, self._num_workers = batch_size, num_workers
-        self._on_images = on_images
-        self._on_cuda = tokenizer.device.type == "cuda"
-        self._threads = torch.get_num_threads()
-        self._streams = 1 if self._on_cuda else min(self._threads, CPU_STREAMS)
-        self._window = 2 * (batch_size * self._streams + num_workers)  # images decoded or being decoded, ahead
-        self._buckets: dict[tuple[torch.dtype, torch.Size], list[_Slot]] = defaultdict(list)
-        self._launched: deque[tuple[list[_Slot], Callable[[], list[np.ndarray]]]] = deque()
+        self._prepare, self._on_images = prepare, on_images
+        self._pinned = tokenizer.device.type == "cuda"
+        self._runner = GpuRunner(tokenizer) if self._pinned else CpuRunner(tokenizer)
+        self._batcher = Batcher(batch_size)
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
+        self._window = 2 * (batch_size * self._runner.streams + num_workers)  # images decoded or being decoded, ahead
+        self._open: deque[_Open[C]] = deque()
+        self._queued: deque[tuple[_Open[C], Hashable]] = deque()
+        self._decoding: deque[tuple[_Open[C], Hashable, Future]] = deque()
+        self._encoding: deque[tuple[list[Slot], Pending]] = deque()
         self.watch = Stopwatch()
 
-    def encode(
-        self, groups: Iterable[tuple[Tag, Iterable[Ref]]]
-    ) -> Iterator[tuple[Tag, dict[Ref, Encoded | ItemError]]]:
-        """Yield every group once all of its images are done, with one result per image, codes or error.
+    def __enter__(self) -> "Encoder[C]":
+        return self
 
-        `groups` is drawn from only as the pipeline has room. Within a group an image named twice is encoded once.
-        """
-        open_groups: deque[_Group] = deque()
-        decoding: deque[tuple[_Group, Ref, Future]] = deque()
-        pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="decode")
-        self._encoders = ThreadPoolExecutor(
-            self._streams, "encode", torch.set_num_threads, (self._threads // self._streams,)
-        )
-        try:
-            for tag, refs in groups:
-                distinct = list(dict.fromkeys(refs))
-                group = _Group(tag, len(distinct))
-                open_groups.append(group)
-                for ref in distinct:
-                    decoding.append((group, ref, pool.submit(self._timed_prepare, ref)))
-                    if len(decoding) > self._window:
-                        self._fill(*decoding.popleft())
-                        yield from self._finished(open_groups)
-                if len(open_groups) > MAX_OPEN_GROUPS:
-                    while decoding and decoding[0][0] is open_groups[0]:
-                        self._fill(*decoding.popleft())
-                    self._flush(open_groups[0])
-                yield from self._finished(open_groups)
-            while decoding:
-                self._fill(*decoding.popleft())
-                yield from self._finished(open_groups)
-            self._flush()
-            yield from self._finished(open_groups)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            self._encoders.shutdown(cancel_futures=True)
-            torch.set_num_threads(self._threads)  # MKL's number is the whole process's
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._runner.close()
 
-    @staticmethod
-    def _finished(open_groups: deque[_Group]) -> Iterator[tuple[Any, dict]]:
-        for group in [group for group in open_groups if not group.waiting]:
-            open_groups.remove(group)
-            yield group.tag, group.results
+    def add(self, chunk: C, refs: Iterable[Hashable]) -> None:
+        """Queue a chunk and its images. An image named twice is encoded once."""
+        distinct = list(dict.fromkeys(refs))
+        opened = _Open(chunk, len(distinct))
+        self._open.append(opened)
+        self._queued.extend((opened, ref) for ref in distinct)
 
-    def _timed_prepare(self, ref: Ref) -> tuple[torch.Tensor, Any, float]:
+    def finished(self) -> Iterator[tuple[C, Images]]:
+        """Work until another chunk may be added; yield those of which every image is done, codes or error."""
+        while self._queued:
+            self._decode_ahead()
+            if len(self._decoding) >= self._window:
+                self._fill_one()
+                yield from self._complete()
+        if len(self._open) > MAX_OPEN_CHUNKS:
+            oldest = self._open[0]
+            while any(owner is oldest for owner, _, _ in self._decoding):
+                self._fill_one()
+            self._encode_rest(oldest)
+        yield from self._complete()
+
+    def flush(self) -> Iterator[tuple[C, Images]]:
+        """Work until everything is done; yield every chunk that is left."""
+        while self._decoding or self._queued:
+            self._decode_ahead()
+            self._fill_one()
+            yield from self._complete()
+        self._encode_rest()
+        yield from self._complete()
+
+    def _complete(self) -> Iterator[tuple[C, Images]]:
+        for opened in [opened for opened in self._open if not opened.waiting]:
+            self._open.remove(opened)
+            yield opened.chunk, opened.images
+
+    def _decode_ahead(self) -> None:
+        while self._queued and len(self._decoding) < self._window:
+            opened, ref = self._queued.popleft()
+            self._decoding.append((opened, ref, self._pool.submit(self._timed_prepare, ref)))
+
+    def _timed_prepare(self, ref: Hashable) -> tuple[torch.Tensor, Any, float]:
         began = time.perf_counter()
         pixels, info = self._prepare(ref)
         return pixels, info, time.perf_counter() - began
 
-    def _fill(self, group: _Group, ref: Ref, decoded: Future) -> None:
-        """Put a decoded image into its bucket, and encode the bucket when it is full."""
+    def _fill_one(self) -> None:
+        """Put the image that was decoded first into its batch, and start the batch if that is full."""
+        opened, ref, decoded = self._decoding.popleft()
         with self.watch("wait for decode"):
             error = decoded.exception()
         if isinstance(error, ItemError):
-            group.finish(ref, type(error)(error.reason, error.detail))  # its traceback would keep the image alive
+            opened.finish(ref, type(error)(error.reason, error.detail))  # its traceback would keep the image alive
             return
         pixels, info, seconds = decoded.result()
         self.watch.add("decode", seconds)
-        bucket = self._buckets[pixels.dtype, pixels.shape]
-        bucket.append(_Slot(group, ref, info, pixels))
-        if len(bucket) == self._batch_size:
-            self._launch(bucket)
+        if slots := self._batcher.add(Slot(opened, ref, info, pixels)):
+            self._start(slots)
 
-    def _flush(self, group: _Group | None = None) -> None:
-        """Encode the buckets that hold images of `group` (of any, if None) and collect all results."""
-        for bucket in self._buckets.values():
-            if any(group is None or slot.group is group for slot in bucket):
-                self._launch(bucket)
-        while self._launched:
-            self._collect()
-
-    def _launch(self, bucket: list[_Slot]) -> None:
-        """Start a batch and empty its bucket; results are collected while later batches run."""
-        slots = bucket.copy()
-        bucket.clear()
+    def _start(self, slots: list[Slot]) -> None:
+        """Start a batch; its codes are collected while later ones run."""
         with self.watch("encode"):
-            first = slots[0].pixels
-            batch = torch.zeros((self._batch_size, *first.shape), dtype=first.dtype, pin_memory=self._on_cuda)
-            for row, slot in zip(batch[: len(slots)], slots, strict=True):  # the rest is padding
-                row.copy_(slot.pixels)
-            start = self._start_on_gpu if self._on_cuda else self._start_on_cpu
-            self._launched.append((slots, start(batch)))
-        while len(self._launched) > self._streams:
+            batch = self._batcher.stack(slots, pinned=self._pinned)
+            self._encoding.append((slots, self._runner.start(batch)))
+        while len(self._encoding) > self._runner.streams:
             self._collect()
 
-    def _start_on_cpu(self, batch: torch.Tensor) -> Callable[[], list[np.ndarray]]:
-        def codes() -> list[np.ndarray]:
-            return [grid.int().numpy() for grid in self._tokenizer.encode(normalize(batch))]
-
-        return self._encoders.submit(codes).result
-
-    def _start_on_gpu(self, batch: torch.Tensor) -> Callable[[], list[np.ndarray]]:
-        device = self._tokenizer.device
-        try:
-            codes = self._tokenizer.encode(normalize(batch.to(device, non_blocking=True)))
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{device} has too little memory for batches of {len(batch)} images of {batch.shape[2]} x "
-                f"{batch.shape[3]}: choose a smaller --batch_size"
-            ) from error
-        host = [torch.empty(grid.shape, dtype=torch.int32, pin_memory=True) for grid in codes]
-        for kept, computed in zip(host, codes, strict=True):
-            kept.copy_(computed, non_blocking=True)
-        copied = torch.cuda.current_stream(device).record_event()
-
-        def result() -> list[np.ndarray]:
-            copied.synchronize()
-            return [grid.numpy() for grid in host]
-
-        return result
+    def _encode_rest(self, owner: _Open | None = None) -> None:
+        """Encode the batches that are not full but hold images of `owner` (any, if None), and collect all codes."""
+        for slots in self._batcher.rest(owner):
+            self._start(slots)
+        while self._encoding:
+            self._collect()
 
     def _collect(self) -> None:
-        """Hand the oldest launched batch's codes to their groups."""
-        slots, result = self._launched.popleft()
+        """Hand the codes of the batch that was started first to their chunks."""
+        slots, pending = self._encoding.popleft()
         with self.watch("encode"):
-            branches = result()
+            branches = pending.result()
         for row, slot in enumerate(slots):
             codes = tuple(grid[row] for grid in branches)
-            complete = all(grid.min() >= 0 for grid in codes)
-            slot.group.finish(slot.ref, Encoded(codes, slot.info) if complete else _not_finite(slot.ref))
+            finite = all(grid.min() >= 0 for grid in codes)
+            slot.owner.finish(slot.ref, Encoded(codes, slot.info) if finite else _not_finite(slot.ref))
         self._on_images(len(slots))
+
+
+def _not_finite(ref: Hashable) -> Failed:
+    return Failed(
+        "not a number", f"{ref}: its features are not finite: a damaged checkpoint, or too much for fp16 (try bf16)"
+    )

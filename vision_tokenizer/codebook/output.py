@@ -7,7 +7,6 @@ Per data set, in `{root}/{output_dirname}/{tokenizer_version}/{fixed_256 | fixed
 stays while items have failed, so that a rerun need only try those.
 """
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,17 +21,14 @@ from vision_tokenizer.images.anchors import job_tag
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vistoken.errors import UserError
 from vistoken.jobs.chunks import ChunkTable, chunk_table
-from vistoken.jobs.counts import Account
-from vistoken.jobs.files import atomic_write, remove_leftovers, write_bytes
-from vistoken.jobs.manifest import MANIFEST
-from vistoken.jobs.results import Parts
-from vistoken.jobs.run import Source
-from vistoken.jobs.summary import SUMMARY, write_summary
+from vistoken.jobs.counts import SUMMARY, Counts, write_summary
+from vistoken.jobs.files import write_bytes
+from vistoken.jobs.results import Results
+from vistoken.jobs.run import WORK, JoinedSource, Output
 
 CHUNK_ITEMS = 64
-WORK = ".work"
 CHUNK_TABLE = ".chunks.json"  # after the name of an annotation file, in `WORK`
-RATIO = "ratio_"  # counts of an account that go into the statistics file
+RATIO = "ratio_"  # tallies that go into the statistics file
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Settings:
     resolution: int = 512
     crop_percent_thresh: float = 0.2
     torch_dtype: str = "fp32"
-    batch_size: int = 4
+    batch_size: int = 1
     compile: bool = False
     tokenizer_version: str = "dualvitok"
     output_dirname: str = "jsonl_after_tokenizer"
@@ -60,92 +56,69 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class AnnotationFile(Source):
+class AnnotationFile(JoinedSource):
     """One annotation file on its way to `output`."""
 
     dataset: Dataset
-    output: Path
 
-    @property
-    def rejected(self) -> Path:
-        return self.output.with_suffix(".rejected.jsonl")
-
-    @property
-    def _mark(self) -> Path:
-        """Exists once `output` is complete; holds its account, size and hash."""
-        return self.output.parent / WORK / f"{self.output.stem}.done.json"
-
-    def finished(self) -> Account | None:
-        """The account of a finished file in which nothing failed, else None: there is work to do."""
-        if not self._mark.exists():
-            return None
-        try:
-            stored = orjson.loads(self._mark.read_bytes())
-            account, size = Account.from_dict(stored["account"]), stored["bytes"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{self._mark}: damaged ({error}). Run with --no-resume to make the data set anew."
-            ) from error
-        if account.failed:
-            return None
-        if not self.output.exists() or self.output.stat().st_size != size:
-            raise UserError(
-                f"{self.output}: finished earlier, but this is not what was written then. "
-                "Restore the file, or run with --no-resume to make it anew."
-            )
-        return account
-
-    def finish(self) -> Account:
-        """Join the parts into `output` and `rejected`; drop them unless a rerun may retry what failed."""
-        account = self.finished() or self._join()
-        if not account.failed:
-            self.parts.remove()
-        return account
-
-    def _join(self) -> Account:
+    def check_unchanged(self) -> None:
         if _chunk_table(self.table.path, self.output.parent).sha256 != self.table.sha256:
-            self.parts.remove()  # nobody knows which of them hold old items, and which new
+            self.results.remove()  # nobody knows which of them hold old items, and which new
             raise UserError(f"{self.table.path}: changed while it was encoded. Run again with --overwrite.")
-        account, digest = Account(), hashlib.sha256()
-        with atomic_write(self.output) as lines, atomic_write(self.rejected) as rejected:
-            for index, part in enumerate(self.parts.read_all(len(self.table))):
-                account.add(part.account)
-                done = self.parts.path(index, ".jsonl").read_bytes()
-                digest.update(done)
-                lines.write(done)
-                rejected.writelines(orjson.dumps(asdict(problem)) + b"\n" for problem in part.problems)
-        if not account.rejected + account.failed:
-            self.rejected.unlink()
-        account.check(str(self.output))
-        written = {"bytes": self.output.stat().st_size, "sha256": digest.hexdigest()}
-        write_bytes(self._mark, orjson.dumps({"account": account.as_dict(), **written}))
-        return account
-
-    def summary(self) -> dict[str, Any]:
-        """What the run's summary says of the finished file; `sha256` is what a verifier holds it against."""
-        stored = orjson.loads(self._mark.read_bytes())
-        return {**stored["account"], "sha256": stored["sha256"]}
 
 
 def _chunk_table(path: Path, folder: Path) -> ChunkTable:
     return chunk_table(path, CHUNK_ITEMS, folder / WORK / f"{path.stem}{CHUNK_TABLE}")
 
 
-def open_files(dataset: Dataset, settings: Settings) -> tuple[list[AnnotationFile], list[str]]:
-    """The annotation files of a data set with their chunk tables, and why others of its files cannot be read."""
-    folder, files, errors = settings.folder(dataset), [], []
-    try:
-        for path in dataset.annotation_files():
-            try:
-                table = _chunk_table(path, folder)
-            except UserError as error:
-                errors.append(str(error))
-            else:
-                parts, output = Parts(folder / WORK / path.stem), folder / f"{path.stem}.jsonl"
-                files.append(AnnotationFile(table, parts, dataset, output))
-    except UserError as error:
-        errors.append(str(error))
-    return files, errors
+class CodebookOutput(Output):
+    """The output of one data set. `unreadable` says why files of it, or all of it, cannot be read."""
+
+    sources: Sequence[AnnotationFile]
+
+    def __init__(self, dataset: Dataset, tokenizer: ImageTokenizer, settings: Settings):
+        self.dataset, self.settings = dataset, settings
+        folder = settings.folder(dataset)
+        files: list[AnnotationFile] = []
+        self.unreadable: list[str] = []
+        try:
+            for path in dataset.annotation_files():
+                try:
+                    table = _chunk_table(path, folder)
+                except UserError as error:
+                    self.unreadable.append(str(error))
+                else:
+                    results = Results(folder / WORK / path.stem)
+                    files.append(AnnotationFile(table, results, folder / f"{path.stem}.jsonl", dataset))
+        except UserError as error:
+            self.unreadable.append(str(error))
+        super().__init__(folder, make_manifest(tokenizer, settings, files), files)
+
+    def folders(self) -> list[Path]:
+        return [*super().folders(), self.settings.statistics_file(self.dataset).parent]
+
+    def made(self) -> list[Path]:
+        """Files that belong to no chunk table are not ours and stay."""
+        names = [table.name.removesuffix(CHUNK_TABLE) for table in self.work.glob(f"*{CHUNK_TABLE}")]
+        files = [self.folder / f"{name}{suffix}" for name in names for suffix in (".jsonl", ".rejected.jsonl")]
+        return [*files, self.folder / SUMMARY, self.settings.statistics_file(self.dataset)]
+
+    def finish(self) -> Counts:
+        """Write the final files, the statistics and the summary. Returns the counts of the data set."""
+        total = Counts()
+        for file in self.sources:
+            total.add(file.finish())
+        total.check(f"data set {self.dataset.name}")
+        statistics = {name: n for name, n in sorted(total.tallies.items()) if name.startswith(RATIO) and n}
+        write_bytes(self.settings.statistics_file(self.dataset), orjson.dumps(statistics, option=orjson.OPT_INDENT_2))
+        write_summary(
+            self.folder / SUMMARY,
+            dataset=self.dataset.name,
+            total=total.as_dict(),
+            files={file.table.path.name: file.summary() for file in self.sources},
+            unreadable=self.unreadable,
+        )
+        return total
 
 
 def check_folders(datasets: Sequence[Dataset], settings: Settings) -> None:
@@ -193,50 +166,3 @@ def make_manifest(tokenizer: ImageTokenizer, settings: Settings, files: Sequence
         "inputs": {file.table.path.name: file.table.sha256 for file in files},
         "versions": {name: version(name) for name in ("vistoken", "torch", "pillow")},
     }
-
-
-def remove_output(dataset: Dataset, settings: Settings) -> None:
-    """Delete all that earlier runs of these settings' folder made, but for chunk tables and locks.
-
-    Files that belong to no chunk table are not ours and stay.
-    The manifest goes last: whatever is still there when we are killed is never taken for the work of other settings.
-    """
-    folder = settings.folder(dataset)
-    names = [table.name.removesuffix(CHUNK_TABLE) for table in (folder / WORK).glob(f"*{CHUNK_TABLE}")]
-    made = [folder / f"{name}{suffix}" for name in names for suffix in (".jsonl", ".rejected.jsonl")]
-    try:
-        for mark in (folder / WORK).glob("*.done.json"):
-            mark.unlink()
-        for path in (folder / WORK).glob("*"):
-            if path.is_dir():
-                Parts(path).remove()
-        for path in (*made, folder / SUMMARY, settings.statistics_file(dataset), folder / MANIFEST):
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot remove ({error.strerror}). Fix the permissions.") from error
-
-
-def remove_unfinished(dataset: Dataset, settings: Settings) -> None:
-    """Delete what a run that was killed while it wrote its final files has left of them."""
-    for folder in (settings.folder(dataset), settings.folder(dataset) / WORK, settings.statistics_file(dataset).parent):
-        remove_leftovers(folder)
-
-
-def finish_dataset(
-    dataset: Dataset, settings: Settings, files: Sequence[AnnotationFile], errors: Sequence[str]
-) -> Account:
-    """Write a data set's output, statistics and summary from the parts of its `files`; `errors` are of the others."""
-    total = Account()
-    for file in files:
-        total.add(file.finish())
-    total.check(f"data set {dataset.name}")
-    statistics = {name: n for name, n in sorted(total.counts.items()) if name.startswith(RATIO) and n}
-    write_bytes(settings.statistics_file(dataset), orjson.dumps(statistics, option=orjson.OPT_INDENT_2))
-    write_summary(
-        settings.folder(dataset) / SUMMARY,
-        dataset=dataset.name,
-        total=total.as_dict(),
-        files={file.table.path.name: file.summary() for file in files},
-        unreadable=errors,
-    )
-    return total

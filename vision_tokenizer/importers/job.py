@@ -1,13 +1,13 @@
-"""The import as a job: chunks of the source become parts, parts become annotation files, every record is accounted for.
+"""The import as a job: chunks of the source become results, these annotation files; every record is accounted for.
 
 {root}/annotations/{name}.jsonl      the annotations, one file for each of the source's
 {root}/images/...                    only where the source has them inside its files
-{root}/import/                       manifest.json, {name}.rejected.jsonl, run_summary.json, parts/
+{root}/import/                       manifest.json, {name}.rejected.jsonl, run_summary.json
 """
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,17 +18,15 @@ import orjson
 from vision_tokenizer.codebook.annotations import read_data_config
 from vision_tokenizer.importers.archives import Parquet, WebDataset
 from vision_tokenizer.importers.formats import Coco, Format, Llava, Pairs, file_stem
+from vision_tokenizer.importers.items import Record
 from vistoken.errors import Failed, UserError
-from vistoken.jobs.chunks import Chunk
-from vistoken.jobs.counts import Account, Problem
-from vistoken.jobs.files import atomic_write, write_bytes
-from vistoken.jobs.lock import run_lock
-from vistoken.jobs.manifest import MANIFEST, check_manifest, read_manifest
+from vistoken.jobs.counts import SUMMARY, Counts, Problem, write_summary
+from vistoken.jobs.files import write_bytes
+from vistoken.jobs.manifest import read_manifest
 from vistoken.jobs.progress import Progress
-from vistoken.jobs.results import Part, Parts
-from vistoken.jobs.run import Source, Task, run_chunks
-from vistoken.jobs.summary import SUMMARY, write_summary
-from vistoken.jobs.workers import Claims
+from vistoken.jobs.results import Result, Results
+from vistoken.jobs.run import WORK, JoinedSource, Output, todo
+from vistoken.jobs.workers import Workers
 
 FORMATS: dict[str, type[Format]] = {
     "llava": Llava,
@@ -40,130 +38,128 @@ FORMATS: dict[str, type[Format]] = {
 _MANIFEST_FORMAT = "vistoken-import-"
 
 
-@dataclass(frozen=True)
-class _File(Source):
-    """One file of the source; `table` is the list of its chunks."""
-
-    path: Path
-    format: Format
-
-    @property
-    def name(self) -> str:
-        return self.parts.folder.name
-
-
-def run_import(kind: str, source: Format, root: Path, claims: Claims, overwrite: bool) -> dict[str, Account]:
-    """Import `source` into `root`; returns the account of each annotation file written.
+def run_import(kind: str, source: Format, root: Path, workers: Workers, overwrite: bool) -> dict[str, Counts]:
+    """Import `source` into `root`; returns, on the first worker, the counts of each annotation file written.
 
     Raises `UserError` if `root` holds another import, unless it is to be overwritten; and always where writing would
     destroy what no import made.
     """
-    work = root / "import"
-    _check_folders(work, root, source)
-    settings = {
-        "format": f"{_MANIFEST_FORMAT}{kind}",
-        "settings": {
-            k: os.path.normpath(v.absolute()) if isinstance(v, Path) else str(v)
-            for k, v in asdict(source).items()
-            if k != "cache"
-        },
-    }
-    with run_lock(work / "locks", claims.rank, claims.world_size):
-        files = source.files()
-        opened = [_File(source.chunks(file), Parts(work / "parts" / file_stem(file)), file, source) for file in files]
-        if not any(file.table for file in opened):
-            raise UserError(f"{source.source}: no records in it")
-        claims.lead(lambda: _begin(work, root, settings, source, files, overwrite))  # once the source is known to fit
-        total = sum(sum(chunk.items for chunk in file.table) for file in opened)
-        run_chunks(opened, claims, _process, Progress(claims, total or None, "importing", rates=()))
-        accounts: dict[str, Account] = {}
-        claims.lead(lambda: accounts.update({file.name: _finish(file, root) for file in opened}))
-        if claims.rank == 0:
-            write_summary(work / SUMMARY, files={name: account.as_dict() for name, account in accounts.items()})
-    return accounts
+    output = ImportOutput(kind, source, root)
+    output.check_targets()
+    items = sum(sum(chunk.items for chunk in file.table) for file in output.sources)
+    with (
+        output.begin(workers, "any" if overwrite else None),
+        Progress(workers, items or None, "importing", rates=()) as progress,
+    ):
+        unfinished = [file for file in output.sources if file.finished() is None]
+        for task in todo(unfinished, workers, progress):
+            file, chunk = task.source, task.chunk
+            result = chunk_result(file, chunk.index, source.records(file.path, chunk))
+            if source.embeds_images:
+                os.sync()  # the result says that its images are there, even after a power cut
+            file.results.write(chunk.index, result)
+            progress.done(result.counts)
+        workers.wait_for_all(meanwhile=progress.refresh)
+        progress.refresh()
+        return output.finish() if workers.rank == 0 else {}
 
 
-def _written(root: Path, source: Format) -> list[Path]:
-    """Folders that an import fills."""
-    return [root / "annotations", *([source.image_dir] if source.embeds_images else [])]
-
-
-def _check_folders(work: Path, root: Path, source: Format) -> None:
-    """Raises `UserError` where a folder to be written holds what is read, or something that no import wrote there."""
-    earlier = FORMATS.get(str(_earlier(work).get("format")).removeprefix(_MANIFEST_FORMAT))
-    for folder in _written(root, source):
-        for given in (source.source, *([] if source.embeds_images else [source.image_dir])):
-            if given.resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"{given}: the import would write over its source in {folder}. Choose another --root.")
-        made = earlier and (earlier.embeds_images or folder != source.image_dir)
-        if not made and folder.is_dir() and any(folder.iterdir()):
-            raise UserError(
-                f"{folder}: no manifest in {work} says that an import made what is there, so it is not written over. "
-                "Choose another --root, or move the folder away."
-            )
-
-
-def _earlier(work: Path) -> dict[str, Any]:
-    """The manifest in `work`; empty where there is none, or a broken one."""
-    with suppress(UserError):
-        return read_manifest(work) or {}
-    return {}
-
-
-def _remove_earlier(work: Path, root: Path, source: Format) -> None:
-    """Delete what the import of the manifest in `work` made, and nothing else that came to lie beside it."""
-    for name in _earlier(work).get("inputs", ()):
-        stem = file_stem(Path(name))
-        for file in (root / "annotations" / f"{stem}.jsonl", work / f"{stem}.rejected.jsonl"):
-            file.unlink(missing_ok=True)
-        if source.embeds_images:
-            shutil.rmtree(source.image_dir / stem, ignore_errors=True)
-    shutil.rmtree(work / "parts", ignore_errors=True)
-    (work / MANIFEST).unlink(missing_ok=True)
-
-
-def _begin(work: Path, root: Path, settings: dict, source: Format, files: Sequence[Path], overwrite: bool) -> None:
-    if overwrite:
-        _remove_earlier(work, root, source)
-    if source.embeds_images:
-        source.image_dir.mkdir(parents=True, exist_ok=True)
-    check_manifest(work, {**settings, "inputs": {file.name: source.fingerprint(file) for file in files}})
-
-
-def _process(tasks: Iterator[Task]) -> Iterator[tuple[Task, Part]]:
-    for task in tasks:
-        yield task, _part(task.source, task.chunk)
-
-
-def _part(file: _File, chunk: Chunk) -> Part:
+def chunk_result(file: "SourceFile", index: int, records: Iterable[Record]) -> Result:
+    """The lines of a chunk's records, and the records that do not become any."""
     lines, problems = [], []
-    for record in file.format.records(file.path, chunk):
+    for record in records:
         if isinstance(record.line, Failed):
             problems.append(Problem.of(record.line, file.path, record))
         else:
             lines.append(record.line)
-    if file.format.embeds_images:
-        os.sync()  # the part says that its images are there, even after a power cut
-    account = Account(items=len(lines) + len(problems), done=len(lines))
-    account.reasons.update((problem.kind, problem.reason) for problem in problems)
-    return Part(account, problems, {file.parts.path(chunk.index, ".jsonl"): b"".join(lines)})
+    counts = Counts(items=len(lines) + len(problems), done=len(lines))
+    counts.reasons.update((problem.kind, problem.reason) for problem in problems)
+    return Result(counts, problems, {file.results.path(index, ".jsonl"): b"".join(lines)})
 
 
-def _finish(file: _File, root: Path) -> Account:
-    """Join the parts of a file. They stay where they are: a rerun reads them, and does again only what failed."""
-    account = Account()
-    rejected = root / "import" / f"{file.name}.rejected.jsonl"
-    with atomic_write(root / "annotations" / f"{file.name}.jsonl") as output, atomic_write(rejected) as problems:
-        for index, part in enumerate(file.parts.read_all(len(file.table))):
-            account.add(part.account)
-            with file.parts.path(index, ".jsonl").open("rb") as lines:
-                shutil.copyfileobj(lines, output)
-            for problem in part.problems:
-                problems.write(orjson.dumps(asdict(problem), option=orjson.OPT_APPEND_NEWLINE))
-    account.check(str(file.path))
-    if not account.failed:
-        rejected.unlink()
-    return account
+@dataclass(frozen=True)
+class SourceFile(JoinedSource):
+    """One file of the source on its way to an annotation file; `table` is the list of its chunks."""
+
+    path: Path
+    rejected_dir: Path
+
+    @property
+    def rejected(self) -> Path:
+        return self.rejected_dir / f"{self.output.stem}.rejected.jsonl"
+
+
+class ImportOutput(Output):
+    """The folders of a data set that an import makes. Raises `UserError` for a source without records."""
+
+    sources: Sequence[SourceFile]
+
+    def __init__(self, kind: str, source: Format, root: Path):
+        self.root, self.source, folder = root, source, root / "import"
+        files = []
+        for path in source.files():
+            stem = file_stem(path)
+            results, output = Results(folder / WORK / stem), root / "annotations" / f"{stem}.jsonl"
+            files.append(SourceFile(source.chunks(path), results, output, path, folder))
+        if not any(file.table for file in files):
+            raise UserError(f"{source.source}: no records in it")
+        settings = {
+            name: os.path.normpath(value.absolute()) if isinstance(value, Path) else str(value)
+            for name, value in asdict(source).items()
+            if name != "cache"
+        }
+        inputs = {file.path.name: source.fingerprint(file.path) for file in files}
+        manifest = {"format": f"{_MANIFEST_FORMAT}{kind}", "settings": settings, "inputs": inputs}
+        super().__init__(folder, manifest, files)
+
+    def check_targets(self) -> None:
+        """Raises `UserError` where a folder to be written holds what is read, or what no import wrote there."""
+        source = self.source
+        earlier = FORMATS.get(str(self._earlier().get("format")).removeprefix(_MANIFEST_FORMAT))
+        read = [source.source, *([] if source.embeds_images else [source.image_dir])]
+        for folder in (self.root / "annotations", *([source.image_dir] if source.embeds_images else [])):
+            for given in read:
+                if given.resolve().is_relative_to(folder.resolve()):
+                    raise UserError(
+                        f"{given}: the import would write over its source in {folder}. Choose another --root."
+                    )
+            made = earlier and (earlier.embeds_images or folder != source.image_dir)
+            if not made and folder.is_dir() and any(folder.iterdir()):
+                raise UserError(
+                    f"{folder}: no manifest in {self.folder} says that an import made what is there, so it is not "
+                    "written over. Choose another --root, or move the folder away."
+                )
+
+    def prepare(self, workers: Workers) -> None:
+        if self.source.embeds_images:
+            self.source.image_dir.mkdir(parents=True, exist_ok=True)
+
+    def _earlier(self) -> dict[str, Any]:
+        """The manifest of an earlier import; empty where there is none, or a broken one."""
+        with suppress(UserError):
+            return read_manifest(self.folder) or {}
+        return {}
+
+    def _earlier_stems(self) -> list[str]:
+        return [file_stem(Path(name)) for name in self._earlier().get("inputs", ())]
+
+    def made(self) -> list[Path]:
+        """What the import of the manifest wrote, and nothing else that came to lie beside it."""
+        stems = self._earlier_stems()
+        annotations = [self.root / "annotations" / f"{stem}.jsonl" for stem in stems]
+        return [*annotations, *(self.folder / f"{stem}.rejected.jsonl" for stem in stems), self.folder / SUMMARY]
+
+    def remove(self) -> None:
+        if self.source.embeds_images:
+            for stem in self._earlier_stems():
+                shutil.rmtree(self.source.image_dir / stem, ignore_errors=True)
+        super().remove()
+
+    def finish(self) -> dict[str, Counts]:
+        """Write the annotation files and the summary. Returns the counts of each file."""
+        counts = {file.output.stem: file.finish() for file in self.sources}
+        write_summary(self.folder / SUMMARY, files={name: of_file.as_dict() for name, of_file in counts.items()})
+        return counts
 
 
 def config_entry(root: Path, image_dir: Path, task: str) -> dict[str, Any]:

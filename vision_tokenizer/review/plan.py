@@ -25,7 +25,7 @@ from vision_tokenizer.images.anchors import crop_share, match_anchor
 from vision_tokenizer.images.files import open_image, place_image, read_image
 from vistoken.errors import Failed, ItemError, Rejected, UserError
 from vistoken.jobs.chunks import ChunkTable, Item, chunk_table
-from vistoken.jobs.counts import Account, Problem
+from vistoken.jobs.counts import Counts, Problem
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # at which the report says how much would be rejected
 BINS_PER_OCTAVE, MAX_OCTAVES = 12, 4  # of the histogram of width / height
@@ -57,7 +57,7 @@ class Header(NamedTuple):
 class Survey:
     """What some items hold. Grows by 16 bytes an image."""
 
-    account: Account = field(default_factory=Account)  # as codebook inference will count
+    counts: Counts = field(default_factory=Counts)  # as codebook inference will count
     images: int = 0  # referred to by all items
     anchors: Counter[tuple[int, int]] = field(default_factory=Counter)  # images that will be in the output
     ratios: Counter[tuple] = field(default_factory=Counter)  # `Header.ratio` of all images to be encoded
@@ -70,7 +70,7 @@ class Survey:
 
     def add(self, other: "Survey") -> None:
         """Add everything but the problems, which the caller writes to a file."""
-        self.account.add(other.account)
+        self.counts.add(other.counts)
         self.images += other.images
         for name in ("anchors", "ratios", "thresholds", "format_errors"):
             getattr(self, name).update(getattr(other, name))
@@ -80,7 +80,7 @@ class Survey:
 
     @property
     def clean(self) -> bool:
-        return not self.account.failed and not self.format_errors
+        return not self.counts.failed and not self.format_errors
 
     def duplicates(self) -> tuple[int, int]:
         """(references to an image that another line names too, files whose size and ends equal another file's)."""
@@ -118,7 +118,7 @@ def survey_dataset(
             total.add(found)
             for problem in found.problems:
                 on_problem(problem)
-            on_items(found.account.items)
+            on_items(found.counts.items)
     return total, errors
 
 
@@ -147,11 +147,11 @@ def _survey_chunk(rules: Rules, chunk: tuple[ChunkTable, int]) -> Survey:
     table, index = chunk
     survey, look = Survey(), lru_cache(maxsize=None)(partial(_header, rules))
     for item in table.read(table[index]):
-        survey.account.items += 1
+        survey.counts.items += 1
         try:
             _survey_item(rules, survey, item, look)
         except ItemError as error:
-            survey.account.reasons[error.kind, error.reason] += 1
+            survey.counts.reasons[error.kind, error.reason] += 1
             survey.problems.append(Problem.of(error, table.path, item))
         if error := _format_error(item.value):
             survey.format_errors[error.reason] += 1
@@ -189,7 +189,7 @@ def _survey_item(rules: Rules, survey: Survey, item: Item, look: Callable[[str],
     for header in looked:
         if error := header.rejected if isinstance(header, Header) else header:
             raise error
-    survey.account.done += 1
+    survey.counts.done += 1
     if rules.dataset.tokenizer_inference:
         survey.source_bytes += len(item.raw)
         survey.anchors.update(header.anchor for header in headers)

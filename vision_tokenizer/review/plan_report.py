@@ -16,7 +16,7 @@ from vision_tokenizer.images.anchors import model_size
 from vision_tokenizer.models.dualvitok.model import grid_sizes
 from vision_tokenizer.review.plan import BINS_PER_OCTAVE, THRESHOLDS, Survey
 from vistoken.errors import UserError
-from vistoken.jobs.summary import accounts_table, table
+from vistoken.jobs.counts import counts_table, table
 
 RELEASED_CODEBOOKS = (32768, 98304)
 
@@ -34,7 +34,7 @@ class Estimate:
     def of(cls, survey: Survey, codebook_sizes: Sequence[int], images_per_second: float | None) -> "Estimate":
         images = sum(survey.anchors.values())
         item_bytes = len(b", " + orjson.dumps({field: [] for field in OUTPUT_FIELDS}))
-        items = survey.account.done if images else 0
+        items = survey.counts.done if images else 0
         added = sum(n * image_bytes(anchor, codebook_sizes) for anchor, n in survey.anchors.items())
         return cls(
             images=images,
@@ -61,13 +61,13 @@ def image_bytes(anchor: tuple[int, int], codebook_sizes: Sequence[int]) -> int:
 
 
 def as_dict(survey: Survey, estimate: Estimate, errors: Sequence[str]) -> dict[str, Any]:
-    account, (repeated, copies) = survey.account, survey.duplicates()
+    counts, (repeated, copies) = survey.counts, survey.duplicates()
     return {
-        "items": account.items,
-        "done": account.done,
-        "rejected": account.rejected,
-        "failed": account.failed,
-        "reasons": {f"{kind}: {reason}": n for (kind, reason), n in sorted(account.reasons.items())},
+        "items": counts.items,
+        "done": counts.done,
+        "rejected": counts.rejected,
+        "failed": counts.failed,
+        "reasons": {f"{kind}: {reason}": n for (kind, reason), n in sorted(counts.reasons.items())},
         "errors": list(errors),
         "format_errors": dict(sorted(survey.format_errors.items())),
         "images_referred_to": survey.images,
@@ -87,7 +87,7 @@ def describe(surveys: Mapping[str, Survey], estimates: Mapping[str, Estimate], s
     rows: list[Sequence[object]] = [("data set", "images", "codes", "disk", "time")]
     for name, estimate in ((name, each) for name, each in estimates.items() if each.images):
         rows.append((name, estimate.images, estimate.tokens, _size(estimate.bytes), _duration(estimate.hours)))
-    lines = [accounts_table({name: survey.account for name, survey in surveys.items()}), ""]
+    lines = [counts_table({name: survey.counts for name, survey in surveys.items()}), ""]
     if len(rows) > 1:
         lines += [table(rows) + ("" if speed else "\n(time: say --images_per_second)"), ""]
     for name, survey in surveys.items():
@@ -96,7 +96,7 @@ def describe(surveys: Mapping[str, Survey], estimates: Mapping[str, Estimate], s
 
 
 def _details(survey: Survey) -> list[str]:
-    items, images = survey.account.items, sum(survey.anchors.values())
+    items, images = survey.counts.items, sum(survey.anchors.values())
     repeated, copies = survey.duplicates()
     lines = [f"{survey.images:,} images; {repeated:,} of them named before, {copies:,} copies of other files"]
     if images:

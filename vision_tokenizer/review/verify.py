@@ -20,16 +20,15 @@ from vision_tokenizer.images.anchors import crop_share, ratio_tag
 from vision_tokenizer.review.issues import Issues, Reservoir
 from vistoken.errors import Failed, UserError
 from vistoken.jobs.chunks import ChunkTable, Item, chunk_table
-from vistoken.jobs.counts import Account
+from vistoken.jobs.counts import SUMMARY, Counts
 from vistoken.jobs.files import sha256_of
-from vistoken.jobs.summary import SUMMARY
 
 LOOK_AHEAD = 256  # items among which we look for the one that an output line belongs to
 
 
-def verify_output(output: Output, sample: Reservoir[Place], issues: Issues, on_item: Callable[[], None]) -> Account:
+def verify_output(output: Output, sample: Reservoir[Place], issues: Issues, on_item: Callable[[], None]) -> Counts:
     """Check a data set's output. Returns what it holds, counted as the run itself counts."""
-    account, expected = Account(), set()
+    counts, expected = Counts(), set()
     with tempfile.TemporaryDirectory() as cache:
         for path in output.dataset.annotation_files():
             file = output.folder / f"{path.stem}.jsonl"
@@ -43,13 +42,13 @@ def verify_output(output: Output, sample: Reservoir[Place], issues: Issues, on_i
                 issues.add("annotations changed", f"{path}: not the file that the manifest says was encoded")
             if not file.exists():
                 issues.add("output file missing", f"{file}: {table.items:,} items of {path} have no codes")
-                account.items += table.items
+                counts.items += table.items
                 continue
-            _Walk(output, table, file, sample, issues, account, on_item).run()
+            _Walk(output, table, file, sample, issues, counts, on_item).run()
     for file in set(output.files()) - expected:
         issues.add("foreign file", f"{file}: no annotation file of that name")
-    _check_statistics(output, account, issues)
-    return account
+    _check_statistics(output, counts, issues)
+    return counts
 
 
 @dataclass
@@ -61,13 +60,13 @@ class _Walk:
     file: Path
     sample: Reservoir[Place]
     issues: Issues
-    account: Account
+    counts: Counts
     on_item: Callable[[], None]
 
     def run(self) -> None:
         items, rejected = deque[Item](), _Rejected(self.file, self.issues)
         source = (item for index in range(len(self.table)) for item in self.table.read(self.table[index]))
-        waiting = (item for item in source if not self._accounted(item, rejected))
+        waiting = (item for item in source if not self._is_counted(item, rejected))
         for number, line in enumerate(read_lines(self.file), start=1):
             items.extend(islice(waiting, LOOK_AHEAD - len(items)))
             position = next((position for position, item in enumerate(items) if _made_of(line, item)), None)
@@ -83,20 +82,20 @@ class _Walk:
         for entry in rejected.rest():
             self.issues.add("entry of no item", f"{rejected.path}: item {entry.get('item')!r} is not waiting for it")
 
-    def _accounted(self, item: Item, rejected: "_Rejected") -> bool:
+    def _is_counted(self, item: Item, rejected: "_Rejected") -> bool:
         """Count an item. True if a rejected entry says why it has no line."""
         self.on_item()
-        self.account.items += 1
+        self.counts.items += 1
         entry = rejected.take(item.index)
         if entry:
-            self.account.reasons[entry["kind"], entry["reason"]] += 1
+            self.counts.reasons[entry["kind"], entry["reason"]] += 1
         return entry is not None
 
     def _lost(self, item: Item) -> None:
         self.issues.add("item lost", f"{self.table.path}, {item.where}: neither in {self.file.name} nor rejected")
 
     def _check_line(self, number: int, line: bytes) -> None:
-        self.account.done += 1
+        self.counts.done += 1
         where = f"{self.file}, line {number}"
         try:
             _, images = parse_line(line, self.output)
@@ -105,9 +104,9 @@ class _Walk:
             return
         threshold = self.output.settings.crop_percent_thresh
         matched = [image.anchor for image in images]
-        self.account.counts[ratio_tag(matched[0]) if len(set(matched)) == 1 else f"{RATIO}mixed"] += 1
+        self.counts.tallies[ratio_tag(matched[0]) if len(set(matched)) == 1 else f"{RATIO}mixed"] += 1
         for index, image in enumerate(images):
-            self.account.counts["images"] += 1
+            self.counts.tallies["images"] += 1
             self.sample.offer(Place(self.output, self.file, number, index, image))
             if 0 < threshold < crop_share(*image.size, image.anchor):
                 self.issues.add("should be rejected", f"{where}, image {index}: {image.size} loses more than allowed")
@@ -149,8 +148,8 @@ class _Rejected:
         yield from self._entries
 
 
-def _check_statistics(output: Output, account: Account, issues: Issues) -> None:
-    counted = {name: n for name, n in account.counts.items() if name.startswith(RATIO)}
+def _check_statistics(output: Output, counts: Counts, issues: Issues) -> None:
+    counted = {name: n for name, n in counts.tallies.items() if name.startswith(RATIO)}
     path = output.settings.statistics_file(output.dataset)
     stored = _load(path, issues)
     for name in sorted(counted.keys() | stored.keys()):
@@ -165,8 +164,8 @@ def _check_statistics(output: Output, account: Account, issues: Issues) -> None:
         if file.exists() and _object(files, name, path, issues).get("sha256") != sha256_of(file):
             issues.add("file changed", f"{file}: not the bytes that the run wrote, by the hash in {path.name}")
     for name in ("items", "done", "rejected", "failed"):
-        if total.get(name) != getattr(account, name):
-            issues.add("summary differs", f"{path}: {name} is {total.get(name)}, found {getattr(account, name)}")
+        if total.get(name) != getattr(counts, name):
+            issues.add("summary differs", f"{path}: {name} is {total.get(name)}, found {getattr(counts, name)}")
 
 
 def _load(path: Path, issues: Issues) -> dict[str, Any]:

@@ -50,26 +50,25 @@ def main(argv: list[str] | None = None) -> int:
     import orjson
 
     from vision_tokenizer.importers.job import FORMATS, config_entry, run_import, write_entry
-    from vistoken.jobs.counts import Account
-    from vistoken.jobs.summary import accounts_table
-    from vistoken.jobs.workers import crew
+    from vistoken.jobs.counts import Counts, counts_table
+    from vistoken.jobs.workers import launched_workers
 
     image_dir = image_folder(args)
     kind = FORMATS[args.format]
     source = kind(args.source, image_dir, args.task, args.text_field, args.image_field, args.root / "import" / "chunks")
-    claims = crew()
-    accounts = run_import(args.format, source, args.root, claims, args.overwrite)
-    if claims.rank:
+    workers = launched_workers()
+    counts = run_import(args.format, source, args.root, workers, args.overwrite)
+    if workers.rank:
         return 0
 
     entry = config_entry(args.root, image_dir, args.task)
     name, config = args.name or args.root.resolve().name, args.data_config or args.root / "data_config.json"
     write_entry(config, name, entry, args.overwrite)
-    print(accounts_table(accounts, "file"))
+    print(counts_table(counts, "file"))
     print(f"annotations: {args.root / 'annotations'}")
-    total = Account()
-    for account in accounts.values():
-        total.add(account)
+    total = Counts()
+    for of_file in counts.values():
+        total.add(of_file)
     if total.failed:
         print(f"what was left out, and why: {args.root / 'import'}/*.rejected.jsonl")
     print(f"in {config}:\n{orjson.dumps({name: entry}, option=orjson.OPT_INDENT_2).decode()}")

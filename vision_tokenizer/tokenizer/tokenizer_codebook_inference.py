@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     from vision_tokenizer.codebook.output import Settings
     from vision_tokenizer.models.dualvitok.model import load_dualvitok
     from vistoken.device import default_batch_size, default_workers, local_device
-    from vistoken.jobs.workers import crew
+    from vistoken.jobs.workers import launched_workers
 
     device = local_device(args.device)
     settings = Settings(
@@ -73,22 +73,22 @@ def main(argv: list[str] | None = None) -> int:
         decoder=False,
         compile=args.compile,
     )
-    claims = crew()
-    accounts, errors = run_codebook_inference(
+    workers = launched_workers()
+    counts, unreadable = run_codebook_inference(
         datasets,
         tokenizer,
         settings,
-        claims,
+        workers,
         num_workers=args.num_workers or default_workers(),
         restart="any" if args.overwrite else None if args.resume else "same",
     )
-    if claims.rank != 0:
+    if workers.rank != 0:
         return 0
-    print(report(datasets, settings, accounts, errors))
-    too_many = [name for name, account in accounts.items() if account.failed_share > args.max_failed]
+    print(report(datasets, settings, counts, unreadable))
+    too_many = [name for name, of_dataset in counts.items() if of_dataset.failed_share > args.max_failed]
     if too_many:
         note(f"more than --max_failed {args.max_failed:g} of the items failed: {', '.join(too_many)}")
-    return 1 if errors or too_many else 0
+    return 1 if unreadable or too_many else 0
 
 
 if __name__ == "__main__":

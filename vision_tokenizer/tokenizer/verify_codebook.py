@@ -61,17 +61,17 @@ def main(argv: list[str] | None = None) -> int:
 
     from vision_tokenizer.review.issues import Issues, Reservoir
     from vision_tokenizer.review.verify import verify_output
+    from vistoken.jobs.counts import counts_table
     from vistoken.jobs.progress import bar
-    from vistoken.jobs.summary import accounts_table
 
     tokenizer = load_tokenizer(args)  # first: a wrong path should not come to light after millions of lines
     issues, sample = Issues(), Reservoir(args.sample if tokenizer else 0, args.seed)
-    accounts = {}
+    counts = {}
     with bar("reading") as progress:
         for output in outputs:
-            accounts[output.dataset.name] = verify_output(output, sample, issues, progress.update)
-    print(accounts_table(accounts))
-    print(f"{sum(account.counts['images'] for account in accounts.values()):,} images with codes")
+            counts[output.dataset.name] = verify_output(output, sample, issues, progress.update)
+    print(counts_table(counts))
+    print(f"{sum(n.tallies['images'] for n in counts.values()):,} images with codes")
     if tokenizer:
         encode_again(tokenizer, args.tokenizer_checkpoint, outputs, sample, issues)
     else:

@@ -15,8 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import orjson
 
 from vistoken.errors import UserError
-from vistoken.jobs.files import write_bytes
-from vistoken.jobs.lock import exclusive
+from vistoken.jobs.files import exclusive, write_bytes
 
 _BLOCK = 1 << 20
 _MAX_ELEMENT = 1 << 28  # of a .json list, in bytes: a broken one must not make us read the rest of the file

@@ -1,8 +1,15 @@
-"""Files that are either whole or absent: temporary name, fsync, `os.replace`."""
+"""Files that are either whole or absent (temporary name, fsync, `os.replace`), and locks on folders (`flock`).
 
+The kernel drops a lock however its process ends. The workers of one run (torchrun's ranks, or the `--rank=i --splits=n`
+of a bash loop) let each other in; anybody else is refused and told who is there.
+"""
+
+import errno
+import fcntl
 import hashlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +18,8 @@ from typing import BinaryIO
 from vistoken.errors import UserError
 
 _OWNER = f"{socket.gethostname()}-{os.getpid()}"  # two writers of one file never share a temporary name
+# a file system without locks (some Lustre mounts): the job stays correct, only the warning is lost
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
@@ -89,3 +98,70 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Wait for `path`'s lock and hold it: for a short step whose outcome the other workers then read."""
+    with _open(path) as file:
+        _flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def run_lock(folder: Path, rank: int = 0, splits: int = 1) -> Iterator[bool]:
+    """Hold lock `rank` of `splits` in `folder`; yields whether no other worker of this run is there yet.
+
+    Raises `UserError` if that lock is taken, or a run with another number of splits is at work. A process that starts
+    at the same moment may mistake our look at its lock for a holder: start under one `exclusive` lock.
+    """
+    mine = folder / f"{rank}-of-{splits}.lock"
+    with _open(mine) as file:
+        if not _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            raise _taken(mine)
+        holder = f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        with _writing(mine):
+            file.truncate(0)
+            file.write(holder.encode())
+        alone = True
+        for other in sorted(folder.glob("*-of-*.lock")):
+            if other == mine:
+                continue
+            with _open(other) as foreign:
+                if not _flock(foreign, fcntl.LOCK_SH | fcntl.LOCK_NB):
+                    if not other.name.endswith(f"-of-{splits}.lock"):
+                        raise _taken(other)
+                    alone = False
+        yield alone
+
+
+def _open(path: Path):
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("ab+", buffering=0)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({error.strerror}). Make room or fix the permissions.") from error
+
+
+def _flock(file, mode: int) -> bool:
+    try:
+        fcntl.flock(file, mode)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    return True
+
+
+def _taken(path: Path) -> UserError:
+    return UserError(
+        f"{path.parent}: another run is writing here ({path.read_text() or 'just started'}; lock {path.name}). "
+        "Wait for it to end, or stop it, or choose another output folder."
+    )

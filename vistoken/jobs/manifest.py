@@ -12,15 +12,15 @@ from vistoken.jobs.files import write_bytes
 MANIFEST = "manifest.json"
 
 
-def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write `manifest` into `folder`, or compare it with the one there.
+def check_manifest(folder: Path, manifest: Mapping[str, Any], *, binding: bool = True) -> None:
+    """Write `manifest` into `folder`, or compare it with the one there, which counts only if it is `binding`.
 
     Entries of its `inputs` (file name -> hash) may join later; any other difference, one that is gone too, raises
     `UserError` naming the field and both values.
     """
     path = folder / MANIFEST
     stored = read_manifest(folder)
-    if stored is None:
+    if stored is None or not binding:
         write_bytes(path, _dump(manifest))
         return
     before, now = dict(_flat(stored)), dict(_flat(manifest))

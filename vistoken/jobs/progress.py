@@ -1,4 +1,4 @@
-"""Progress bars: of one process, and one for the whole crew, on rank 0."""
+"""Progress bars: of one process, and one for all workers of a run, on the first."""
 
 import sys
 import time
@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vistoken.jobs.counts import Account
-from vistoken.jobs.workers import Claims
+from vistoken.jobs.counts import Counts
+from vistoken.jobs.workers import Workers
 
 
 def bar(description: str, total: int | None = None, **more: Any) -> tqdm:
@@ -20,46 +20,48 @@ def bar(description: str, total: int | None = None, **more: Any) -> tqdm:
 
 
 class Progress:
-    """Items done and to do, time left, and the crew's rates and losses.
+    """Items done and to do, time left, and the rates and losses of all workers together.
 
-    `rates` are tallies shown per second, `totals` tallies shown as they are; `Account`s bring the items.
+    `rates` are totals shown per second, `totals` totals shown as they are; `Counts` bring the items.
     """
 
     def __init__(
         self,
-        claims: Claims,
-        total: int,
+        workers: Workers,
+        total: int | None,
         description: str,
         rates: tuple[str, ...] = ("images",),
         totals: tuple[str, ...] = (),
     ):
-        self._claims, self._rates, self._totals = claims, rates, totals
+        self._workers, self._rates, self._totals = workers, rates, totals
         self._names = ("items", "found", "rejected", "failed", *rates, *totals)
         self._began = time.monotonic()
-        self._bar = bar(description, total, disable=not claims.leads, smoothing=0.1)
+        self._bar = bar(description, total, disable=not workers.reports, smoothing=0.1)
         self._found = 0
 
-    def count(self, **tallies: int) -> None:
-        """Add to the tallies shown as rates or totals."""
-        self._claims.tally(tallies)
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def count(self, **counts: int) -> None:
+        """Add to what is shown as rates or totals."""
+        self._workers.add(counts)
         self.refresh()
 
-    def part(self, account: Account) -> None:
-        """A chunk was completed."""
-        self._tally_items("items", account)
+    def done(self, counts: Counts) -> None:
+        """The result of a chunk was written."""
+        self.count(items=counts.items, rejected=counts.rejected, failed=counts.failed)
 
-    def found(self, account: Account) -> None:
-        """A chunk was there already, from an earlier run: no progress of this one, so it is left out of the rate."""
-        self._tally_items("found", account)
-
-    def _tally_items(self, name: str, account: Account) -> None:
-        self._claims.tally({name: account.items, "rejected": account.rejected, "failed": account.failed})
-        self.refresh()
+    def found(self, counts: Counts) -> None:
+        """A result was there already, from an earlier run: no progress of this one, so it is left out of the rate."""
+        self.count(found=counts.items, rejected=counts.rejected, failed=counts.failed)
 
     def refresh(self) -> None:
         if self._bar.disable:
             return
-        now = self._claims.tallies(self._names)
+        now = self._workers.totals(self._names)
         elapsed = max(time.monotonic() - self._began, 1e-9)
         shown = {f"{name}/s": f"{now[name] / elapsed:.3g}" for name in self._rates}
         shown |= {name: tqdm.format_sizeof(now[name]) for name in self._totals}
@@ -69,9 +71,6 @@ class Progress:
             self._bar.n += now["found"] - self._found
             self._found = now["found"]
         self._bar.update(now["items"] + now["found"] - self._bar.n)
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 class Stopwatch:

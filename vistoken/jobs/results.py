@@ -1,31 +1,33 @@
-"""The finished chunks of one input file: a part is there completely or not at all.
+"""The results of one input's chunks, in a folder: a result is there completely or not at all.
 
-A part is the files that the job wrote for the chunk, then `{chunk}.json`, its entry: the account of the chunk
-and its problems. The entry comes last, and goes first where a part is replaced: whoever sees it may rely on the rest.
+A result is the files that the job wrote for the chunk, then `{chunk}.json`, its entry: the counts of the chunk and its
+problems. The entry is written last and, where a result is replaced, removed first, so it always vouches for the files.
 """
 
+import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import orjson
 
-from vistoken.jobs.counts import Account, Problem
-from vistoken.jobs.files import remove_file, write_bytes
+from vistoken.jobs.counts import Counts, Problem
+from vistoken.jobs.files import atomic_write, remove_file, write_bytes
 
 
 @dataclass
-class Part:
-    """What a job hands over for one chunk: files to write, the problems, and its account."""
+class Result:
+    """What a job has to say of one chunk: its counts, the problems in input order, and files to write."""
 
-    account: Account
+    counts: Counts
     problems: list[Problem] = field(default_factory=list)
     files: Mapping[Path, bytes] = field(default_factory=dict)
 
 
-class Parts:
-    """The parts of one input file, in `folder`."""
+class Results:
+    """The results of one input, in `folder`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -33,37 +35,67 @@ class Parts:
     def path(self, index: int, suffix: str) -> Path:
         return self.folder / f"{index:08d}{suffix}"
 
-    def read(self, index: int) -> Part | None:
-        """The finished part without its files, or None; a damaged entry is none."""
+    def read(self, index: int) -> Result | None:
+        """The finished result without its files, or None; a damaged entry is none."""
         try:
             stored = orjson.loads(self.path(index, ".json").read_bytes())
         except (FileNotFoundError, orjson.JSONDecodeError):
             return None
-        return Part(Account.from_dict(stored["account"]), [Problem(**problem) for problem in stored["problems"]])
+        return Result(Counts.from_dict(stored["counts"]), [Problem(**problem) for problem in stored["problems"]])
 
-    def write(self, index: int, part: Part) -> None:
-        """Complete the part. Raises `UserError` where the disk refuses; then the part does not exist."""
-        part.account.check(f"{self.folder} part {index}")
+    def write(self, index: int, result: Result) -> None:
+        """Complete the result. Raises `UserError` where the disk refuses; then the result does not exist."""
+        result.counts.check(f"{self.folder} chunk {index}")
         self.forget(index)
-        for path, content in part.files.items():
+        for path, content in result.files.items():
             write_bytes(path, content)
-        entry = {"account": part.account.as_dict(), "problems": [asdict(problem) for problem in part.problems]}
+        entry = {"counts": result.counts.as_dict(), "problems": [asdict(problem) for problem in result.problems]}
         write_bytes(self.path(index, ".json"), orjson.dumps(entry))
 
     def forget(self, index: int) -> None:
-        """Have the part made anew, by this run or the next."""
+        """Have the result made anew, by this run or the next."""
         remove_file(self.path(index, ".json"))
 
-    def read_all(self, count: int) -> Iterator[Part]:
-        """Parts 0 to count - 1 in order, one at a time; all of them must be complete."""
-        for index in range(count):
-            part = self.read(index)
-            if part is None:
-                raise AssertionError(f"{self.folder}: part {index} of {count} is missing")
-            yield part
-
     def remove(self) -> None:
-        """Delete all parts, first their entries: what is left if we are killed is no part."""
+        """Delete all results, their entries first: what is left if we are killed is no result."""
         for entry in self.folder.glob("*.json"):
             entry.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def contents(self, chunks: Iterable[int], suffix: str) -> Iterator[tuple[Result, bytes]]:
+        """The results of `chunks`, all of them complete, one at a time, each with its file of this suffix."""
+        for index in chunks:
+            result = self.read(index)
+            if result is None:
+                raise AssertionError(f"{self.folder}: the result of chunk {index} is missing")
+            yield result, self.path(index, suffix).read_bytes()
+
+
+@dataclass
+class Joined:
+    """What was joined into a file."""
+
+    counts: Counts = field(default_factory=Counts)
+    bytes: int = 0
+    sha256: str = ""
+
+
+@contextmanager
+def joining(contents: Iterable[tuple[Result, bytes]], output: Path, rejected: Path) -> Iterator[Joined]:
+    """Join results into `output`, and their problems into `rejected`, which is removed where there are none.
+
+    What is written inside the block is there before `output` is.
+    """
+    joined, digest = Joined(), hashlib.sha256()
+    with atomic_write(output) as lines:
+        with atomic_write(rejected) as problems:
+            for result, content in contents:
+                joined.counts.add(result.counts)
+                joined.bytes += lines.write(content)
+                digest.update(content)
+                problems.writelines(orjson.dumps(asdict(problem)) + b"\n" for problem in result.problems)
+        joined.counts.check(str(output))
+        joined.sha256 = digest.hexdigest()
+        yield joined
+    if not joined.counts.rejected + joined.counts.failed:
+        rejected.unlink()

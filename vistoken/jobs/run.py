@@ -1,63 +1,232 @@
-"""The loop of every job: claim a chunk, process it, complete its part.
+"""The one skeleton of every job: sources in chunks, chunks claimed and worked on, results saved, final files joined.
 
-`process` is the job itself: a generator that is given the tasks and yields each one back with its `Part`, in any
-order. It may hold several open at once (to fill its batches across chunks); what is not yielded is simply not done yet,
-and the next run does it. Killing the process anywhere loses only the open chunks.
+    with output.begin(workers):
+        for chunk in todo(sources, workers, progress):
+            encoder.add(chunk, images)                 # fills batches across chunks
+            for chunk, codes in encoder.finished():
+                chunk.save(...)
+        ...
+        output.finish()
+
+Killing a process anywhere loses only the chunks that are open in it; the next run does these again.
 """
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from vistoken.jobs.chunks import Chunk, ChunkTable
-from vistoken.jobs.files import remove_leftovers
+import orjson
+
+from vistoken.errors import ItemError, UserError
+from vistoken.jobs.chunks import Chunk, ChunkTable, Item
+from vistoken.jobs.counts import Counts, Problem
+from vistoken.jobs.files import exclusive, remove_leftovers, run_lock, write_bytes
+from vistoken.jobs.manifest import MANIFEST, check_manifest
 from vistoken.jobs.progress import Progress
-from vistoken.jobs.results import Part, Parts
-from vistoken.jobs.workers import Claims
+from vistoken.jobs.results import Result, Results, joining
+from vistoken.jobs.workers import Workers
+
+WORK = ".work"  # in an output folder: what a run knows of its chunks
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input file of a job and where its parts go."""
+    """One input file of a job, by chunks, and where their results go."""
 
     table: ChunkTable
-    parts: Parts
+    results: Results
+
+
+@dataclass(frozen=True)
+class JoinedSource(Source):
+    """A source whose results are joined into one file, `output`; then they go, unless a rerun may retry what failed."""
+
+    output: Path
+
+    @property
+    def rejected(self) -> Path:
+        return self.output.with_suffix(".rejected.jsonl")
+
+    @property
+    def _mark(self) -> Path:
+        """Exists once `output` is complete; holds its counts, size and hash."""
+        return self.results.folder.parent / f"{self.results.folder.name}.done.json"
+
+    def finished(self) -> Counts | None:
+        """The counts of a finished file in which nothing failed, else None: there is work to do."""
+        if not self._mark.exists():
+            return None
+        try:
+            stored = orjson.loads(self._mark.read_bytes())
+            counts, size = Counts.from_dict(stored["counts"]), stored["bytes"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self._mark}: damaged ({error}). Run with --no-resume to make the data set anew."
+            ) from error
+        if counts.failed:
+            return None
+        if not self.output.exists() or self.output.stat().st_size != size:
+            raise UserError(
+                f"{self.output}: finished earlier, but this is not what was written then. "
+                "Restore the file, or run with --no-resume to make it anew."
+            )
+        return counts
+
+    def finish(self) -> Counts:
+        """Join the results into `output` and `rejected`, if that is not done; drop them where nothing failed."""
+        counts = self.finished()
+        if counts is None:
+            self.check_unchanged()
+            contents = self.results.contents(range(len(self.table)), ".jsonl")
+            with joining(contents, self.output, self.rejected) as joined:
+                counts = joined.counts
+            written = {"bytes": joined.bytes, "sha256": joined.sha256}
+            write_bytes(self._mark, orjson.dumps({"counts": counts.as_dict(), **written}))
+        if not counts.failed:
+            self.results.remove()
+        return counts
+
+    def check_unchanged(self) -> None:
+        """Raise `UserError` where the input is not what the chunks were read from; for jobs to fill in."""
+
+    def summary(self) -> dict[str, Any]:
+        """What the run's summary says of the finished file; `sha256` is what a verifier holds it against."""
+        stored = orjson.loads(self._mark.read_bytes())
+        return {**stored["counts"], "sha256": stored["sha256"]}
 
 
 class Task(NamedTuple):
-    """One chunk to do. `previous` is its part from an earlier run in which items failed: only those are tried again."""
+    """One chunk to do. `previous` is its result of an earlier run in which items failed: only those are tried again."""
 
     source: Source
     chunk: Chunk
-    previous: Part | None
+    previous: Result | None
 
 
-Process = Callable[[Iterator[Task]], Iterable[tuple[Task, Part]]]
-
-
-def run_chunks(sources: Sequence[Source], claims: Claims, process: Process, progress: Progress) -> None:
-    """Do every chunk of `sources` that is not complete, and wait until the rest of the crew has, too."""
-    for source in sources:
-        remove_leftovers(source.parts.folder)
-    with closing(progress):
-        for task, part in process(_open_tasks(sources, claims, progress)):
-            task.source.parts.write(task.chunk.index, part)
-            progress.part(part.account)
-        for _ in claims.wait_for_crew():
-            progress.refresh()
-        progress.refresh()
-
-
-def _open_tasks(sources: Sequence[Source], claims: Claims, progress: Progress) -> Iterator[Task]:
-    starts = [0, *accumulate(len(source.table) for source in sources)]  # chunks of all sources are numbered through
-    for number in claims.claim(starts[-1]):
-        at = bisect_right(starts, number) - 1
-        source, chunk_index = sources[at], number - starts[at]
-        previous = source.parts.read(chunk_index)
-        if previous is not None and not previous.account.failed:
-            progress.found(previous.account)
+def todo(sources: Sequence[Source], workers: Workers, progress: Progress) -> Iterator[Task]:
+    """The chunks that this worker claims, of all `sources`, and whose results are not there yet or have failures."""
+    chunks = [(source, index) for source in sources for index in range(len(source.table))]
+    for source, index in workers.claim(chunks):
+        previous = source.results.read(index)
+        if previous is not None and not previous.counts.failed:
+            progress.found(previous.counts)
         else:
-            yield Task(source, source.table[chunk_index], previous)
+            yield Task(source, source.table[index], previous)
+
+
+class OpenChunk:
+    """A chunk while a job works on it: which items are to be done, and what becomes of each."""
+
+    def __init__(self, task: Task):
+        self.source, self.chunk, self.previous = task
+        self.items: dict[int, Item] = {item.index: item for item in self.source.table.read(self.chunk)}
+        self._problems: dict[int, Problem] = {}
+        if self.previous:  # what a rule rejected stays rejected
+            self._problems = {p.item: p for p in self.previous.problems if p.kind == "rejected"}
+
+    def done_before(self) -> list[int]:
+        """Items that an earlier run did; its files have their results in this order."""
+        if self.previous is None:
+            return []
+        not_done = {problem.item for problem in self.previous.problems}
+        return [index for index in self.items if index not in not_done]
+
+    def todo(self) -> list[Item]:
+        """Items to do now: all of a new chunk, of one done before only those that failed."""
+        settled = {*self.done_before(), *self._problems}
+        return [item for index, item in self.items.items() if index not in settled]
+
+    def fail(self, item: Item, error: ItemError) -> None:
+        """`item` is rejected or failed, as `error` says."""
+        self._problems[item.index] = Problem.of(error, self.source.table.path, item)
+
+    def save(
+        self,
+        files: Mapping[Path, bytes],
+        *,
+        tallies: Mapping[str, int],
+        seconds: Mapping[str, float],
+        progress: Progress,
+    ) -> None:
+        """Write the chunk's result: its files, its problems, and its counts, in which the other items are done."""
+        problems = [self._problems[index] for index in sorted(self._problems)]
+        counts = Counts(items=len(self.items), done=len(self.items) - len(problems))
+        counts.reasons.update((problem.kind, problem.reason) for problem in problems)
+        counts.tallies.update(tallies)
+        counts.seconds.update(seconds)
+        self.source.results.write(self.chunk.index, Result(counts, problems, files))
+        progress.done(counts)
+
+
+class Output:
+    """A job's output folder: final files, `manifest.json`, and `.work/` with the results of an unfinished run.
+
+    A job derives from it, with `sources` and its own `finish`.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], sources: Sequence[Source]):
+        self.folder, self.manifest, self.sources = folder, manifest, sources
+        self.work = folder / WORK
+
+    @contextmanager
+    def begin(self, workers: Workers, restart: str | None = None) -> Iterator[None]:
+        """Lock the folder against other runs and settle with what an earlier one left in it.
+
+        `restart` None goes on from there; "same" makes the output anew, but only with the settings it had; "any" with
+        whatever settings. Raises `UserError` where another run is at work, or the settings are not the former ones.
+        """
+        with ExitStack() as held:
+            workers.on_first(lambda: self._settle(workers, restart, held))
+            check_manifest(self.folder, self.manifest)  # every worker has the same, or codes would be mixed
+            yield
+
+    def _settle(self, workers: Workers, restart: str | None, held: ExitStack) -> None:
+        with exclusive(self.work / "begin.lock"):
+            alone = held.enter_context(run_lock(self.work, *workers.share))
+            for folder in self.folders():
+                remove_leftovers(folder)
+            if restart == "any":
+                self.remove()
+            self.check_folder()
+            check_manifest(self.folder, self.manifest, binding=not alone or self.has_results())
+            if restart == "same":
+                self.remove()
+                check_manifest(self.folder, self.manifest)
+            self.prepare(workers)
+
+    def folders(self) -> list[Path]:
+        """Where a killed run may have left temporary files."""
+        return [self.folder, self.work, *(source.results.folder for source in self.sources)]
+
+    def check_folder(self) -> None:
+        """Raise `UserError` where what is in the folder is in the way; for jobs to fill in."""
+
+    def prepare(self, workers: Workers) -> None:
+        """Bring what an earlier run left into order; for jobs to fill in."""
+
+    def has_results(self) -> bool:
+        """Whether anything was done with the manifest that is there: until then it binds nobody."""
+        return any(self.work.glob("*/[0-9]*.json")) or any(path.exists() for path in self.made())
+
+    def made(self) -> list[Path]:
+        """The final files and folders of earlier runs; for jobs to fill in."""
+        return []
+
+    def remove(self) -> None:
+        """Delete all that earlier runs made, but for chunk tables and locks.
+
+        The manifest goes last: what is still there when we are killed is never taken for the work of other settings.
+        """
+        try:
+            for mark in self.work.glob("*.done.json"):
+                mark.unlink()
+            for folder in self.work.glob("*"):
+                if folder.is_dir():
+                    Results(folder).remove()
+            for path in self.made():
+                path.unlink(missing_ok=True)
+            (self.folder / MANIFEST).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot remove ({error.strerror}). Fix the permissions.") from error

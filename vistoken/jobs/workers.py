@@ -1,120 +1,126 @@
-"""How a process comes by its chunks, and how the crew learns that all are done.
+"""Who does which chunk, and how the workers of one run learn that all are done.
 
-- alone: every chunk, in order;
-- torchrun: the next number of a counter in the rendezvous store, so fast ranks take more, on any number of nodes;
-- `--rank=i --splits=n` processes of a bash loop, which share nothing but the disk: a contiguous range each.
+- `OneProcess`: every chunk, in order;
+- `SharedQueue`: the processes of torchrun take the next number of a counter in its rendezvous store, so fast ranks do
+  more, on any number of machines;
+- `FixedRange`: process `--rank=i` of the `--splits=n` of a shell loop, which share nothing but the disk, does a
+  contiguous range.
 """
 
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 from vistoken.errors import UserError
 
+T = TypeVar("T")
+
 _CONNECT = timedelta(minutes=5)
-_FOREVER = timedelta(days=30)  # ranks wait as long as the others work; one that dies takes the crew with it
+_FOREVER = timedelta(days=30)  # ranks wait as long as the others work; torchrun ends them all where one dies
+_GOODBYE = 30.0  # seconds that rank 0 keeps the store for ranks that have not left it
 
 
-class Solo:
+class OneProcess:
     """One process does all."""
 
     rank, world_size = 0, 1
-    leads = True  # whether this process tells of its progress and its result
-    seat = 0, 1  # which result of how many its work goes into: a range has its own, the ranks of torchrun share one
+    reports = True  # whether this worker shows progress and prints the result
+    share = 0, 1  # which final record of how many its chunks go into: ranges write one each, torchrun's ranks share one
 
     def __init__(self) -> None:
-        self._tallies: Counter[str] = Counter()
+        self._totals: Counter[str] = Counter()
 
     def chunk_range(self, total: int) -> range:
-        """The chunks in [0, total) that go into the seat's result."""
+        """The numbers of the chunks, of `total`, that go into the record of this worker's share."""
         return range(total)
 
-    def lead(self, step: Callable[[], None]) -> None:
-        """Run `step` on the first rank while the others wait for it."""
+    def claim(self, chunks: Sequence[T]) -> Iterator[T]:
+        """The chunks that this worker is to do."""
+        for number in self.chunk_range(len(chunks)):
+            yield chunks[number]
+
+    def on_first(self, step: Callable[[], None]) -> None:
+        """Run `step` on the first worker while the others wait for it."""
         step()
 
-    def claim(self, total: int) -> Iterator[int]:
-        """Chunk numbers in [0, total) that this process is to do."""
-        yield from self.chunk_range(total)
+    def add(self, counts: Mapping[str, int]) -> None:
+        """Add to the run's totals."""
+        self._totals.update(counts)
 
-    def tally(self, counts: Mapping[str, int]) -> None:
-        """Add to the crew's counters."""
-        self._tallies.update(counts)
+    def totals(self, names: Sequence[str]) -> dict[str, int]:
+        """The run's totals now."""
+        return {name: self._totals[name] for name in names}
 
-    def tallies(self, names: tuple[str, ...]) -> dict[str, int]:
-        """The crew's counters now."""
-        return {name: self._tallies[name] for name in names}
-
-    def wait_for_crew(self) -> Iterator[None]:
-        """To be called once all that was claimed is on the disk: yield now and then until the whole crew got here."""
-        return iter(())
+    def wait_for_all(self, meanwhile: Callable[[], None]) -> None:
+        """Call once the results of all claimed chunks are written: return when every worker has got here."""
 
 
-class Split(Solo):
-    """Seat `rank` of `splits`: chunks [rank * total / splits, (rank + 1) * total / splits)."""
+class FixedRange(OneProcess):
+    """Worker `rank` of `splits`: chunks [rank * total // splits, (rank + 1) * total // splits)."""
 
     def __init__(self, rank: int, splits: int):
         super().__init__()
-        self.rank, self.world_size = self.seat = rank, splits
+        self.rank, self.world_size = self.share = rank, splits
 
     def chunk_range(self, total: int) -> range:
         return range(self.rank * total // self.world_size, (self.rank + 1) * total // self.world_size)
 
 
-class Torchrun:
-    """A rank under torchrun. Its counters live in the store that torchrun itself rendezvoused through."""
-
-    seat = 0, 1
+class SharedQueue(OneProcess):
+    """A rank under torchrun. Queue and totals live in the store that torchrun itself rendezvoused through."""
 
     def __init__(self) -> None:
         from torch.distributed import PrefixStore, rendezvous
 
         store, self.rank, self.world_size = next(iter(rendezvous("env://", timeout=_CONNECT)))
-        self.leads = self.rank == 0
+        self.reports = self.rank == 0
         # after an elastic restart the counters begin anew; finished chunks are known from the disk
         self._store = PrefixStore(f"vistoken/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        self._led = 0
+        self._steps = 0
 
-    def chunk_range(self, total: int) -> range:
-        return range(total)
-
-    def lead(self, step: Callable[[], None]) -> None:
-        self._led += 1
-        if self.rank == 0:
-            step()
-            self._store.set(f"led/{self._led}", b"")
-        self._store.wait([f"led/{self._led}"], _FOREVER)
-
-    def claim(self, total: int) -> Iterator[int]:
-        agreed = int(self._store.compare_set("total", "", str(total)))
-        if agreed != total:
+    def claim(self, chunks: Sequence[T]) -> Iterator[T]:
+        agreed = int(self._store.compare_set("total", "", str(len(chunks))))
+        if agreed != len(chunks):
             raise UserError(
-                f"rank {self.rank} sees {total} chunks to do where another one sees {agreed}: "
+                f"rank {self.rank} sees {len(chunks)} chunks to do where another one sees {agreed}: "
                 "every machine must see the same input and output folders"
             )
-        while (number := self._store.add("claimed", 1) - 1) < total:
-            yield number
+        while (number := self._store.add("claimed", 1) - 1) < len(chunks):
+            yield chunks[number]
 
-    def tally(self, counts: Mapping[str, int]) -> None:
+    def on_first(self, step: Callable[[], None]) -> None:
+        self._steps += 1
+        if self.rank == 0:
+            step()
+            self._store.set(f"step/{self._steps}", b"")
+        self._store.wait([f"step/{self._steps}"], _FOREVER)
+
+    def add(self, counts: Mapping[str, int]) -> None:
         for name, count in counts.items():
             if count:
-                self._store.add(f"tally/{name}", count)
+                self._store.add(f"total/{name}", count)
 
-    def tallies(self, names: tuple[str, ...]) -> dict[str, int]:
-        return {name: self._store.add(f"tally/{name}", 0) for name in names}
+    def totals(self, names: Sequence[str]) -> dict[str, int]:
+        return {name: self._store.add(f"total/{name}", 0) for name in names}
 
-    def wait_for_crew(self) -> Iterator[None]:
+    def wait_for_all(self, meanwhile: Callable[[], None]) -> None:
+        """Rank 0 may hold the store itself (under launchers other than torchrun), so it leaves last."""
         self._store.add("finished", 1)
         while self._store.add("finished", 0) < self.world_size:
-            yield
+            meanwhile()
             time.sleep(0.2)
+        left, patience = self._store.add("left", 1), time.monotonic() + _GOODBYE
+        while self.rank == 0 and left < self.world_size and time.monotonic() < patience:
+            time.sleep(0.05)
+            left = self._store.add("left", 0)
 
 
-Claims = Solo | Split | Torchrun
+Workers = OneProcess  # the interface: what the three have in common
 
 
-def crew() -> Claims:
-    """The claims of this process: the store's where torchrun (or an equal) set its variables, else its own."""
-    return Torchrun() if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() else Solo()
+def launched_workers() -> Workers:
+    """A shared queue where torchrun (or an equal) set its variables, else one process."""
+    return SharedQueue() if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() else OneProcess()

@@ -1,4 +1,4 @@
-"""The engine's promises, with a tokenizer that shows exactly what it was given."""
+"""The encoder's promises, with a tokenizer that shows exactly what it was given."""
 
 import gc
 import threading
@@ -7,8 +7,8 @@ import weakref
 import pytest
 import torch
 
-from vision_tokenizer.codebook import encoder as engine_module
-from vision_tokenizer.codebook.encoder import Encoded, Engine
+from vision_tokenizer.codebook import encoder as encoder_module
+from vision_tokenizer.codebook.encoder import Encoded, Encoder
 from vistoken.errors import Failed
 
 
@@ -32,24 +32,32 @@ def prepare(ref):
     return torch.full((3, side, side), float(number)), f"info {number}"
 
 
-def run(groups, batch_size=4, **options):
+def encode(chunks, tokenizer, prepare, **options):
+    """(chunk, images) of each chunk, as the loop of a job gets them."""
+    with Encoder(tokenizer, prepare, **options) as encoder:
+        for chunk, refs in chunks:
+            encoder.add(chunk, refs)
+            yield from encoder.finished()
+        yield from encoder.flush()
+
+
+def run(chunks, batch_size=4, **options):
     recorder = Recorder()
-    engine = Engine(recorder, prepare, batch_size=batch_size, num_workers=2, **options)
-    return dict(engine.encode(groups)), recorder
+    return dict(encode(chunks, recorder, prepare, batch_size=batch_size, num_workers=2, **options)), recorder
 
 
-def test_every_image_comes_back_to_its_group():
-    groups = [(g, [(10 * g + i, 32 if i % 3 else 64) for i in range(10)]) for g in range(5)]
-    results, _ = run(groups)
+def test_every_image_comes_back_to_its_chunk():
+    chunks = [(g, [(10 * g + i, 32 if i % 3 else 64) for i in range(10)]) for g in range(5)]
+    results, _ = run(chunks)
     assert list(results) == [0, 1, 2, 3, 4]
-    for group, refs in groups:
-        assert [results[group][ref].codes[0].tolist() for ref in refs] == [[[number]] for number, _ in refs]
-        assert [results[group][ref].info for ref in refs] == [f"info {number}" for number, _ in refs]
+    for chunk, refs in chunks:
+        assert [results[chunk][ref].codes[0].tolist() for ref in refs] == [[[number]] for number, _ in refs]
+        assert [results[chunk][ref].info for ref in refs] == [f"info {number}" for number, _ in refs]
 
 
-def test_batches_have_one_shape_and_fill_across_groups():
-    groups = [(g, [(10 * g + i, 32) for i in range(3)]) for g in range(4)]  # 12 images, never 4 in one group
-    _, recorder = run(groups)
+def test_batches_have_one_shape_and_fill_across_chunks():
+    chunks = [(g, [(10 * g + i, 32) for i in range(3)]) for g in range(4)]  # 12 images, never 4 in one chunk
+    _, recorder = run(chunks)
     assert recorder.batches == [(4, 3, 32, 32)] * 3
 
 
@@ -78,15 +86,15 @@ def test_a_cpu_encodes_a_batch_per_thread_side_by_side():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        engine = Engine(Meeting(), prepare, batch_size=1, num_workers=2)
-        ((_, results),) = engine.encode([("a", [(n, 32) for n in range(8)])])
+        chunks = [("a", [(n, 32) for n in range(8)])]
+        ((_, results),) = encode(chunks, Meeting(), prepare, batch_size=1, num_workers=2)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
     assert [result.codes[0].item() for result in results.values()] == list(range(8))
 
 
-def test_an_unreadable_image_and_an_empty_group():
+def test_an_unreadable_image_and_an_empty_chunk():
     results, _ = run([("empty", []), ("bad", [(-1, 32), (7, 32)])])
     assert results["empty"] == {}
     assert isinstance(results["bad"][-1, 32], Failed)
@@ -97,7 +105,7 @@ def test_an_image_without_codes_fails_alone():
     def numbered(ref):
         return torch.full((3, 32, 32), float(ref)), None
 
-    ((_, results),) = Engine(Recorder(), numbered, batch_size=4, num_workers=1).encode([("a", [3, -1, 5])])
+    ((_, results),) = encode([("a", [3, -1, 5])], Recorder(), numbered, batch_size=4, num_workers=1)
     assert [isinstance(results[ref], Encoded) for ref in (3, -1, 5)] == [True, False, True]
     assert results[-1].reason == "not a number"
 
@@ -110,7 +118,7 @@ def test_errors_do_not_keep_images_alive():
         images.add(image)
         raise Failed("image unreadable", str(ref)) from OSError(ref)
 
-    ((_, results),) = Engine(Recorder(), broken, batch_size=2, num_workers=1).encode([("a", range(10))])
+    ((_, results),) = encode([("a", range(10))], Recorder(), broken, batch_size=2, num_workers=1)
     assert len(results) == 10
     gc.collect()
     assert not images
@@ -121,41 +129,42 @@ def test_a_defect_of_prepare_is_not_swallowed():
         raise RuntimeError("a defect")
 
     with pytest.raises(RuntimeError, match="a defect"):
-        list(Engine(Recorder(), broken, batch_size=2, num_workers=1).encode([("a", [1])]))
+        list(encode([("a", [1])], Recorder(), broken, batch_size=2, num_workers=1))
 
 
-def test_a_rare_resolution_does_not_hold_groups_back_for_ever(monkeypatch):
-    monkeypatch.setattr(engine_module, "MAX_OPEN_GROUPS", 3)
+def test_a_rare_resolution_does_not_hold_chunks_back_for_ever(monkeypatch):
+    monkeypatch.setattr(encoder_module, "MAX_OPEN_CHUNKS", 3)
     taken, held = 0, 0
 
-    def groups():
+    def chunks():
         nonlocal taken
         for number in range(40):
             taken += 1
             yield number, [(number, 64 if number == 0 else 32)]
 
     returned = 0
-    for _ in Engine(Recorder(), prepare, batch_size=2, num_workers=1).encode(groups()):
+    for _ in encode(chunks(), Recorder(), prepare, batch_size=2, num_workers=1):
         returned += 1
         held = max(held, taken - returned)
     assert returned == 40
-    assert held <= 12  # 3 open groups and the decode window, however long the input
+    assert held <= 12  # 3 open chunks and the decode window, however long the input
 
 
-def test_a_group_is_handed_out_as_soon_as_it_is_done():
+def test_a_chunk_is_handed_out_as_soon_as_it_is_done():
     prepared = []
 
     def counted(ref):
         prepared.append(ref)
         return prepare(ref)
 
-    engine = Engine(Recorder(), counted, batch_size=1, num_workers=1)
-    first, _ = next(engine.encode([("a", [(0, 32)]), ("b", [(n, 32) for n in range(1, 1000)])]))
+    chunks = [("a", [(0, 32)]), ("b", [(n, 32) for n in range(1, 1000)])]
+    first, _ = next(encode(chunks, Recorder(), counted, batch_size=1, num_workers=1))
     assert first == "a" and len(prepared) < 100
 
 
 def test_leaving_early_stops_the_pool():
     threads = threading.active_count()
-    for _ in Engine(Recorder(), prepare, batch_size=2, num_workers=3).encode((n, [(n, 32)]) for n in range(10**6)):
-        break
+    loop = encode(((n, [(n, 32)]) for n in range(10**6)), Recorder(), prepare, batch_size=2, num_workers=3)
+    next(loop)
+    loop.close()
     assert threading.active_count() == threads
