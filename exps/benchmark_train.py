@@ -16,14 +16,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import describe_machine, matrix_rate
+from measure import describe_machine, matrix_rate, timed
 from PIL import Image
 from torch import nn
 
@@ -31,10 +30,10 @@ from pre_tokenize.record import Record
 from pre_tokenize.token_file import TokenFiles, TokenSample, shard_bytes
 from training.assemble import freeze
 from training.config import STAGES
-from training.data.index import RecordIndex, ensure_index, fingerprint
+from training.data.index import fingerprint, open_indexed
 from training.data.loading import Batches, ImageReader, SampleRules, make_loader
 from training.data.packing import IMAGE_END, IMAGE_START, Batch, Sample, pack
-from training.data.sampler import Pool, RankBatches, Sampler
+from training.data.sampler import RankBatches, Sampler, Source
 from training.models.llm import LLMConfig
 from training.models.siglip import VisionConfig
 from training.models.unitoken import UniToken
@@ -61,9 +60,9 @@ def samples(vocab: int, longest: int) -> list[Sample]:
 
 
 def packed_batches(items: list[Sample]) -> Iterator[Batch]:
-    sampler = Sampler([Pool(np.array([len(item) for item in items]), 1.0, "text")], BATCH, seed=0)
-    for keys in sampler.epoch(0):
-        yield pack([items[key.row] for key in keys], TOWER.image_size)
+    sampler = Sampler([Source(Path("text"), lengths=np.array([len(item) for item in items]))], BATCH, seed=0)
+    for numbers in sampler.epoch(0):
+        yield pack([items[number] for number in numbers], TOWER.image_size)
 
 
 def packed_loss(model: UniToken, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -112,7 +111,7 @@ def measure_loop(name: str) -> dict[str, float]:
         optimizer.zero_grad()
 
     step(next(make(items)))
-    seconds = timed(lambda: [step(batch) for batch in make(items)])
+    seconds = timed(lambda: [step(batch) for batch in make(items)])  # data included
     return {"tokens_per_second": sum(map(len, items)) / seconds, "peak_gib": memory_used() / 2**30}
 
 
@@ -134,14 +133,13 @@ def startup(count: int = 5_000_000) -> dict[str, float]:
                 file.write(f'{{"file":"files/{i // 1024}.arrow","row":{i % 1024},"len":{1000 + i % 997},"id":{i}}}\n')
         found = {"entries": count, "record_mb": record.stat().st_size / 1e6}
 
-        def open_index() -> RecordIndex:
-            return RecordIndex(record, ensure_index(record, fingerprint(record), record.parent))
+        def open_record() -> Record:
+            return open_indexed(record, fingerprint(record), record.parent)
 
-        found["first_seconds"] = timed(open_index)
-        found["again_seconds"] = timed(open_index)
+        found["first_seconds"] = timed(open_record)
+        found["again_seconds"] = timed(open_record)
         before = anonymous_memory()
-        index = open_index()
-        sampler = Sampler([Pool(index.lengths, 1.0, "default")], 128, seed=0)
+        sampler = Sampler([Source(record, lengths=open_record().lengths)], 128, seed=0)
         found["first_step_seconds"] = timed(lambda: next(sampler.epoch(0)))
         found["memory_mb"] = (anonymous_memory() - before) / 1e6
         found["read_record_seconds"] = timed(lambda: Record.load(record))
@@ -165,17 +163,14 @@ def loader(count: int = 96) -> dict[str, float]:
         lines = [f'{{"file":"files/0.arrow","row":{i},"len":{len(tokens)},"id":{i}}}' for i in range(count)]
         (Path(folder) / "record.jsonl").write_text("\n".join(lines))
         files = TokenFiles(Path(folder) / "record.jsonl")
-        order = RankBatches(Sampler([Pool(files.lengths, 1.0, "a")], 8, seed=0), 1, 1, 0, 1, (0, 0))
+        source = Source(Path("record.jsonl"), lengths=files.lengths)
+        order = RankBatches(Sampler([source], 8, seed=0), 1, 1, 0, 1, (0, 0))
         for variant in ("base", "anyres"):
             rules = SampleRules(65536, 4096, continuous=ImageReader(384, 27, variant == "anyres"))
             for workers in sorted({0, 2, os.cpu_count() or 1}):
-                batches = make_loader(Batches([files], rules, collate), order, workers, pin=False)
+                batches = make_loader(Batches([files], rules), order, workers, pin=False)
                 found[f"{variant}, {workers} processes"] = count / timed(lambda batches=batches: list(batches))
     return found
-
-
-def collate(items: list[Sample]) -> Batch:
-    return pack(items, 384)
 
 
 def utilisation() -> dict[str, float | str]:
@@ -226,14 +221,6 @@ def sharded_steps(stage: str, compiled: bool, device: torch.device) -> dict[str,
         "tflops": flops.of(batch) / seconds / 1e12,
         "peak_gib": memory_used() / 2**30,
     }
-
-
-def timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def anonymous_memory() -> int:

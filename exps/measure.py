@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -58,6 +59,17 @@ def matrix_rate(device: torch.device, dtype: str) -> float:
         product[0, 0].item()  # waits for the device
         best = max(best, products * 2 * size**3 / (time.perf_counter() - began))
     return best
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that `work` takes. What the device still had to do before does not count, what it is given does."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:

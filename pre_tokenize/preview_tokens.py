@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             conversations.append(renderer.conversation(files[position]))
         except (ValueError, IndexError) as error:
-            print(f"item {files.record[position].id} cannot be shown: {error}; see verify_tokens.py", file=sys.stderr)
+            print(f"item {files.record.ids[position]} cannot be shown: {error}; see verify_tokens.py", file=sys.stderr)
     write_report(args.out_dir, files, contents, conversations, renderer.pairs, args.note)
     print(f"{len(conversations):,} of {len(files):,} conversations, {len(renderer.pairs):,} images decoded")
     print(f"look at {args.out_dir / 'report.html'}")

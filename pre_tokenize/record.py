@@ -9,55 +9,93 @@ import hashlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
 
 from vistoken.errors import DataError, UserError
 
-
-class Entry(NamedTuple):
-    file: Path
-    row: int  # -1 in a pickle
-    length: int
-    id: int
+BLOCK = 1 << 16  # entries that are Python objects at a time: as arrays they take a twentieth of the memory
+COLUMNS = {  # one value an entry; the last two hold one name a token file: all names as one text, and where each ends
+    "file_numbers": "<u4",
+    "rows": "<i4",
+    "lengths": "<i4",
+    "ids": "<i8",
+    "name_ends": "<i8",
+    "names": "u1",
+}
 
 
 class Record:
-    """A record in memory: 20 bytes an item, plus each file's name once.
+    """A record as columns: 20 bytes an item, plus each file's name once.
 
-    `ids` (N,) int64, `lengths` (N,) int32, `rows` (N,) int32, `file_numbers` (N,) int32 into `files`.
+    `ids` (N,) int64, `lengths` (N,) int32, `rows` (N,) int32 (-1 for a pickle), `file_numbers` (N,) uint32. They are in
+    memory, or arrays that `training.data.index` has put into a folder; these are mapped, and a pickle of the record
+    (for data-loader processes) holds paths only.
     """
 
-    def __init__(self, path: Path, files: list[str], columns: np.ndarray):
-        self.path = path
-        self.files = files
-        self.file_numbers, self.rows, self.lengths = (columns[:, i].astype(np.int32) for i in range(3))
-        self.ids = columns[:, 3].copy()
+    def __init__(self, path: Path, columns: Mapping[str, np.ndarray], folder: Path | None = None):
+        self.path, self.folder, self._columns = path, folder, columns
+        self.file_numbers, self.rows = columns["file_numbers"], columns["rows"]
+        self.lengths, self.ids = columns["lengths"], columns["ids"]
+        self._name_ends, self._names = columns["name_ends"], columns["names"]
 
     @classmethod
     def load(cls, path: Path) -> "Record":
         """Read a record of ours or a published one. Raises `UserError` naming the line that is not an entry."""
-        numbers: dict[str, int] = {}
-        blocks, block = [], []
-        for entry in read_entries(path):
-            number = numbers.setdefault(entry["file"], len(numbers))
-            block.append((number, entry.get("row", -1), entry["len"], entry["id"]))
-            if len(block) == 1 << 16:  # as arrays, entries take a twentieth of the memory
-                blocks.append(np.array(block, np.int64))
-                block = []
-        blocks.append(np.array(block, np.int64).reshape(-1, 4))
-        return cls(path, list(numbers), np.concatenate(blocks))
+        blocks = list(column_blocks(path))
+        columns = {name: [np.empty(0, dtype), *(b[name] for b in blocks)] for name, dtype in COLUMNS.items()}
+        return cls(path, {name: np.concatenate(arrays) for name, arrays in columns.items()})
+
+    @classmethod
+    def mapped(cls, path: Path, folder: Path) -> "Record":
+        """A record whose columns lie in `folder`."""
+        return cls(path, {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in COLUMNS}, folder)
+
+    def __reduce__(self):
+        return (Record.mapped, (self.path, self.folder)) if self.folder else (Record, (self.path, self._columns))
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> Entry:
-        file = self.path.parent / self.files[self.file_numbers[index]]
-        return Entry(file, int(self.rows[index]), int(self.lengths[index]), int(self.ids[index]))
+    def file(self, index: int) -> Path:
+        """The token file that holds item `index`."""
+        number = int(self.file_numbers[index])
+        start = int(self._name_ends[number - 1]) if number else 0
+        return self.path.parent / self._names[start : int(self._name_ends[number])].tobytes().decode()
+
+    def where(self, index: int) -> str:
+        """The place of item `index`, for messages."""
+        return f"{self.file(index)}, row {self.rows[index]}, item {self.ids[index]}"
+
+
+def column_blocks(path: Path) -> Iterator[dict[str, np.ndarray]]:
+    """The columns of a record, block by block, to be put one after another."""
+    entries, files, end = read_entries(path), 0, 0
+    numbers: dict[str, int] = {}  # of token files that hold many items; a pickle's name occurs once
+    while block := list(islice(entries, BLOCK)):
+        file_numbers, names, name_ends = [], [], []
+        for entry in block:
+            number = numbers.get(entry["file"])
+            if number is None:
+                number, files = files, files + 1
+                names.append(entry["file"].encode())
+                end += len(names[-1])
+                name_ends.append(end)
+                if "row" in entry:
+                    numbers[entry["file"]] = number
+            file_numbers.append(number)
+        yield {
+            "file_numbers": np.array(file_numbers, "<u4"),
+            "rows": np.array([entry.get("row", -1) for entry in block], "<i4"),
+            "lengths": np.array([entry["len"] for entry in block], "<i4"),
+            "ids": np.array([entry["id"] for entry in block], "<i8"),
+            "name_ends": np.array(name_ends, "<i8"),
+            "names": np.frombuffer(b"".join(names), "u1"),
+        }
 
 
 def read_entries(path: Path) -> Iterator[dict[str, Any]]:

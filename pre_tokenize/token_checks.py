@@ -58,7 +58,6 @@ def check_sequences(
     found = {"tokens": 0, "learned": 0, "images": 0}
     for index in range(len(files)):
         on_item()
-        entry = files.record[index]
         try:
             sample = files[index]
         except UserError as error:
@@ -68,7 +67,7 @@ def check_sequences(
         found["learned"] += int(sample.loss_mask.sum())
         found["images"] += len(sample.images)
         for kind, detail in sequence_errors(sample, reader):
-            issues.add(kind, f"{entry.file}, row {entry.row}, item {entry.id}: {detail}")
+            issues.add(kind, f"{files.record.where(index)}: {detail}")
     return found
 
 
@@ -162,10 +161,8 @@ def retokenize(files: TokenFiles, table: ChunkTable, again: Retokenizer, count: 
     """Compare `count` items, drawn evenly, with the input. Returns how many were compared."""
     drawn = draw(len(files), count, seed)
     for index in drawn:
-        entry = files.record[index]
-        where = f"{entry.file}, row {entry.row}, item {entry.id}"
         try:
-            again.compare(_item(table, entry.id), files[index], where)
+            again.compare(_item(table, int(files.record.ids[index])), files[index], files.record.where(index))
         except UserError as error:
             again.issues.add("token file", str(error))
     return len(drawn)

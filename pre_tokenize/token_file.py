@@ -75,37 +75,36 @@ class TokenFiles(Sequence[TokenSample]):
         """What the tokens were made with (tokenizer fingerprint, target size, ...); None for published pickles."""
         if not len(self):
             return None
-        path = self.record[0].file
+        path = self.record.file(0)
         return self._shard(0).manifest if path.suffix == ".arrow" else read_manifest(path.parent.parent)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        entry = self.record[index]
-        sample = self._shard(index).sample(entry.row) if entry.file.suffix == ".arrow" else read_pickle(entry.file)
-        if sample.id != entry.id or len(sample.tokens) != entry.length:
+        record = self.record
+        path, row, folder = record.file(index), int(record.rows[index]), self._image_dir
+        if path.suffix == ".arrow":
+            shard = self._shard(index)
+            sample = shard.sample(row)
+            folder = shard.image_dir if folder is None else folder
+        else:
+            sample = read_pickle(path)
+        if sample.id != record.ids[index] or len(sample.tokens) != record.lengths[index]:
             raise DataError(
-                f"{entry.file}, row {entry.row}: holds item {sample.id} of {len(sample.tokens)} tokens, but the record "
-                f"{self.record.path} says item {entry.id} of {entry.length}. Run concat_record.py again."
+                f"{path}, row {row}: holds item {sample.id} of {len(sample.tokens)} tokens, but the record "
+                f"{record.path} says item {record.ids[index]} of {record.lengths[index]}. Run concat_record.py again."
             )
-        return sample._replace(images=self._resolved(sample.images, index)) if sample.images else sample
-
-    def _resolved(self, images: tuple[str, ...], index: int) -> tuple[str, ...]:
-        folder = self._image_dir
-        if folder is None and self.record[index].file.suffix == ".arrow":
-            folder = self._shard(index).image_dir
-        return tuple(str(Path(folder or "", image)) for image in images)
+        return sample._replace(images=tuple(str(Path(folder or "", image)) for image in sample.images))
 
     def _shard(self, index: int) -> "_Shard":
+        """The mapped file of item `index`, from those that are open; the one used longest ago is closed for it."""
         number = int(self.record.file_numbers[index])
-        shard = self._shards.get(number)
-        if shard is None:
-            shard = self._shards[number] = _Shard(self.record[index].file)
+        if number not in self._shards:
+            self._shards[number] = _Shard(self.record.file(index))
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)
-        else:
-            self._shards.move_to_end(number)
-        return shard
+        self._shards.move_to_end(number)
+        return self._shards[number]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": OrderedDict()}

@@ -5,11 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from training.data.sampler import Pool, RankBatches, Sampler, permute
+from training.data.sampler import RankBatches, Sampler, Source, permute
 
 
-def pool(count, ratio=1.0, kind="default", seed=0):
-    return Pool(np.random.default_rng(seed).integers(10, 4000, count).astype(np.int32), ratio, kind)
+def source(count, ratio=1.0, kind="default", seed=0):
+    lengths = np.random.default_rng(seed).integers(10, 4000, count).astype(np.int32)
+    return Source("", ratio, kind, lengths=lengths)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 15, 16, 17, 1000, 65537])
@@ -28,54 +29,54 @@ def test_permute_needs_no_neighbours():
 
 
 def test_an_epoch_takes_each_sample_once_and_another_epoch_another_order():
-    sampler = Sampler([pool(64), pool(32, seed=1)], 8, seed=0)
+    sampler = Sampler([source(64), source(32, seed=1)], 8, seed=0)
     first, second = list(sampler.epoch(0)), list(sampler.epoch(1))
     assert len(first) == len(sampler) == 12
-    assert Counter(key for step in first for key in step) == Counter(key for step in second for key in step)
-    assert max(Counter(key for step in first for key in step).values()) == 1
+    assert Counter(number for step in first for number in step) == Counter(number for step in second for number in step)
+    assert max(Counter(number for step in first for number in step).values()) == 1
     assert first != second
-    assert first == list(Sampler([pool(64), pool(32, seed=1)], 8, seed=0).epoch(0))
-    assert first != list(Sampler([pool(64), pool(32, seed=1)], 8, seed=1).epoch(0))
+    assert first == list(Sampler([source(64), source(32, seed=1)], 8, seed=0).epoch(0))
+    assert first != list(Sampler([source(64), source(32, seed=1)], 8, seed=1).epoch(0))
 
 
 def test_ratios_draw_anew_each_epoch():
-    sampler = Sampler([pool(1000, 0.3), pool(100, 2.5)], 10, seed=0)
-    epochs = [Counter(key for step in sampler.epoch(epoch) for key in step) for epoch in range(2)]
+    sampler = Sampler([source(1000, 0.3), source(100, 2.5)], 10, seed=0)
+    epochs = [Counter(number for step in sampler.epoch(epoch) for number in step) for epoch in range(2)]
     for drawn in epochs:
-        assert sum(count for key, count in drawn.items() if key.pool == 0) == 300
-        repeats = [count for key, count in drawn.items() if key.pool == 1]
+        assert sum(count for number, count in drawn.items() if number < 1000) == 300
+        repeats = [count for number, count in drawn.items() if number >= 1000]
         assert sum(repeats) == 250 and set(repeats) == {2, 3} and len(repeats) == 100
-    assert {key for key in epochs[0] if key.pool == 0} != {key for key in epochs[1] if key.pool == 0}
+    assert {number for number in epochs[0] if number < 1000} != {number for number in epochs[1] if number < 1000}
 
 
 def test_types_are_never_mixed():
-    sampler = Sampler([pool(100, kind="a"), pool(100, kind="b", seed=1), pool(60, kind="a", seed=2)], 8, seed=0)
-    kinds = [{sampler.pools[key.pool].type for key in step} for step in sampler.epoch(0)]
+    sampler = Sampler([source(100, kind="a"), source(100, kind="b", seed=1), source(60, kind="a", seed=2)], 8, seed=0)
+    kinds = [{"b" if 100 <= number < 200 else "a" for number in step} for step in sampler.epoch(0)]
     assert all(len(kind) == 1 for kind in kinds)
     assert Counter(kind.pop() for kind in kinds) == {"a": 20, "b": 12}
 
 
 def test_steps_hold_similar_lengths_within_windows():
-    one = pool(4096)
+    one = source(4096)
     sampler = Sampler([one], 16, seed=0, window=1024)
-    spread = [np.ptp([one.lengths[key.row] for key in step]) for step in sampler.epoch(0)]
+    spread = [np.ptp([one.lengths[number] for number in step]) for step in sampler.epoch(0)]
     assert np.mean(spread) < 150  # of 4000; a random sixteen spread over more than 3000
-    firsts = [one.lengths[step[0].row] for step in sampler.epoch(0)]
+    firsts = [one.lengths[step[0]] for step in sampler.epoch(0)]
     assert abs(np.corrcoef(firsts, np.arange(len(firsts)))[0, 1]) < 0.3, "steps themselves come in random order"
 
 
 @pytest.mark.parametrize("start", [1, 7, 63, 64, 65, 149])
 def test_an_epoch_goes_on_from_any_step(start):
-    sampler = Sampler([pool(1000), pool(500, 0.4, "b")], 8, seed=3, window=128)
+    sampler = Sampler([source(1000), source(500, 0.4, "b")], 8, seed=3, window=128)
     assert list(sampler.epoch(2, start)) == list(sampler.epoch(2))[start:]
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 2)])
 def test_processes_and_accumulation_only_share_a_step_out(world, accumulation):
-    sampler = Sampler([pool(100)], 16, seed=0)
+    sampler = Sampler([source(100)], 16, seed=0)
     ranks = [list(RankBatches(sampler, 2, accumulation, rank, world, (0, 3))) for rank in range(world)]
     found = [
-        sorted(key for rank in ranks for batch in rank[i : i + accumulation] for key in batch)
+        sorted(number for rank in ranks for batch in rank[i : i + accumulation] for number in batch)
         for i in range(0, len(ranks[0]), accumulation)
     ]
     assert found == [sorted(step) for epoch, start in ((0, 3), (1, 0)) for step in sampler.epoch(epoch, start)]
@@ -83,12 +84,12 @@ def test_processes_and_accumulation_only_share_a_step_out(world, accumulation):
 
 
 def test_what_does_not_fill_a_step_is_left_out():
-    assert len(Sampler([pool(7)], 8, seed=0)) == 0
-    assert len(Sampler([pool(15, kind="a"), pool(7, kind="b")], 8, seed=0)) == 1
+    assert len(Sampler([source(7)], 8, seed=0)) == 0
+    assert len(Sampler([source(15, kind="a"), source(7, kind="b")], 8, seed=0)) == 1
 
 
 def test_a_large_record_starts_at_once():
     """An epoch of 20 million samples is entered in the middle without a table of it."""
     lengths = np.broadcast_to(np.int32(100), 20_000_000)
-    sampler = Sampler([Pool(lengths, 1.0, "default")], 128, seed=0)
+    sampler = Sampler([Source("", lengths=lengths)], 128, seed=0)
     assert len(next(sampler.epoch(0, 100_000))) == 128

@@ -13,7 +13,7 @@ from unitoken_small import IMAGES
 
 from pre_tokenize.token_file import TokenFiles, TokenSample
 from training.assemble import Data
-from training.data.index import RecordIndex, ensure_index, fingerprint
+from training.data.index import fingerprint, open_indexed
 from training.data.loading import (
     Batches,
     ImageReader,
@@ -24,7 +24,7 @@ from training.data.loading import (
     read_data_config,
 )
 from training.data.packing import IMAGE_END, IMAGE_START, Sample
-from training.data.sampler import Key, Pool, RankBatches, Sampler
+from training.data.sampler import RankBatches, Sampler, Source
 from training.preflight import data_lines, token_kinds
 from vistoken.errors import Failed, UserError
 
@@ -32,7 +32,7 @@ RULES = SampleRules(10343, 4096, None, ImageReader(384, 27, False))
 
 
 def index(record):
-    return RecordIndex(record, ensure_index(record, fingerprint(record), record.parent))
+    return open_indexed(record, fingerprint(record), record.parent)
 
 
 @pytest.mark.parametrize("pickles", [False, True])
@@ -95,7 +95,7 @@ def test_starting_with_a_large_index_is_quick(tmp_path):
             )
     index(record)
     began = time.monotonic()
-    assert index(record)[123_456].id == 123_456
+    assert index(record).ids[123_456] == 123_456
     assert time.monotonic() - began < 2
 
 
@@ -128,16 +128,16 @@ def test_paths_are_taken_from_the_data_configs_folder(tmp_path):
     (tmp_path / "pictures").mkdir()
     fields = {"ratio": 2, "type": "t2i", "image_dir": "pictures"}
     entry, *_ = read_data_config(write_data_config(tmp_path / "data.yaml", "r.jsonl", **fields))
-    assert entry == (tmp_path / "r.jsonl", 2.0, "t2i", tmp_path / "pictures")
+    assert entry == Source(tmp_path / "r.jsonl", 2.0, "t2i", tmp_path / "pictures")
 
 
 def test_the_preflight_tells_what_each_type_gets_and_what_is_cut_off(tmp_path):
     files = TokenFiles(write_record(tmp_path / "tokens", text_samples(20)))
-    pools = [Pool(files.lengths, 1.0, "a"), Pool(files.lengths, 2.0, "b")]
+    sources = [Source("", 1.0, "a", lengths=files.lengths), Source("", 2.0, "b", lengths=files.lengths)]
     lines = {}
     for limit in (20, 4096):
-        dataset = Batches([files, files], SampleRules(10343, limit), list)
-        lines[limit] = data_lines(Data(dataset, Sampler(pools, 4, 0), []))
+        dataset = Batches([files, files], SampleRules(10343, limit))
+        lines[limit] = data_lines(Data(dataset, Sampler(sources, 4, 0), []))
         assert lines[limit].endswith("15 steps of 4 samples an epoch: 'a' 5, 'b' 10")
     assert lines[20].count(f"{(files.lengths > 20).sum()} are longer than --max_seq_len 20 and are cut off") == 2
     assert "longer" not in lines[4096]
@@ -181,17 +181,17 @@ def test_cutting_a_block_takes_its_continuous_tokens_too():
 def test_an_unreadable_image_is_replaced_and_told(tmp_path):
     good, bad = golden_samples(["caption", "caption"])
     samples = [bad._replace(id=0, images=(str(IMAGES / "broken.jpg"),)), good._replace(id=1)]
-    dataset = Batches([TokenFiles(write_record(tmp_path / "tokens", samples))], RULES, lambda samples: samples)
-    loaded = dataset[[Key(0, 0), Key(0, 1)]]
-    assert [sample.name[-4:] for sample in loaded.batch] == ["id 1", "id 1"]
-    (skipped,) = loaded.skipped
+    dataset = Batches([TokenFiles(write_record(tmp_path / "tokens", samples))], RULES)
+    batch = dataset[[0, 1]]
+    assert [name[-4:] for name in batch.names] == ["id 1", "id 1"]
+    (skipped,) = batch.skipped
     assert "row 0" in skipped.name and "broken.jpg" in skipped.reason and skipped.instead.endswith("id 1")
 
 
 def test_a_record_without_any_usable_sample_is_an_error_not_a_loop(tmp_path):
     bad = golden_samples(["caption"])[0]._replace(images=("/nowhere.png",))
-    dataset = Batches([TokenFiles(write_record(tmp_path / "tokens", [bad]))], RULES, list)
-    error = dataset[[Key(0, 0)]]
+    dataset = Batches([TokenFiles(write_record(tmp_path / "tokens", [bad]))], RULES)
+    error = dataset[[0]]
     assert isinstance(error, UserError) and "nowhere.png" in str(error)
 
 
@@ -210,11 +210,7 @@ def test_a_missing_image_is_named_with_its_whole_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_order_does_not_depend_on_data_loader_processes(tmp_path, workers):
     files = TokenFiles(index(write_record(tmp_path / "tokens", text_samples(40))))
-    dataset = Batches([files], SampleRules(10343, 4096), _names)
-    order = RankBatches(Sampler([Pool(files.lengths, 1.0, "a")], 8, 0), 1, 2, 0, 1, (0, 0))
-    expected, found = ([one.batch for one in make_loader(dataset, order, n, pin=False)] for n in (0, workers))
+    dataset = Batches([files], SampleRules(10343, 4096))
+    order = RankBatches(Sampler([Source("", lengths=files.lengths)], 8, 0), 1, 2, 0, 1, (0, 0))
+    expected, found = ([batch.names for batch in make_loader(dataset, order, n, pin=False)] for n in (0, workers))
     assert expected == found and len(found) == 10
-
-
-def _names(samples):
-    return [sample.name for sample in samples]

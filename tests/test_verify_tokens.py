@@ -44,13 +44,12 @@ def verify(folder: Path, tokenizer: Path, *more) -> int:
 def change(folder: Path, item: int, edit) -> None:
     """Rewrite one sample, in its place; `edit` gets a copy."""
     files = TokenFiles(folder / "out" / "record.json")
-    entry = next(files.record[i] for i in range(len(files)) if files.record[i].id == item)
-    samples, manifest = read_shard(entry.file), shard_manifest(entry.file)[0]
-    changed = samples[entry.row]._replace(
-        tokens=samples[entry.row].tokens.copy(), loss_mask=samples[entry.row].loss_mask.copy()
-    )
-    samples[entry.row] = edit(changed) or changed
-    entry.file.write_bytes(shard_bytes(samples, manifest))
+    index = int((files.record.ids == item).argmax())
+    path, row = files.record.file(index), int(files.record.rows[index])
+    samples, manifest = read_shard(path), shard_manifest(path)[0]
+    changed = samples[row]._replace(tokens=samples[row].tokens.copy(), loss_mask=samples[row].loss_mask.copy())
+    samples[row] = edit(changed) or changed
+    path.write_bytes(shard_bytes(samples, manifest))
 
 
 def test_sound_files_pass_and_tokenise_to_the_same(tokenized, chameleon_folder, capsys):

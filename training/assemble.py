@@ -1,8 +1,7 @@
 """From a configuration to its model, optimizer and data, each checked as far as the CPU can."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,13 +10,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import AdamW
 
+from pre_tokenize.record import Record
 from pre_tokenize.text import TOKENIZER_FILES, TextTokenizer
 from pre_tokenize.token_file import TokenFiles
 from training.config import ALWAYS_FROZEN, TrainConfig
-from training.data.index import RecordIndex, ensure_index, fingerprint
-from training.data.loading import Batches, Entry, ImageReader, SampleRules, check_manifest
-from training.data.packing import pack
-from training.data.sampler import Pool, Sampler
+from training.data.index import fingerprint, open_indexed
+from training.data.loading import Batches, ImageReader, SampleRules, check_manifest
+from training.data.sampler import Sampler, Source
 from training.models.folder import ModelFolder, open_unitoken
 from training.models.unitoken import UniToken
 from vision_tokenizer.models.chameleon.vocabulary import MARK_NAMES, RELEASED_IMAGE_IDS, RELEASED_MARKS
@@ -96,36 +95,42 @@ class Data:
     identity: list  # of each record: fingerprint, ratio, type
 
 
-def open_data(config: TrainConfig, entries: list[Entry], folder: ModelFolder, step_size: int, local_rank: int) -> Data:
+def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, step_size: int, local_rank: int) -> Data:
     """Raises `UserError` for a damaged or empty record, tokens of another model, or too few samples for a step."""
-    digests = on_rank_0(lambda: [fingerprint(entry.path) for entry in entries])
+    digests = on_rank_0(lambda: [fingerprint(source.path) for source in sources])
     own = Path(config.output_dir) / "index"
-    plan = [
-        (entry.path, digest, entry.path.parent if config.cache_ann_on_disk else own)
-        for entry, digest in zip(entries, digests, strict=True)
-    ]
-    if local_rank == 0:  # one process of each node
-        for one in plan:
-            ensure_index(*one)
+    parents = [source.path.parent if config.cache_ann_on_disk else own for source in sources]
+
+    def open_records() -> list[Record]:
+        opened = zip(sources, digests, parents, strict=True)
+        return [open_indexed(source.path, digest, parent) for source, digest, parent in opened]
+
+    if local_rank == 0:  # one process of each node writes the indexes
+        open_records()
     dist.barrier()
-    sources = [
-        TokenFiles(RecordIndex(one[0], ensure_index(*one)), entry.image_dir)
-        for entry, one in zip(entries, plan, strict=True)
-    ]
-    pools = [Pool(files.lengths, entry.ratio, entry.type) for entry, files in zip(entries, sources, strict=True)]
-    sampler = Sampler(pools, step_size, config.seed)
-    for entry, pool in zip(entries, pools, strict=True):
-        if not pool.drawn:
-            raise UserError(f"{config.data_config}: ratio {entry.ratio:g} of {entry.path} draws no sample at all")
+    records = open_records()
+    sources = [replace(source, lengths=record.lengths) for source, record in zip(sources, records, strict=True)]
+    sampler = Sampler(sources, step_size, config.seed)
+    for source in sources:
+        if not source.drawn:
+            raise UserError(f"{config.data_config}: ratio {source.ratio:g} of {source.path} draws no sample at all")
     for kind, steps in zip(sampler.types, sampler.type_steps, strict=True):
         if not steps:
-            drawn = sum(pool.drawn for pool in pools if pool.type == kind)
+            drawn = sum(source.drawn for source in sources if source.type == kind)
             raise UserError(
                 f"{config.data_config}: {drawn} samples of type {kind!r} are too few for one step of {step_size}, so "
                 "they would never be used. Draw more of them, lower the global batch, or give them another's type."
             )
-    identity = [[digest, entry.ratio, entry.type] for digest, entry in zip(digests, entries, strict=True)]
-    return Data(build_dataset(sources, config, folder), sampler, identity)
+    files = [TokenFiles(record, source.image_dir) for record, source in zip(records, sources, strict=True)]
+    vocabulary = check_tokenizer(folder.tokenizer, chameleon=config.variant != "lm")
+    for one in files:
+        check_manifest(one.manifest(), one.record.path, vocabulary, folder.llm.vocab_size)
+    reader = None
+    if folder.vision:
+        reader = ImageReader(folder.vision.image_size, folder.vision.grid, config.variant == "anyres")
+    rules = SampleRules(folder.llm.vocab_size, config.max_seq_len, masked_words(config), reader)
+    identity = [[digest, source.ratio, source.type] for digest, source in zip(digests, sources, strict=True)]
+    return Data(Batches(files, rules), sampler, identity)
 
 
 def on_rank_0(action: Callable[[], Result]) -> Result:
@@ -140,18 +145,6 @@ def on_rank_0(action: Callable[[], Result]) -> Result:
     if isinstance(box[0], UserError):
         raise box[0]
     return box[0]
-
-
-def build_dataset(sources: list[TokenFiles], config: TrainConfig, folder: ModelFolder) -> Batches:
-    vocabulary = check_tokenizer(folder.tokenizer, chameleon=config.variant != "lm")
-    for source in sources:
-        check_manifest(source.manifest(), source.record.path, vocabulary, folder.llm.vocab_size)
-    side, reader = 1, None
-    if folder.vision:
-        side = folder.vision.image_size
-        reader = ImageReader(side, folder.vision.grid, config.variant == "anyres")
-    rules = SampleRules(folder.llm.vocab_size, config.max_seq_len, masked_words(config), reader)
-    return Batches(sources, rules, partial(pack, side=side))
 
 
 def check_tokenizer(folder: Path, *, chameleon: bool) -> str | None:

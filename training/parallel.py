@@ -58,10 +58,3 @@ def gather(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, whole fp32 CPU tensor) of each weight, one at a time; all processes must iterate together."""
     for name, parameter in model.named_parameters():
         yield name, parameter.full_tensor().cpu()
-
-
-def total(values: list[float], device: torch.device) -> list[float]:
-    """The sum of each value over all processes."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    return tensor.tolist()

@@ -54,14 +54,14 @@ def memory_line(model: nn.Module, config: TrainConfig, sizes: LLMConfig, world: 
 def data_lines(data: Data) -> str:
     """Samples and lengths by record, steps by type."""
     lines, sampler, limit = [], data.sampler, data.dataset.rules.max_seq_len
-    for files, pool in zip(data.dataset.sources, sampler.pools, strict=True):
-        some = np.asarray(pool.lengths[:: max(len(pool.lengths) // 100_000, 1)])
+    for files, source in zip(data.dataset.sources, sampler.sources, strict=True):
+        some = np.asarray(source.lengths[:: max(len(source.lengths) // 100_000, 1)])
         low, middle, high = np.quantile(some, (0, 0.5, 1)).astype(int)
         lines.append(
-            f"{files.record.path}: {len(pool.lengths):,} samples, {pool.drawn:,} an epoch as {pool.type!r}; "
+            f"{files.record.path}: {len(source.lengths):,} samples, {source.drawn:,} an epoch as {source.type!r}; "
             f"discrete tokens {low} / {middle} / {high} (least / median / most)"
         )
-        if longer := np.count_nonzero(pool.lengths > limit):
+        if longer := np.count_nonzero(source.lengths > limit):
             lines[-1] += f"; {longer:,} are longer than --max_seq_len {limit} and are cut off there"
     by_type = ", ".join(f"{kind!r} {steps:,}" for kind, steps in zip(sampler.types, sampler.type_steps, strict=True))
     return "\n".join([*lines, f"{len(sampler):,} steps of {sampler.step_size} samples an epoch: {by_type}"])
@@ -79,9 +79,9 @@ def sample_text(data: Data, folder: ModelFolder) -> str:
 
 
 def _first_usable(data: Data) -> Sample:
-    for key in reversed(next(data.sampler.epoch(0))):  # the longest shows most
+    for number in reversed(next(data.sampler.epoch(0))):  # the longest shows most
         try:
-            return data.dataset.sample(key)
+            return data.dataset.sample(number)
         except Failed as failure:
             reason = failure
     raise UserError(f"no sample of the first step can be used; the last one: {reason}")

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from math import isfinite
@@ -13,8 +13,7 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
-from training.data.loading import Skipped
-from training.data.packing import Batch
+from training.data.packing import Batch, Skipped
 from training.models.llm import LLMConfig
 from training.models.siglip import VisionConfig
 from vistoken.errors import UserError
@@ -41,7 +40,7 @@ class Report:
         self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
         self._since, self._tokens, self._flops, self._steps = time.monotonic(), 0, 0.0, 0
 
-    def step(self, metrics: dict[str, Any], skipped: list[Skipped], flops: float) -> None:
+    def step(self, metrics: dict[str, Any], skipped: Sequence[Skipped], flops: float) -> None:
         """Log a step. `metrics` has epoch, iter, step, c_loss, z_loss, grad_norm, lr, vit_lr, tokens."""
         left_out = not isfinite(metrics["grad_norm"])
         self._append(self._metrics, metrics | ({"grad_norm": None} if left_out else {}))

@@ -1,9 +1,9 @@
 """Token files to batches: the data config, its records, and what data-loader processes do."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from pre_tokenize.token_file import IGNORE, TokenFiles, TokenSample
 from training.data.anyres import ImageInput, image_input
-from training.data.packing import IMAGE_END, Batch, Sample, discrete, interleave
-from training.data.sampler import Key, RankBatches
+from training.data.packing import IMAGE_END, Batch, Sample, Skipped, discrete, interleave, pack
+from training.data.sampler import RankBatches, Source
 from vision_tokenizer.images.files import read_image
 from vision_tokenizer.models.chameleon.vocabulary import RELEASED_IMAGE_IDS
 from vistoken.errors import Failed, UserError
@@ -20,19 +20,11 @@ from vistoken.errors import Failed, UserError
 MAX_RATIO = 1000  # times that a record is gone through in an epoch
 REPLACEMENTS = 16  # samples tried in the place of one that fails
 STRIDE = 7919  # from one to the next, in the record: far enough not to meet the same broken folder
+SOURCE_KEYS = ("path", "ratio", "type", "image_dir")
 
 
-class Entry(NamedTuple):
-    """One record in a data config."""
-
-    path: Path
-    ratio: float
-    type: str
-    image_dir: Path | None = None  # where relative images begin, if not where they did when the tokens were made
-
-
-def read_data_config(path: Path) -> list[Entry]:
-    """The entries of a data config, relative paths taken from its folder. Raises `UserError` naming the field."""
+def read_data_config(path: Path) -> list[Source]:
+    """The records of a data config, relative paths taken from its folder. Raises `UserError` naming the field."""
     try:
         content = yaml.safe_load(path.read_bytes())
     except (OSError, yaml.YAMLError) as error:
@@ -42,29 +34,29 @@ def read_data_config(path: Path) -> list[Entry]:
         raise UserError(f"{path}: expected one key, META, with a list of path, ratio and type; found {found}")
     if not content["META"]:
         raise UserError(f"{path}: META lists no records")
-    return [
-        _entry(fields, f"{path}, META entry {number}", path.parent) for number, fields in enumerate(content["META"])
-    ]
+    return [_source(entry, f"{path}, META entry {n}", path.parent) for n, entry in enumerate(content["META"])]
 
 
-def _entry(fields: Any, where: str, folder: Path) -> Entry:
-    if not isinstance(fields, dict) or "path" not in fields:
-        raise UserError(f"{where}: expected a path, and perhaps ratio, type and image_dir, found {fields!r:.80}")
-    if unknown := [key for key in fields if key not in Entry._fields]:
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(Entry._fields)}")
-    path, ratio, kind = folder / str(fields["path"]), fields.get("ratio", 1.0), fields.get("type", "default")
+def _source(entry: Any, where: str, folder: Path) -> Source:
+    if not isinstance(entry, dict) or "path" not in entry:
+        raise UserError(f"{where}: expected a path, and perhaps ratio, type and image_dir, found {entry!r:.80}")
+    if unknown := [key for key in entry if key not in SOURCE_KEYS]:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(SOURCE_KEYS)}")
+    source = Source(folder / str(entry["path"]), **{key: value for key, value in entry.items() if key != "path"})
+    ratio = source.ratio
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= MAX_RATIO:
         raise UserError(f"{where}: ratio must be a number above 0, at most {MAX_RATIO}, found {ratio!r}")
-    if not isinstance(kind, str):
-        raise UserError(f"{where}: type must be a name, found {kind!r}")
-    if not path.is_file():
-        raise UserError(f"{where}: no such record: {path}")
-    if path.suffix not in (".json", ".jsonl"):
-        raise UserError(f"{where}: a record is a .json or .jsonl file, this is {path}")
-    image_dir = folder / str(fields["image_dir"]) if "image_dir" in fields else None
-    if image_dir and not image_dir.is_dir():
-        raise UserError(f"{where}: image_dir is no folder: {image_dir}")
-    return Entry(path, float(ratio), kind, image_dir)
+    if not isinstance(source.type, str):
+        raise UserError(f"{where}: type must be a name, found {source.type!r}")
+    if not source.path.is_file():
+        raise UserError(f"{where}: no such record: {source.path}")
+    if source.path.suffix not in (".json", ".jsonl"):
+        raise UserError(f"{where}: a record is a .json or .jsonl file, this is {source.path}")
+    if "image_dir" in entry:
+        source = replace(source, image_dir=folder / str(entry["image_dir"]))
+        if not source.image_dir.is_dir():
+            raise UserError(f"{where}: image_dir is no folder: {source.image_dir}")
+    return source
 
 
 def check_manifest(manifest: Mapping[str, Any] | None, record: Path, vocabulary: str | None, vocab_size: int) -> None:
@@ -86,24 +78,6 @@ def check_manifest(manifest: Mapping[str, Any] | None, record: Path, vocabulary:
         )
 
 
-class Skipped(NamedTuple):
-    """A sample that could not be used, and what stood in for it."""
-
-    name: str
-    reason: str
-    instead: str
-
-
-class Loaded(NamedTuple):
-    """What a data-loader process hands over."""
-
-    batch: Batch
-    skipped: list[Skipped]
-
-    def pin_memory(self) -> "Loaded":
-        return Loaded(self.batch.pin_memory(), self.skipped)
-
-
 @dataclass(frozen=True)
 class SampleRules:
     """How tokens become samples."""
@@ -111,12 +85,12 @@ class SampleRules:
     vocab_size: int
     max_seq_len: int
     masked: range | None = RELEASED_IMAGE_IDS  # words that cannot be learned
-    continuous: Callable[[str], ImageInput] | None = None  # image file -> tiles and layout; None: discrete codes only
+    continuous: "ImageReader | None" = None  # None: discrete codes only
 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Image file -> tower input."""
+    """Image file -> tower input: tiles of `side` pixels with `grid` patches along it."""
 
     side: int
     grid: int
@@ -148,34 +122,41 @@ def build_sample(tokens: TokenSample, name: str, rules: SampleRules) -> Sample:
 
 
 class Batches(Dataset):
-    """Keys of one batch -> the batch. What goes wrong for good comes back as a value: raised in a data-loader
+    """Sample numbers of one batch -> the batch. What goes wrong for good comes back as a value: raised in a data-loader
     process, it would arrive wrapped in a traceback.
     """
 
-    def __init__(self, sources: Sequence[TokenFiles], rules: SampleRules, collate: Callable[[list[Sample]], Batch]):
-        self.sources, self.rules, self.collate = sources, rules, collate
+    def __init__(self, sources: Sequence[TokenFiles], rules: SampleRules):
+        self.sources, self.rules = sources, rules
+        self._starts = np.cumsum([0] + [len(files) for files in sources])
 
-    def __getitem__(self, keys: list[Key]) -> Loaded | UserError:
-        skipped = []
+    def __getitem__(self, samples: list[int]) -> Batch | UserError:
+        skipped: list[Skipped] = []
         try:
-            return Loaded(self.collate([self._usable(key, skipped) for key in keys]), skipped)
+            usable = [self._usable(number, skipped) for number in samples]
         except UserError as error:
             return error
+        return pack(usable, self.rules.continuous.side if self.rules.continuous else 1, skipped)
 
-    def sample(self, key: Key) -> Sample:
-        files = self.sources[key.pool]
-        tokens = files[key.row]
-        return build_sample(tokens, f"{files.record.path}, id {tokens.id}", self.rules)
+    def sample(self, number: int) -> Sample:
+        """Raises `Failed` for a sample that cannot be used."""
+        source = self._source(number)
+        tokens = self.sources[source][number - int(self._starts[source])]
+        return build_sample(tokens, f"{self.sources[source].record.path}, id {tokens.id}", self.rules)
 
-    def _usable(self, key: Key, skipped: list[Skipped]) -> Sample:
+    def _source(self, number: int) -> int:
+        return int(np.searchsorted(self._starts, number, side="right")) - 1
+
+    def _usable(self, number: int, skipped: list[Skipped]) -> Sample:
         """The sample, or the first of those that follow at fixed steps in its record that can be used."""
-        size, failures = len(self.sources[key.pool]), []
+        source, failures = self._source(number), []
+        path, start, size = self.sources[source].record.path, int(self._starts[source]), len(self.sources[source])
         for attempt in range(REPLACEMENTS):
-            tried = Key(key.pool, (key.row + attempt * STRIDE) % size)
+            row = (number - start + attempt * STRIDE) % size
             try:
-                sample = self.sample(tried)
+                sample = self.sample(start + row)
             except Failed as failure:
-                failures.append((f"{self.sources[key.pool].record.path}, row {tried.row}", str(failure)))
+                failures.append((f"{path}, row {row}", str(failure)))
                 continue
             skipped += [Skipped(name, reason, sample.name) for name, reason in failures]
             return sample

@@ -3,7 +3,9 @@
 Legend: L tokens of a sample, T tokens of a batch, F continuous tokens of a batch, N tiles, S side of a tile.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,30 +33,44 @@ class Sample:
         return len(self.tokens)
 
 
+class Skipped(NamedTuple):
+    """A sample that could not be used, and what stood in for it."""
+
+    name: str
+    reason: str
+    instead: str
+
+
 @dataclass(frozen=True)
 class Batch:
     """Samples one after another, without padding."""
 
     names: list[str]
     tokens: torch.Tensor  # (T,) int64
-    targets: torch.Tensor  # (T,) int64: the label of the next token of the same sample
+    learned: torch.Tensor  # (K,) int64: positions from which the next token of the same sample is learned
+    targets: torch.Tensor  # (K,) int64: these next tokens
     positions: torch.Tensor  # (T,) int64 inside the sample
     lengths: torch.Tensor  # (samples,) int64, stays on CPU
     feature_places: torch.Tensor  # (F,) int64: where in the sequence a feature stands
     feature_rows: torch.Tensor  # (F,) int64: which row of the tower's output it is
     tiles: torch.Tensor  # (N, 3, S, S) uint8, at least one
+    skipped: Sequence[Skipped] = ()  # samples that others stand in for
 
     @property
     def label_count(self) -> int:
-        return int((self.targets >= 0).sum())
+        return len(self.targets)
 
     def to(self, device: torch.device) -> "Batch":
-        moved = (field.name for field in fields(self) if field.name not in ("names", "lengths"))
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
+        tensors = self._tensors()
+        del tensors["lengths"]
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
     def pin_memory(self) -> "Batch":
-        tensors = (field.name for field in fields(self) if field.name != "names")
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in tensors})
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: column for name, column in columns.items() if isinstance(column, torch.Tensor)}
 
 
 def discrete(name: str, tokens: np.ndarray, labels: np.ndarray) -> Sample:
@@ -85,11 +101,12 @@ def interleave(name: str, tokens: np.ndarray, labels: np.ndarray, images: list[I
     return Sample(name, *columns, tiles=[image.tiles for image in images], feature_count=row)
 
 
-def pack(samples: list[Sample], side: int) -> Batch:
+def pack(samples: list[Sample], side: int, skipped: Sequence[Skipped] = ()) -> Batch:
     """Join samples into one sequence. `side` is a tile's, for the blank one that stands in where no sample has any:
     the tower runs on every rank in every step, or sharded parameters would wait for each other forever.
     """
-    targets = [np.append(sample.labels[1:], IGNORE) for sample in samples]
+    targets = np.concatenate([np.append(sample.labels[1:], IGNORE) for sample in samples])
+    learned = np.flatnonzero(targets >= 0)  # chosen here: on a GPU this would wait for the device
     row_starts = np.cumsum([0] + [sample.feature_count for sample in samples[:-1]])
     rows = [np.where(s.features >= 0, s.features + start, -1) for s, start in zip(samples, row_starts, strict=True)]
     rows = np.concatenate(rows)
@@ -97,10 +114,12 @@ def pack(samples: list[Sample], side: int) -> Batch:
     return Batch(
         names=[sample.name for sample in samples],
         tokens=torch.from_numpy(np.concatenate([sample.tokens for sample in samples])),
-        targets=torch.from_numpy(np.concatenate(targets)),
+        learned=torch.from_numpy(learned),
+        targets=torch.from_numpy(targets[learned]),
         positions=torch.from_numpy(np.concatenate([np.arange(len(sample)) for sample in samples])),
         lengths=torch.tensor([len(sample) for sample in samples]),
         feature_places=torch.from_numpy(np.flatnonzero(rows >= 0)),
         feature_rows=torch.from_numpy(rows[rows >= 0]),
         tiles=torch.from_numpy(np.concatenate(tiles)),
+        skipped=skipped,
     )

@@ -7,28 +7,27 @@ there are.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 WINDOW = 1 << 16  # samples among which those of similar length are gathered
 
 
-class Pool(NamedTuple):
-    """One record as the sampler sees it."""
+@dataclass(frozen=True)
+class Source:
+    """A record in a data config."""
 
-    lengths: np.ndarray  # (n,) may be memory-mapped
-    ratio: float  # share drawn in an epoch; above 1 repeats
-    type: str  # batches hold one type only
+    path: Path
+    ratio: float = 1.0  # share drawn in an epoch; above 1 repeats
+    type: str = "default"  # batches hold one type only
+    image_dir: Path | None = None  # where relative images begin, if not where they did when the tokens were made
+    lengths: np.ndarray | None = field(default=None, compare=False)  # (n,) once the record is open
 
     @property
     def drawn(self) -> int:
         return round(len(self.lengths) * self.ratio)
-
-
-class Key(NamedTuple):
-    pool: int
-    row: int
 
 
 def permute(positions: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:
@@ -59,22 +58,26 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class Sampler:
-    """Global steps of `step_size` samples of one type and of similar length."""
+    """Global steps of `step_size` samples of one type and of similar length.
 
-    def __init__(self, pools: Sequence[Pool], step_size: int, seed: int, window: int = WINDOW):
-        self.pools, self.step_size, self.seed = pools, step_size, seed
+    A sample is known by its number: the rows of all sources counted through; `starts` holds each source's first.
+    """
+
+    def __init__(self, sources: Sequence[Source], step_size: int, seed: int, window: int = WINDOW):
+        self.sources, self.step_size, self.seed = sources, step_size, seed
         self.window = max(window // step_size, 1)  # in steps
-        self.types = sorted({pool.type for pool in pools})
-        self._members = [[i for i, pool in enumerate(pools) if pool.type == name] for name in self.types]
-        self._drawn = [np.array([pools[i].drawn for i in members]) for members in self._members]
+        self.starts = np.cumsum([0] + [len(source.lengths) for source in sources])
+        self.types = sorted({source.type for source in sources})
+        self._members = [[i for i, source in enumerate(sources) if source.type == name] for name in self.types]
+        self._drawn = [np.array([sources[i].drawn for i in members]) for members in self._members]
         self.type_steps = [int(drawn.sum()) // step_size for drawn in self._drawn]
 
     def __len__(self) -> int:
         """Steps in an epoch; what does not fill one is left out, other samples in every epoch."""
         return sum(self.type_steps)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Key]]:
-        """The steps of an epoch from number `start` on, each sorted by length."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
+        """The steps of an epoch from number `start` on: sample numbers, sorted by length."""
         order = np.repeat(np.arange(len(self.types)), self.type_steps)
         np.random.default_rng([self.seed, epoch, 0]).shuffle(order)
         done = np.bincount(order[:start], minlength=len(self.types))
@@ -82,34 +85,33 @@ class Sampler:
         for kind in order[start:]:
             yield next(streams[kind])
 
-    def _type_steps(self, kind: int, epoch: int, start: int) -> Iterator[list[Key]]:
+    def _type_steps(self, kind: int, epoch: int, start: int) -> Iterator[list[int]]:
         for window in range(start // self.window, -(-self.type_steps[kind] // self.window)):
             first = window * self.window
             last = min(first + self.window, self.type_steps[kind])
-            pools, rows, lengths = self._draw(kind, epoch, np.arange(first * self.step_size, last * self.step_size))
+            samples, lengths = self._draw(kind, epoch, np.arange(first * self.step_size, last * self.step_size))
             by_length = np.argsort(lengths, kind="stable").reshape(-1, self.step_size)
             np.random.default_rng([self.seed, epoch, 1, kind, window]).shuffle(by_length)
             for step in by_length[max(start - first, 0) :]:
-                yield [Key(int(pools[i]), int(rows[i])) for i in step]
+                yield samples[step].tolist()
 
-    def _draw(self, kind: int, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pool, row and length of the samples at `positions` of a type's shuffled epoch."""
+    def _draw(self, kind: int, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers and lengths of the samples at `positions` of a type's shuffled epoch."""
         drawn = self._drawn[kind]
         shuffled = permute(positions, int(drawn.sum()), (self.seed, epoch, 2, kind))
         ends = np.cumsum(drawn)
         member = np.searchsorted(ends, shuffled, side="right")
         place = shuffled - (ends - drawn)[member]
-        pools, rows, lengths = (np.empty(len(positions), np.int64) for _ in range(3))
-        for number, pool in enumerate(self._members[kind]):
-            of_pool = member == number
-            size = len(self.pools[pool].lengths)
-            turns = place[of_pool] // max(size, 1)  # above ratio 1, the record is gone through again
-            for turn in np.unique(turns):
-                chosen = np.flatnonzero(of_pool)[turns == turn]
-                rows[chosen] = permute(place[chosen] % size, size, (self.seed, epoch, 3, pool, int(turn)))
-            pools[of_pool] = pool
-            lengths[of_pool] = self.pools[pool].lengths[rows[of_pool]]
-        return pools, rows, lengths
+        samples, lengths = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
+        for number, source in enumerate(self._members[kind]):
+            size = len(self.sources[source].lengths)
+            turns = np.where(member == number, place // max(size, 1), -1)  # above ratio 1 the record is used again
+            for turn in np.unique(turns[turns >= 0]):
+                chosen = np.flatnonzero(turns == turn)
+                rows = permute(place[chosen] % size, size, (self.seed, epoch, 3, source, int(turn)))
+                samples[chosen] = self.starts[source] + rows
+                lengths[chosen] = self.sources[source].lengths[rows]
+        return samples, lengths
 
 
 class RankBatches:
@@ -121,13 +123,14 @@ class RankBatches:
     def __init__(
         self, sampler: Sampler, epochs: int, accumulation: int, rank: int, world: int, position: tuple[int, int]
     ):
+        """`position` is an epoch and a step in it."""
         self.sampler, self.epochs, self.accumulation = sampler, epochs, accumulation
         self.rank, self.world, self.position = rank, world, position
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[int]]:
         first, step = self.position
         size = self.sampler.step_size // self.accumulation
         for epoch in range(first, self.epochs):
-            for keys in self.sampler.epoch(epoch, step if epoch == first else 0):
-                for start in range(0, len(keys), size):
-                    yield keys[start : start + size][self.rank :: self.world]
+            for samples in self.sampler.epoch(epoch, step if epoch == first else 0):
+                for start in range(0, len(samples), size):
+                    yield samples[start : start + size][self.rank :: self.world]

@@ -48,9 +48,7 @@ class CausalLM(nn.Module):
         padded = pad_sequence(batch.tokens.split(lengths), batch_first=True)  # (B, L)
         hidden = lm.base_model(input_ids=padded, use_cache=False).last_hidden_state  # (B, L, C)
         hidden = torch.cat([row[:length] for row, length in zip(hidden, lengths, strict=True)])  # (T, C)
-        learned = (batch.targets >= 0).nonzero().squeeze(1)
-        head = lm.get_output_embeddings()
-        return linear_loss(hidden[learned], head.weight, batch.targets[learned], self.z_weight)
+        return linear_loss(hidden[batch.learned], lm.get_output_embeddings().weight, batch.targets, self.z_weight)
 
 
 def open_causal_lm(settings: TrainConfig) -> tuple[CausalLM, ModelFolder]:

@@ -51,5 +51,4 @@ class UniToken(nn.Module):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums over the batch's labelled positions: the loss, and (2,) cross-entropy and unweighted z-loss."""
         hidden = self.model(self.embed(batch), batch.positions, batch.lengths)
-        learned = (batch.targets >= 0).nonzero().squeeze(1)
-        return linear_loss(hidden[learned], self.lm_head.weight, batch.targets[learned], self.z_weight, self.masked)
+        return linear_loss(hidden[batch.learned], self.lm_head.weight, batch.targets, self.z_weight, self.masked)
