@@ -58,7 +58,39 @@ def test_a_recipe_is_its_stage(tmp_path, name):
     assert config.checkpointing and config.unmask_image_logits and config.precision == "bf16"
     assert config.output_dir == f"output/{name.removesuffix('.sh')}"
     assert launcher[launcher.index("--nnodes") + 1] == "1"
-    assert len((ROOT / "exps" / name).read_text().splitlines()) <= 40
+    assert config.cache_ann_on_disk and config.num_workers == 8
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("name", [*RECIPES, "ILLUME-lm.sh"])
+def test_a_recipe_fits_every_number_of_processes(tmp_path, name, world):
+    """From one process to sixteen nodes of eight, without another setting."""
+    _, arguments = recipe_arguments(tmp_path, name)
+    samples, batches = resolve(vars(build_parser("").parse_args(arguments))).shares(world)
+    assert samples * batches * world == 128 and samples == min(4, 128 // world)
+
+
+@pytest.mark.parametrize(
+    ("given", "world", "shares"),
+    [
+        ({}, 8, (4, 1)),
+        ({"batch_size": 2, "accum_iter": 3}, 8, (2, 3)),
+        ({"global_batch_size": 24}, 8, (3, 1)),
+        ({"global_batch_size": 40}, 8, (1, 5)),
+        ({"global_batch_size": 128, "accum_iter": 4}, 8, (4, 4)),
+        ({"global_batch_size": 128, "batch_size": 8}, 4, (8, 4)),
+        ({"global_batch_size": 128, "batch_size": 4}, 64, None),
+        ({"global_batch_size": 128}, 48, None),
+        ({"global_batch_size": 4}, 8, None),
+    ],
+)
+def test_a_step_is_shared_out_or_refused(given, world, shares):
+    config = resolve({"init_from": "a", "data_config": "b", "output_dir": "c", **given})
+    if shares:
+        assert config.shares(world) == shares
+    else:
+        with pytest.raises(UserError, match=f"--global_batch_size .* x {world} \\(processes\\)"):
+            config.shares(world)
 
 
 def test_the_language_model_recipe(tmp_path):

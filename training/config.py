@@ -20,6 +20,7 @@ STAGES = {
 ALWAYS_FROZEN = ("vit.embeddings.patch_embedding", "vit.embeddings.position_embedding", "vit.head")
 LANGUAGE_MODEL = {"trainable_params": "", "vit_lr_scale": 1.0, "dropout": 0.0}  # in either stage
 CONFIG_FILE = "config.yaml"
+BATCH_SIZE = 4  # samples a process takes at a time, if global_batch_size gives it as many
 
 
 def option(
@@ -56,7 +57,9 @@ class TrainConfig:
     clip_grad: float = option(4.0, "largest norm of the gradient", above=0)
     epochs: int = option(1, "passes over the data; also the length of the learning-rate schedule", low=1)
     warmup_epochs: float = option(0.01, "share of an epoch over which the learning rate rises", low=0)
-    batch_size: int = option(4, "samples a process takes at a time", low=1)
+    batch_size: int | None = option(
+        None, f"samples a process takes at a time; default: {BATCH_SIZE}, or fewer if that is its share", low=1
+    )
     accum_iter: int | None = option(
         None, "batches per optimizer step; default: what global_batch_size needs, or 1", low=1
     )
@@ -99,19 +102,22 @@ class TrainConfig:
         if self.warmup_epochs >= self.epochs:
             raise UserError(f"--warmup_epochs {self.warmup_epochs} must be below --epochs {self.epochs}")
 
-    def accumulation(self, world: int) -> int:
-        """Batches per optimizer step on each of `world` processes."""
-        at_once = self.batch_size * world
-        if self.global_batch_size is None:
-            return self.accum_iter or 1
-        wanted = at_once * (self.accum_iter or max(self.global_batch_size // at_once, 1))
-        if wanted != self.global_batch_size:
+    def shares(self, world: int) -> tuple[int, int]:
+        """Samples of a batch, and batches per optimizer step, of each of `world` processes."""
+        total, at_once, batches = self.global_batch_size, self.batch_size, self.accum_iter
+        if total is None:
+            return at_once or BATCH_SIZE, batches or 1
+        if at_once is None:
+            share = total // (world * (batches or 1))
+            at_once = share if batches else max(n for n in range(1, BATCH_SIZE + 1) if share % n == 0)
+        batches = batches or max(total // (at_once * world), 1)
+        if at_once * world * batches != total:
             given = f" x {self.accum_iter} (accum_iter)" if self.accum_iter else ""
             raise UserError(
-                f"--global_batch_size {self.global_batch_size} cannot be made of {self.batch_size} (batch_size) x "
-                f"{world} (processes){given}. Change one of them, or leave --accum_iter out."
+                f"--global_batch_size {total} cannot be made of {self.batch_size or 'any number'} (batch_size) x "
+                f"{world} (processes){given}. Change one of them, or leave --batch_size and --accum_iter out."
             )
-        return wanted // at_once
+        return at_once, batches
 
     def dump(self, path: Path) -> None:
         """Write a file that `--config` reads."""

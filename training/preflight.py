@@ -40,7 +40,7 @@ def memory_line(model: nn.Module, config: TrainConfig, sizes: LLMConfig, world: 
     gathered = 2 * sizes.vocab_size * sizes.hidden_size * width
     if config.data_parallel == "sdp":
         gathered += sum(p.numel() for p in parameters) * width
-    tokens = config.batch_size * config.max_seq_len
+    tokens = config.shares(world)[0] * config.max_seq_len
     per_token = sizes.hidden_size if config.checkpointing else 14 * sizes.hidden_size + 4 * sizes.intermediate_size
     activations = tokens * per_token * sizes.num_hidden_layers * width
     total = weights + training + gathered + activations

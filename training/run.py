@@ -24,11 +24,11 @@ from vistoken.errors import UserError
 
 def run(config: TrainConfig, world: int, local_rank: int) -> None:
     """Train as `config` says, from the newest checkpoint if there is one, and save the model."""
-    accumulation = config.accumulation(world)
+    batch_size, accumulation = config.shares(world)
     sources = read_data_config(Path(config.data_config))
     model, folder = open_model(config)
     with process_group() as device, float32_products(tf32=config.precision != "fp32"):
-        data = open_data(config, sources, folder, config.batch_size * world * accumulation, local_rank)
+        data = open_data(config, sources, folder, batch_size * world * accumulation, local_rank)
         checkpoint, progress = starting_point(config, data)
         on_rank_0(lambda: begin_output(config, data, folder, model, device, checkpoint))
         job = start(config, model, folder, data, accumulation, device, checkpoint, progress)
