@@ -82,9 +82,11 @@ def test_codes_that_no_codebook_has(tokenizer):
         tokenizer.decode((good,))
 
 
-def test_images_that_would_be_clipped(tokenizer):
-    with pytest.raises(ValueError, match="mode I;16 would be clipped"):
-        tokenizer.encode(Image.new("I;16", (64, 64)))
+def test_sixteen_bits_are_scaled_and_more_refused(tokenizer):
+    deep, grey = tokenizer.encode(Image.new("I;16", (64, 64), 40_000)), tokenizer.encode(Image.new("L", (64, 64), 156))
+    assert all(torch.equal(ours, wanted) for ours, wanted in zip(deep, grey, strict=True))
+    with pytest.raises(ValueError, match="more than 16 bits: an image: mode F"):
+        tokenizer.encode(Image.new("F", (64, 64)))
 
 
 def test_loading_for_encoding_only(files, tokenizer, images):

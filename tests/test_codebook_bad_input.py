@@ -148,15 +148,14 @@ def test_every_kind_of_image_file(tmp_path, photo, golden, run):
     reasons = {Path(problem["detail"].split(": ")[0]).name: problem["reason"] for problem in problems}
     assert set(done) == {
         *("cmyk.jpg", "bits.png", "palette.png", "rgba.png", "la.png"),
-        *("one.png", "anim.gif", "anim.webp", "first.webp"),
+        *("one.png", "anim.gif", "anim.webp", "first.webp", "deep.png"),
     }
     assert reasons == {
-        "deep.png": "more than 8 bits",
         "cut.jpg": "image unreadable",
         "empty.png": "image unreadable",
         "text.png": "image unreadable",
         "nopixels.png": "image unreadable",
-        "odd.dds": "image unreadable",
+        "odd.dds": "image format not taken",
         "bomb.png": "image too large",
     }
     assert done["anim.webp"] == done["first.webp"]

@@ -219,7 +219,7 @@ def test_webdataset(tmp_path, pictures):
         (["00001/x.jpg"], "x"),
     ]
     assert (dataset.image_dir / "00000" / "a" / "001.jpg").read_bytes() == photo
-    assert reasons(problems) == ["no image", "not an image", "image outside image_dir", "not JSON", "no text"]
+    assert reasons(problems) == ["no image", "image unreadable", "image outside image_dir", "not JSON", "no text"]
     assert problems[0]["where"] == "sample 003"
 
 

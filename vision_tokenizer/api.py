@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from vision_tokenizer.images.dualvitok import denormalize, normalize, to_image, to_model_size, to_pixels
-from vision_tokenizer.images.files import is_deep
+from vision_tokenizer.images.files import check_depth, eight_bits
 from vision_tokenizer.models.dualvitok.model import load_dualvitok
 from vision_tokenizer.models.protocol import ImageTokenizer
+from vistoken.errors import Failed
 
 BATCH = 8  # images of one size that go through the model together
 
@@ -84,10 +85,12 @@ def _checked(pixels: Tensor) -> Tensor:
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """(3, H, W) uint8 at a size that the model takes."""
-    if is_deep(image):
-        raise ValueError(f"an image of mode {image.mode} would be clipped; convert it to 8 bits a channel first")
-    return to_pixels(to_model_size(image.convert("RGB")))
+    """(3, H, W) uint8 at a size that the model takes; 16 bits a channel are scaled to 8, transparency is dropped."""
+    try:
+        check_depth(image, "an image")
+    except Failed as error:
+        raise ValueError(str(error)) from error
+    return to_pixels(to_model_size(eight_bits(image).convert("RGB")))
 
 
 def _batches(shapes: list[torch.Size]) -> Iterator[list[int]]:

@@ -69,9 +69,12 @@ def crop_image(image: Image.Image, sizes: list[tuple[int, int]]) -> Image.Image:
     return _over_white(image.crop((left, top, left + crop_w, top + crop_h)))
 
 
-def prepare(path: Path, sizes: list[tuple[int, int]]) -> tuple[torch.Tensor, ImageInfo]:
-    """Image file -> uint8 pixels of its best crop. Raises `Failed` where the file cannot be read."""
-    image = read_image(path)
+def prepare(path: Path, sizes: list[tuple[int, int]], orientation: str = "ignore") -> tuple[torch.Tensor, ImageInfo]:
+    """Image file -> uint8 pixels of its best crop, over white where it is transparent.
+
+    Raises `Failed` where the file cannot be read.
+    """
+    image = read_image(path, orientation)
     with damage_named(path):
         cropped = crop_image(image, sizes)
     return to_pixels(cropped), ImageInfo((image.height, image.width), (cropped.height, cropped.width))

@@ -56,14 +56,14 @@ def to_model_size(image: Image.Image) -> Image.Image:
 
 
 def prepare(
-    path: Path, choices: tuple[tuple[int, int], ...], crop_percent_thresh: float
+    path: Path, choices: tuple[tuple[int, int], ...], crop_percent_thresh: float, orientation: str = "ignore"
 ) -> tuple[torch.Tensor, ImageInfo]:
-    """Image file -> uint8 pixels (3, H, W) at its anchor, as DualViTok was trained on them.
+    """Image file -> uint8 pixels (3, H, W) at its anchor, as DualViTok was trained on them; transparency is dropped.
 
     Raises `Rejected` and `Failed` as `read_image` and `place_image` do.
     """
-    image = read_image(path)
-    placement = place_image(path, image, choices, crop_percent_thresh)
+    image = read_image(path, orientation)
+    placement = place_image(path, (image.height, image.width), choices, crop_percent_thresh)
     with damage_named(path):
         fitted = to_model_size(fit(image.convert("RGB"), placement))
     return to_pixels(fitted), ImageInfo((image.height, image.width), placement.anchor)

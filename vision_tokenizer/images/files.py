@@ -1,17 +1,52 @@
-"""Image files: their headers, their pixels, and the rules by which one is not taken."""
+"""Image files: their headers, their pixels, and the rules by which one is not taken.
 
+Transparency is dropped: the colours below it stay as they are (Chameleon alone blends it over white).
+"""
+
+import io
+import logging
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
+from vision_tokenizer.images import libtiff
 from vision_tokenizer.images.anchors import Placement, place
 from vistoken.errors import Failed, Rejected
+from vistoken.files import check_regular, open_file
 
+_has_avif = "avif" in features.modules and features.check_module("avif")  # since Pillow 11.3
+# Pillow knows many more, and hands some of them to other programs: EPS to Ghostscript
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if _has_avif else ()))
+SUFFIXES = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",  # a JPEG file of several pictures, as cameras write them
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "PPM": ".ppm",
+    "AVIF": ".avif",
+}
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs; also of what a resize may allocate
+ORIENTATIONS = ("ignore", "apply")  # of EXIF: ignored as published, or the picture is turned upright
+_UPRIGHT = {  # what undoes each EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PREFIX = 32  # bytes by which a format is recognised
+_END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+_ENDING = 64  # bytes in which a whole file has its end mark; earlier, it may be an embedded thumbnail's
 # what Pillow's decoders raise on damaged files, as fuzzing every format showed; AVIF's has only RuntimeError
 _DAMAGE = (
     OSError,
@@ -28,65 +63,148 @@ _DAMAGE = (
     struct.error,
     zlib.error,
 )
-_DEEP_MODES = ("I", "F")  # Pillow's conversion to RGB clips them to white instead of scaling
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: Path | str) -> Iterator[None]:
     """Turn what Pillow raises on a bad image into `Failed`."""
+    said: list[str] = []
     try:
-        yield
+        with libtiff.messages() as said:
+            yield
     except FileNotFoundError as error:
         raise Failed("image not found", str(path)) from error
     except Image.DecompressionBombError as error:
         raise Failed("image too large", f"{path}: {error}") from error
     except UnidentifiedImageError as error:
-        raise Failed("image unreadable", f"{path}: not an image file") from error
+        detail = "; ".join(["not an image file", *said])
+        raise Failed("image unreadable", f"{path}: {detail}") from error
     except _DAMAGE as error:
-        raise Failed("image unreadable", f"{path}: {error or type(error).__name__}") from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        detail = "; ".join([reason, *said])
+        raise Failed("image unreadable", f"{path}: {detail}") from error
+    if said:
+        _log.warning("%s: read, but libtiff says: %s", path, "; ".join(said))
 
 
-def is_deep(image: Image.Image) -> bool:
-    """More than 8 bits a channel."""
-    return image.mode.startswith(_DEEP_MODES)
+def _open(source: Path | io.BytesIO) -> Image.Image:
+    Image.init()  # all formats, once: a thread that loads them when it meets one can hide them from another
+    image = Image.open(source, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+    return image
+
+
+def _check_taken(prefix: bytes, name: Path | str) -> None:
+    """Raises `Failed` where a file begins as a format that we do not take. Only that is looked at: no decoder runs."""
+    for kind, (_, accepts) in Image.OPEN.items():
+        if kind not in FORMATS and accepts and accepts(prefix) is True:
+            raise Failed("image format not taken", f"{name}: {kind}; convert it to one of {', '.join(FORMATS)}")
 
 
 def open_image(path: Path) -> Image.Image:
     """An image whose header is read, so that size and mode are known, and of which no pixel is allocated yet.
 
-    Raises `Failed`: not found, unreadable (empty, not an image), too large, more than 8 bits a channel.
+    Raises `Failed`: not found, no regular file, unreadable (empty, not an image), of a format that is not taken, too
+    large, more than 16 bits a channel.
     """
-    Image.init()  # all formats, once: a thread that loads them when it meets one can hide them from another
     with damage_named(path):
-        image = Image.open(path)
-        if image.width * image.height > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-    if is_deep(image):
-        raise Failed("more than 8 bits", f"{path}: mode {image.mode} would be clipped; convert it to 8 bits first")
+        check_regular(path)
+        try:
+            image = _open(path)
+        except UnidentifiedImageError:
+            with open_file(path) as file:
+                _check_taken(file.read(_PREFIX), path)
+            raise
+    check_depth(image, path)
     return image
 
 
-def read_image(path: Path) -> Image.Image:
-    """The first frame of an image file, decoded, in its own mode; EXIF orientation is not applied.
+def embedded_format(content: bytes, name: str) -> str:
+    """The format of an image that lies inside another file, by its header. Raises `Failed` as `open_image` does."""
+    with damage_named(name):
+        try:
+            with _open(io.BytesIO(content)) as image:
+                return str(image.format)
+        except UnidentifiedImageError:
+            _check_taken(content[:_PREFIX], name)
+            raise
 
-    Raises `Failed` as `open_image` does, and where the pixels are truncated or damaged.
+
+def read_image(path: Path, orientation: str = "ignore") -> Image.Image:
+    """The first frame of an image file, decoded, in its own mode but with 8 bits a channel.
+
+    With `orientation` "apply" it is turned upright as its EXIF data say. Raises `Failed` as `open_image` does, and
+    where the pixels are truncated or damaged.
     """
     image = open_image(path)
     with damage_named(path):
         image.load()
-    return image
+        turn = _UPRIGHT.get(exif_orientation(image)) if orientation == "apply" else None
+        image = eight_bits(image)
+        return image if turn is None else image.transpose(turn)
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """1 for upright, or where nothing is said; 2 to 8 for what a camera noted: turned by 90 degrees from 5 on."""
+    try:
+        said = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _DAMAGE:  # the picture may be sound all the same
+        return 1
+    return said if said in _UPRIGHT else 1
+
+
+def upright_size(image: Image.Image, orientation: str) -> tuple[int, int]:
+    """(h, w) that `read_image` gives an image of which the header is read."""
+    turned = orientation == "apply" and exif_orientation(image) >= 5
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def is_whole(path: Path, image: Image.Image) -> bool:
+    """Whether the end of an opened file shows that nothing is cut off. If not, only decoding it tells."""
+    with open_file(path) as file:
+        size = file.seek(0, io.SEEK_END)
+        if image.format == "WEBP":
+            file.seek(4)
+            return size >= 8 + int.from_bytes(file.read(4), "little")
+        file.seek(max(size - _ENDING, 0))
+        return image.format in _END_MARKS and _END_MARKS[image.format] in file.read()
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits a channel. Grey PNG and PPM images of 16 bits have Pillow's mode for 32, depending on its version."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return 16
+    return 32 if image.mode in ("I", "F") else 8
+
+
+def check_depth(image: Image.Image, name: Path | str) -> None:
+    """Raises `Failed` for more than 16 bits a channel, whose range nobody knows."""
+    if _bits(image) > 16:
+        raise Failed("more than 16 bits", f"{name}: mode {image.mode}; scale it to 8 or 16 bits first")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit image scaled to 8 bits by its range, as Pillow does it with 16-bit colour; others as they are.
+
+    The published code clips it instead, which turns nearly all of it white: a difference on purpose.
+    """
+    if _bits(image) != 16:
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.int32).clip(0, 65535) >> 8).astype(np.uint8))
 
 
 def place_image(
-    path: Path, image: Image.Image, choices: tuple[tuple[int, int], ...], crop_percent_thresh: float
+    path: Path, size: tuple[int, int], choices: tuple[tuple[int, int], ...], crop_percent_thresh: float
 ) -> Placement:
-    """Match an image to its anchor.
+    """Match an image of `size` (h, w) to its anchor.
 
     Raises `Rejected` where the crop would lose more than `crop_percent_thresh` (if that is above 0), `Failed` where
     covering the anchor would take too many pixels.
     """
-    placement = place(image.height, image.width, choices)
-    found, (h, w) = f"{path}: {image.width} x {image.height}", placement.anchor
+    placement = place(*size, choices)
+    found, (h, w) = f"{path}: {size[1]} x {size[0]}", placement.anchor
     if 0 < crop_percent_thresh < placement.crop_share:
         raise Rejected("crop above threshold", f"{found} loses {placement.crop_share:.3f} at {placement.anchor} (h, w)")
     if placement.resized[0] * placement.resized[1] > MAX_PIXELS:

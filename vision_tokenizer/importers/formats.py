@@ -25,6 +25,7 @@ from vision_tokenizer.importers.items import (
     existing_image,
 )
 from vistoken.errors import Failed, UserError
+from vistoken.files import read_file
 from vistoken.jobs.chunks import Chunk, ChunkTable, chunk_table
 
 CHUNK_ITEMS = 1000
@@ -153,7 +154,7 @@ class Coco(Format):
 
 def _load_json(file: Path) -> Any:
     try:
-        return orjson.loads(file.read_bytes())
+        return orjson.loads(read_file(file))
     except OSError as error:
         raise UserError(f"{file}: cannot read it ({error.strerror})") from error
     except orjson.JSONDecodeError as error:
@@ -194,10 +195,10 @@ class Pairs(Format):
         if text == name:
             raise Failed("no image", f"{self.source / text}: no image of that name beside it")
         try:
-            caption = (self.source / text).read_text(encoding="utf-8-sig")
+            caption = read_file(self.source / text).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise Failed("text unreadable", f"{self.source / text}: {error}") from error
-        return build_item([name], caption, self.task, item_id)
+        return build_item([existing_image(self.source, name)], caption, self.task, item_id)
 
     @cached_property
     def _pairs(self) -> list[tuple[str, str | None]]:

@@ -1,6 +1,5 @@
 """What an imported item looks like, whatever it came from: the annotation lines of the document's STEP 1."""
 
-import io
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,23 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
-from PIL import Image, UnidentifiedImageError
 
 from vision_tokenizer.codebook.annotations import check_conversations, image_path
+from vision_tokenizer.images.files import SUFFIXES, embedded_format
 from vistoken.errors import Failed
+from vistoken.files import check_regular
 from vistoken.jobs.files import write_bytes
 
 TEXT_FIELDS = ("conversations", "caption", "text")  # looked for in this order where none is named
-_SUFFIXES = {
-    "JPEG": ".jpg",
-    "MPO": ".jpg",
-    "PNG": ".png",
-    "WEBP": ".webp",
-    "GIF": ".gif",
-    "BMP": ".bmp",
-    "TIFF": ".tif",
-}
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 
 
 class Record(NamedTuple):
@@ -87,16 +78,7 @@ def store_image(image_dir: Path, stem: str, content: bytes) -> str:
 
     One that is there already, from an interrupted run, is kept. Raises `Failed` for bytes that are no image.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            kind = image.format
-    except UnidentifiedImageError as error:
-        raise Failed("not an image", f"{stem}: {len(content):,} bytes that no image decoder knows") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Failed("not an image", f"{stem}: {error}") from error
-    if kind not in _SUFFIXES:
-        raise Failed("not an image", f"{stem}: {kind} images are not taken; convert to one of {', '.join(_SUFFIXES)}")
-    name = stem + _SUFFIXES[kind]
+    name = stem + SUFFIXES[embedded_format(content, stem)]
     path = image_path(image_dir, name)
     if not path.exists() or path.stat().st_size != len(content):
         write_bytes(path, content, sync=False)  # the job syncs once a chunk: a sync an image takes milliseconds
@@ -106,6 +88,10 @@ def store_image(image_dir: Path, stem: str, content: bytes) -> str:
 def existing_image(image_dir: Path, name: str) -> str:
     """`name` itself, if that image lies in `image_dir`. Raises `Failed` if not."""
     path = image_path(image_dir, name)
-    if not path.is_file():
-        raise Failed("image not found", str(path))
+    try:
+        check_regular(path)
+    except FileNotFoundError as error:
+        raise Failed("image not found", str(path)) from error
+    except OSError as error:
+        raise Failed("image unreadable", f"{path}: {error.strerror}") from error
     return name

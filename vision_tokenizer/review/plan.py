@@ -1,7 +1,8 @@
 """What codebook inference would do with a data set, told from its annotations and image headers, without a model.
 
-The rules are the job's own functions, so the run will do what is counted here. A JPEG or PNG file whose end mark is
-missing is decoded to see whether it is truncated. Other damage behind a sound header shows only in the run.
+The rules are the job's own functions, so the run will do what is counted here. A file is decoded to see whether it
+is truncated, unless it is a JPEG, PNG or WebP whose end shows that it is whole. Other damage behind a sound header
+shows only in the run.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ import numpy as np
 
 from vision_tokenizer.codebook.annotations import Dataset, check_conversations, image_names, image_path
 from vision_tokenizer.images.anchors import crop_share, match_anchor
-from vision_tokenizer.images.files import open_image, place_image, read_image
+from vision_tokenizer.images.files import is_whole, open_image, place_image, read_image
 from vistoken.errors import Failed, ItemError, Rejected, UserError
 from vistoken.jobs.chunks import ChunkTable, Item, chunk_table
 from vistoken.jobs.counts import Counts, Problem
@@ -30,9 +31,7 @@ from vistoken.jobs.counts import Counts, Problem
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # at which the report says how much would be rejected
 BINS_PER_OCTAVE, MAX_OCTAVES = 12, 4  # of the histogram of width / height
 CHUNK_ITEMS = 64  # that a worker surveys at a time
-END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _SAMPLE = 4096  # bytes from each end of a file that tell copies apart
-_ENDING = 64  # bytes in which a whole file has its end mark; earlier, it may be an embedded thumbnail's
 _WINDOW = 4  # chunks per worker handed out at a time
 
 
@@ -201,10 +200,10 @@ def _header(rules: Rules, name: str) -> Header | Failed:
         path = image_path(rules.dataset.image_dir, name)
         with open_image(path) as image:
             size, ends = (image.height, image.width), _ends(path)
-            if END_MARKS.get(image.format, b"") not in ends[-_ENDING:]:
+            if not is_whole(path, image):
                 read_image(path)
             if rules.dataset.tokenizer_inference:
-                place_image(path, image, rules.choices, rules.crop_percent_thresh)
+                place_image(path, size, rules.choices, rules.crop_percent_thresh)
     except Failed as error:
         return error
     except Rejected as error:

@@ -1,0 +1,155 @@
+"""Which image files are taken, what is read of them, and what is said of those that are not."""
+
+import io
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vision_tokenizer.images.files import (
+    FORMATS,
+    SUFFIXES,
+    embedded_format,
+    exif_orientation,
+    is_whole,
+    open_image,
+    read_image,
+    upright_size,
+)
+from vistoken.errors import Failed
+from vistoken.files import read_file
+
+
+@pytest.fixture
+def photo(golden):
+    with Image.open(golden / "images" / "photo.jpg") as image:
+        return image.convert("RGB").resize((48, 32))
+
+
+def failure(path: Path, read=read_image) -> Failed:
+    with pytest.raises(Failed) as caught:
+        read(path)
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_formats_that_are_taken(kind, photo, tmp_path):
+    path = tmp_path / f"x{SUFFIXES[kind]}"
+    photo.save(path, kind)
+    assert read_image(path).size == photo.size
+    assert embedded_format(path.read_bytes(), "x") == kind
+
+
+@pytest.mark.parametrize("kind", ["EPS", "JPEG2000", "PCX", "ICO", "SGI"])
+def test_other_formats_are_told_by_name_whatever_the_file_is_called(kind, photo, tmp_path):
+    path = tmp_path / "x.jpg"
+    photo.save(path, kind)
+    for error in (failure(path), failure(path, open_image), failure(path, lambda p: embedded_format(read_file(p), p))):
+        assert error.reason == "image format not taken" and f"{path}: {kind}; convert it" in error.detail
+
+
+def test_no_other_program_is_started(photo, tmp_path, monkeypatch):
+    """An EPS file is a program for Ghostscript, whatever it is called."""
+    called = tmp_path / "called"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {called}\n")
+    (tmp_path / "gs").chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert shutil.which("gs") == str(tmp_path / "gs")
+    photo.save(tmp_path / "x.jpg", "EPS")
+    assert failure(tmp_path / "x.jpg").reason == "image format not taken"
+    assert not called.exists()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "link to a device"])
+@pytest.mark.timeout(20)
+def test_what_is_no_regular_file_is_refused_before_it_is_opened(kind, tmp_path):
+    path = tmp_path / "x.png"
+    if kind == "fifo":
+        os.mkfifo(path)  # opening it would wait for a writer
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path = Path("/dev/zero")
+    else:
+        path.symlink_to("/dev/zero")
+    error = failure(path)
+    assert error.reason == "image unreadable" and "not a regular file" in error.detail and str(path) in error.detail
+    with pytest.raises(OSError, match="not a regular file"):
+        read_file(path)
+
+
+def test_sixteen_bits_are_scaled_by_their_range(tmp_path):
+    deep = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    Image.fromarray(deep).save(tmp_path / "grey.png")
+    Image.fromarray(deep).save(tmp_path / "grey.tif")
+    (tmp_path / "grey.ppm").write_bytes(b"P5 32 32 65535\n" + deep.astype(">u2").tobytes())
+    for name in ("grey.png", "grey.tif", "grey.ppm"):
+        image = read_image(tmp_path / name)
+        assert image.mode == "L" and np.array_equal(np.asarray(image), deep >> 8), name
+        assert image.convert("RGB").getpixel((16, 0)) == (4, 4, 4)  # Pillow's own conversion clips at 255
+
+
+@pytest.mark.parametrize("values", [np.float32, np.int32], ids=["float", "32 bits"])
+def test_more_bits_have_a_range_that_nobody_knows(values, tmp_path):
+    Image.fromarray(np.ones((8, 8), values)).save(tmp_path / "x.tif")
+    error = failure(tmp_path / "x.tif", open_image)
+    assert error.reason == "more than 16 bits" and str(tmp_path / "x.tif") in error.detail
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_exif_orientation_is_ignored_or_applied(orientation, suffix, photo, tmp_path):
+    exif, path = Image.Exif(), tmp_path / f"x{suffix}"
+    exif[0x0112] = orientation
+    photo.save(path, exif=exif, quality=95)
+    ignored, upright = read_image(path), read_image(path, "apply")
+    assert ignored.size == photo.size
+    assert upright.size == (photo.size if orientation < 5 else photo.size[::-1])
+    with open_image(path) as header:
+        assert exif_orientation(header) == orientation
+        assert upright_size(header, "apply") == (upright.height, upright.width)
+        assert upright_size(header, "ignore") == (ignored.height, ignored.width)
+    # the upper left corner is where a viewer shows it
+    corner = {1: (0, 0), 2: (-1, 0), 3: (-1, -1), 4: (0, -1), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+    x, y = (place % side for place, side in zip(corner[orientation], photo.size, strict=True))
+    assert upright.convert("RGB").getpixel((0, 0)) == ignored.convert("RGB").getpixel((x, y))
+
+
+def test_a_deep_image_is_turned_upright_too(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.full((4, 8), 40_000, np.uint16)).save(tmp_path / "x.png", exif=exif)
+    upright = read_image(tmp_path / "x.png", "apply")
+    assert (upright.size, upright.mode, upright.getpixel((0, 0))) == ((4, 8), "L", 40_000 >> 8)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_that_is_cut_off_is_found(kind, photo, tmp_path):
+    """By its end, or by decoding it, as `plan` does where the end does not show it."""
+    content = io.BytesIO()
+    photo.save(content, kind)
+    for keep in (0.5, 0.9):
+        path = tmp_path / f"{keep}{SUFFIXES[kind]}"
+        path.write_bytes(content.getvalue()[: int(len(content.getvalue()) * keep)])
+
+        def look(path):
+            with open_image(path) as image:
+                if not is_whole(path, image):
+                    read_image(path)
+
+        assert failure(path, look).reason == "image unreadable"
+
+
+def test_what_libtiff_says_comes_with_the_files_name(photo, tmp_path, capfd):
+    content = io.BytesIO()
+    photo.save(content, "TIFF", compression="tiff_lzw")
+    damaged = bytearray(content.getvalue())
+    damaged[len(damaged) // 3 : len(damaged) // 3 + 50] = b"\xff" * 50
+    (tmp_path / "x.tif").write_bytes(damaged)
+    error = failure(tmp_path / "x.tif")
+    assert error.detail == f"{tmp_path / 'x.tif'}: decoder error -2; Using code not yet in table"
+    assert capfd.readouterr().err == ""  # libtiff itself prints it as "tempfile.tif: ..."

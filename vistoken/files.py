@@ -1,0 +1,36 @@
+"""Files of the user's, opened only where they are files: a named pipe waits for its writer, a device may never end."""
+
+import errno
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def check_regular(path: str | Path) -> None:
+    """Raises `OSError` (with `strerror`, for messages) where `path`, or what it links to, is no regular file."""
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode):
+        found = _KINDS.get(stat.S_IFMT(mode), "something else")
+        kind = IsADirectoryError if stat.S_ISDIR(mode) else OSError
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise kind(code, f"it is {found}, not a regular file", str(path))
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """`path` for reading. Raises `OSError` as `open` does, and where it is no regular file, before it is opened."""
+    check_regular(path)
+    return Path(path).open("rb")
+
+
+def read_file(path: str | Path) -> bytes:
+    """The content of `path`. Raises as `open_file` does."""
+    with open_file(path) as file:
+        return file.read()
