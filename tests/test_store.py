@@ -1,0 +1,112 @@
+"""vistoken.store against moto's S3 server: the same calls as on a disk, requests that fail, errors that last."""
+
+import errno
+import io
+import os
+from pathlib import Path
+
+import pytest
+from store_server import s3_server
+
+from vistoken import store
+from vistoken.errors import UserError
+from vistoken.store import Url, local_copy, location, put, read_range, remove_tree, stream
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server("lab") as server:
+        yield server
+
+
+@pytest.fixture
+def folder(server, request) -> Url:
+    return Url(f"s3://lab/{request.node.name}")
+
+
+def test_a_flag_takes_a_path_or_a_url():
+    assert location("data/x.json") == Path("data/x.json")
+    assert location("file:///data/a%20b") == Path("/data/a b")
+    url = location("s3://bucket/folder//x.tar/")
+    assert str(url) == "s3://bucket/folder/x.tar"
+    assert (url.name, url.stem, url.suffix, url.parent.name) == ("x.tar", "x", ".tar", "folder")
+    assert url.with_suffix(".rejected.jsonl") == Url("s3://bucket/folder/x.rejected.jsonl")
+    assert url.parent / "a/b" == Url("s3://bucket/folder/a/b")
+    assert url / "/local/x" == Path("/local/x")
+    assert url.is_relative_to(Url("s3://bucket")) and not url.is_relative_to(Url("s3://bu"))
+    assert url.relative_to(Url("s3://bucket")) == Path("folder/x.tar")
+
+
+def test_objects_are_read_listed_and_deleted_as_files_are(folder, tmp_path):
+    contents = {"a.json": b"{}", "deep/b.bin": bytes(range(256)) * 64, "deep/c.json": b"[]"}
+    for where in (folder, tmp_path):
+        assert not where.exists() or not list(where.iterdir())
+        for name, content in contents.items():
+            (where / name).parent.mkdir(exist_ok=True)
+            (where / name).write_bytes(content)
+        assert sorted(path.name for path in where.iterdir()) == ["a.json", "deep"]
+        assert where.is_dir() and (where / "deep").is_dir() and (where / "a.json").is_file()
+        assert [path.name for path in where.glob("*/*.json")] == ["c.json"]
+        assert list((where / "nothing").glob("*")) == []
+        assert (where / "deep/b.bin").stat().st_size == 64 * 256
+        assert read_range(where / "deep/b.bin", 250, 10) == contents["deep/b.bin"][250:260]
+        with (where / "deep/b.bin").open("rb") as file:
+            file.seek(-3, os.SEEK_END)
+            assert (file.read(), file.seek(1), file.read(2)) == (bytes([253, 254, 255]), 1, bytes([1, 2]))
+        with stream(where / "deep/b.bin") as file:
+            assert file.read() == contents["deep/b.bin"]
+        with local_copy(where) as copy:
+            assert (copy / "deep/b.bin").read_bytes() == contents["deep/b.bin"]
+        (where / "a.json").unlink()
+        (where / "a.json").unlink(missing_ok=True)
+        with pytest.raises(FileNotFoundError):
+            (where / "a.json").read_bytes()
+        remove_tree(where / "deep")
+        assert not (where / "deep/b.bin").exists()
+
+
+def test_a_large_object_is_put_and_streamed_in_blocks(folder, monkeypatch):
+    monkeypatch.setattr(store, "BLOCK", 1 << 20)
+    content = os.urandom((12 << 20) + 17)  # beyond what one request may hold: several parts
+    put(folder / "large", io.BytesIO(content))
+    with stream(folder / "large") as file:
+        assert b"".join(iter(lambda: file.read(300_000), b"")) == content
+
+
+def test_lines_are_read_from_a_store(folder):
+    put(folder / "lines", b"one\ntwo\nthree")
+    with (folder / "lines").open("rb") as file:
+        assert list(file) == [b"one\n", b"two\n", b"three"]
+
+
+def test_every_third_request_fails_and_is_made_again(server, folder, monkeypatch):
+    monkeypatch.setattr(store, "PAUSE", 0.001)
+    store.retries.take()
+    server.every, failed = 3, server.failed
+    try:
+        for number in range(20):
+            put(folder / f"{number:02d}", bytes([number]))
+        assert [path.read_bytes() for path in folder.iterdir()] == [bytes([number]) for number in range(20)]
+    finally:
+        server.every = 0
+    assert store.retries.take() == server.failed - failed > 10
+
+
+def test_a_store_that_fails_for_good_is_told_with_the_url(server, folder, monkeypatch):
+    monkeypatch.setattr(store, "PAUSE", 0.001)
+    monkeypatch.setattr(store, "ATTEMPTS", 3)
+    server.every = 1
+    try:
+        with pytest.raises(OSError, match="given up after 3 attempts") as caught:
+            put(folder / "x", b"")
+    finally:
+        server.every = 0
+    assert caught.value.filename == str(folder / "x")
+    with pytest.raises(OSError, match="bucket does not exist") as caught:
+        put(Url("s3://no-such-bucket/x"), b"")
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_a_scheme_that_nobody_knows_is_a_message():
+    with pytest.raises(UserError, match="nosuch://a/b: neither pyarrow nor fsspec"):
+        Url("nosuch://a/b").exists()
