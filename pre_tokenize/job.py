@@ -13,10 +13,11 @@ from vision_tokenizer.codebook.encoder import Images
 from vistoken.errors import ItemError
 from vistoken.jobs.counts import Counts, counts_table, time_line
 from vistoken.jobs.progress import Progress, Stopwatch
-from vistoken.jobs.run import OpenChunk, Task, todo
+from vistoken.jobs.run import OpenChunk, Task, Writer, todo
 from vistoken.jobs.workers import Workers
 
-STAGES = ("text", "wait for decode", "encode", "write")  # of the thread that feeds the device
+STAGES = ("text", "wait for decode", "encode", "wait for write")  # of the thread that feeds the device
+BESIDE = ("decode", "write")  # of the threads beside it
 
 
 class ImageEncoder(Protocol):
@@ -76,15 +77,17 @@ def run_pre_tokenization(
         output.begin(workers, "any" if overwrite else None),
         Progress(workers, items, "tokens", rates=("images",), totals=("tokens",)) as progress,
         make_encoder(progress) as encoder,
+        Writer(encoder.watch) as writer,
     ):
         for task in todo([output.source], workers, progress):
             with encoder.watch("text"):
                 chunk = TokenChunk(task, sequences, output)
             encoder.add(chunk, chunk.images())
             for chunk, images in encoder.finished():
-                chunk.write(images, encoder.watch, progress)
+                writer.write(chunk, images, encoder.watch, progress)
         for chunk, images in encoder.flush():
-            chunk.write(images, encoder.watch, progress)
+            writer.write(chunk, images, encoder.watch, progress)
+        writer.flush()
         workers.wait_for_all(meanwhile=progress.refresh)
         progress.refresh()
         return output.write_record(workers) if workers.reports else None
@@ -139,8 +142,7 @@ def report(input_file: Path, record: Path, counts: Counts, lengths: Lengths, max
         f"sequences: {lengths}",
         f"longer than {max_seq_len:,} (--max_seq_len): {lengths.longer_than(max_seq_len):,}, kept whole",
         f"images: {counts.tallies['images']:,}",
-        f"time: {time_line(counts, STAGES)}"
-        + (f"; decode {counts.seconds['decode']:.1f} s in the pool" if counts.seconds["decode"] else ""),
+        f"time: {time_line(counts, STAGES, BESIDE)}",
         f"record: {record}",
     ]
     if counts.rejected + counts.failed:

@@ -10,7 +10,6 @@ complete, and removed where a run begins.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,21 +79,10 @@ class TokenOutput(Output):
             )
 
     def prepare(self, workers: Workers) -> None:
-        """Remove records that this run will write anew, and results whose token files are gone.
-
-        Who finds a damaged token file may delete it and run again.
-        """
+        """Remove records that this run will write anew."""
         for path, rank, splits in _records(self.folder):
             if (rank, splits) == workers.share or splits != workers.share[1]:
                 path.unlink(missing_ok=True)
-        results = self.source.results
-        for index in workers.chunk_range(len(self.source.table)):
-            if results.read(index) is None:
-                continue
-            entries = read_entries(results.path(index, _ENTRIES))
-            files = {entry["file"] for entry in (entries if self._as_pickles else islice(entries, 1))}
-            if not all((self.folder / name).exists() for name in files):
-                results.forget(index)
 
     def chunk_files(self, chunk: Chunk, samples: Sequence[TokenSample]) -> dict[Path, bytes]:
         """What is written for a chunk's samples: its token files, and its lines of the record."""

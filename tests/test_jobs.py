@@ -13,9 +13,9 @@ from vistoken.jobs.chunks import Item, chunk_table
 from vistoken.jobs.counts import Counts, Problem, counts_table
 from vistoken.jobs.files import atomic_write, remove_leftovers, run_lock, write_bytes
 from vistoken.jobs.manifest import check_manifest, read_manifest
-from vistoken.jobs.progress import Progress
+from vistoken.jobs.progress import Progress, Stopwatch
 from vistoken.jobs.results import Result, Results
-from vistoken.jobs.run import Output, Source, todo
+from vistoken.jobs.run import Output, Source, Writer, todo
 from vistoken.jobs.workers import FixedRange, OneProcess
 
 PROBLEM = Problem.of(Failed("image not found", "x.png"), Path("a.jsonl"), Item(2, "line 3", b"", {"id": "x"}))
@@ -72,8 +72,8 @@ def test_a_result_is_replaced_whole_or_done_again(tmp_path, monkeypatch):
     payload = results.path(0, ".jsonl")
     results.write(0, Result(counts(3, failed=1), [PROBLEM], {payload: b"two lines"}))
 
-    def killed(path, content):
-        write_bytes(path, content)
+    def killed(path, content, **options):
+        write_bytes(path, content, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vistoken.jobs.results.write_bytes", killed)
@@ -81,6 +81,33 @@ def test_a_result_is_replaced_whole_or_done_again(tmp_path, monkeypatch):
         results.write(0, Result(counts(3), [], {payload: b"three lines"}))
     assert payload.read_bytes() == b"three lines"
     assert results.read(0) is None
+
+
+def test_a_result_whose_files_are_lost_is_none(tmp_path):
+    """As after a power cut, or where somebody deleted a damaged file."""
+    results = Results(tmp_path / "results")
+    elsewhere = tmp_path / "files" / "0.arrow"
+    for lose in (elsewhere.unlink, lambda: elsewhere.write_bytes(b"toke")):
+        results.write(0, Result(counts(3), [], {elsewhere: b"tokens", results.path(0, ".jsonl"): b""}))
+        assert results.read(0) is not None
+        lose()
+        assert results.read(0) is None
+
+
+def test_a_write_that_fails_is_raised_by_the_loop():
+    class Chunk:
+        def write(self, fails):
+            if fails:
+                raise UserError("disk full")
+
+    with Writer(Stopwatch()) as writer:
+        writer.write(Chunk(), True)
+        with pytest.raises(UserError, match="disk full"):
+            for _ in range(10):
+                writer.write(Chunk(), False)
+        writer.write(Chunk(), True)
+        with pytest.raises(UserError, match="disk full"):
+            writer.flush()
 
 
 def test_one_run_at_a_time(tmp_path):

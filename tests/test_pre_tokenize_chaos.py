@@ -44,11 +44,11 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory, chameleon_folder):
-    """23 items with small images, some of them shared, one missing; 12 chunks of 2."""
+    """36 items with small images, some of them shared, one missing; a chunk each."""
     folder = tmp_path_factory.mktemp("data")
     items = []
-    for i in range(23):
-        Image.new("RGB", (64 + i, 80), (11 * i, 200 - 5 * i, 90)).save(folder / f"{i}.png")
+    for i in range(36):
+        Image.new("RGB", (64 + i, 80), (7 * i, 200 - 5 * i, 90)).save(folder / f"{i}.png")
         turns = [
             {"from": "human", "value": f"<|image|> What is in picture {i}?"},
             {"from": "gpt", "value": "<|image|>"},
@@ -56,7 +56,7 @@ def arguments(tmp_path_factory, chameleon_folder):
         items.append({"conversations": turns, "image": [f"{i}.png", "0.png" if i != 5 else "missing.png"]})
     (folder / "data.json").write_text(json.dumps(items))
     flags = {"in_filename": folder / "data.json", "image_dir": folder, "tokenizer_dir": chameleon_folder}
-    flags |= {"target_size": 64, "items_per_file": 2, "batch_size": 4, "max_failed": 0.2, "device": "cpu"}
+    flags |= {"target_size": 64, "items_per_file": 1, "batch_size": 4, "max_failed": 0.2, "device": "cpu"}
     return [f"--{name}={value}" for name, value in flags.items()]
 
 

@@ -19,10 +19,11 @@ from vistoken.errors import Failed, ItemError
 from vistoken.jobs.chunks import Item
 from vistoken.jobs.counts import Counts, counts_table, time_line
 from vistoken.jobs.progress import Progress, Stopwatch
-from vistoken.jobs.run import OpenChunk, Task, todo
+from vistoken.jobs.run import OpenChunk, Task, Writer, todo
 from vistoken.jobs.workers import Workers
 
-STAGES = ("encode", "wait for decode", "write")  # of the thread that feeds the device; "decode" runs beside it
+STAGES = ("encode", "wait for decode", "wait for write")  # of the thread that feeds the device
+BESIDE = ("decode", "write")  # of the threads beside it
 
 
 def run_codebook_inference(
@@ -64,13 +65,15 @@ def run_codebook_inference(
                 on_images=lambda count: progress.count(images=count),
             )
         )
+        writer = held.enter_context(Writer(encoder.watch))
         for task in todo(sources, workers, progress):
             chunk = CodebookChunk(task)
             encoder.add(chunk, chunk.images())
             for chunk, images in encoder.finished():
-                chunk.write(images, encoder.watch, progress)
+                writer.write(chunk, images, encoder.watch, progress)
         for chunk, images in encoder.flush():
-            chunk.write(images, encoder.watch, progress)
+            writer.write(chunk, images, encoder.watch, progress)
+        writer.flush()
         workers.wait_for_all(meanwhile=progress.refresh)
         progress.refresh()
         counts = {output.dataset.name: output.finish() for output in readable} if workers.rank == 0 else {}
@@ -147,7 +150,6 @@ def report(
             lines += [f"  {of_dataset.tallies['images']:,} images encoded ({sizes or 'none'})"]
             if of_dataset.rejected + of_dataset.failed:
                 lines += [f"  what was rejected or failed, and why: {settings.folder(dataset)}/*.rejected.jsonl"]
-    decode = f"decode {total.seconds['decode']:.1f} s in the pool"
-    lines += ["", f"time of the encoding processes, of all runs: {time_line(total, STAGES)}; {decode}"]
+    lines += ["", f"time of the encoding processes, of all runs: {time_line(total, STAGES, BESIDE)}"]
     lines += [f"not done: {message}" for messages in unreadable.values() for message in messages]
     return "\n".join(lines)

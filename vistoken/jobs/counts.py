@@ -119,7 +119,14 @@ def counts_table(counts: Mapping[str, Counts], what: str = "data set") -> str:
     return "\n".join([table(rows), *reasons])
 
 
-def time_line(counts: Counts, stages: Sequence[str]) -> str:
-    """Where the time of the encoding processes went, e.g. `encode 91 %, wait for decode 6 %, write 3 %`."""
+def time_line(counts: Counts, stages: Sequence[str], beside: Sequence[str]) -> str:
+    """Where the time went, e.g. `encode 91%, wait for decode 6%, wait for write 3%; beside it decode 8.1 s`.
+
+    `stages` are of the thread that feeds the device, `beside` those of other threads.
+    """
     spent = sum(counts.seconds[stage] for stage in stages)
-    return ", ".join(f"{stage} {counts.seconds[stage] / spent:.0%}" for stage in stages) if spent else "nothing to do"
+    if not spent:
+        return "nothing to do"
+    shares = ", ".join(f"{stage} {counts.seconds[stage] / spent:.0%}" for stage in stages)
+    others = ", ".join(f"{stage} {counts.seconds[stage]:.1f} s" for stage in beside if counts.seconds[stage])
+    return f"{shares}; beside it {others}" if others else shares

@@ -23,10 +23,11 @@ _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
-def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, sync: bool = True, sync_name: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of `path`; leaving the block gives it the name, an exception removes it.
 
     Without `sync` the file survives a killed process, but a power cut only once the caller has called `os.sync`.
+    Without `sync_name` a power cut may leave the content without its name: then the file is absent, or the former one.
     Raises `UserError` where the disk is full or not writable; nothing is left under the final name. An `OSError` of
     the block that names another file is none of ours: it passes.
     """
@@ -39,7 +40,7 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
             if sync:
                 os.fsync(file.fileno())
         temporary.replace(path)
-        if sync:
+        if sync and sync_name:
             sync_folder(path.parent)
     except OSError as error:
         if error.filename is not None and not temporary.is_relative_to(error.filename):  # a failed write names none
@@ -53,8 +54,8 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
-def write_bytes(path: Path, content: bytes, sync: bool = True) -> None:
-    with atomic_write(path, sync) as file:
+def write_bytes(path: Path, content: bytes, sync: bool = True, sync_name: bool = True) -> None:
+    with atomic_write(path, sync, sync_name) as file:
         file.write(content)
 
 

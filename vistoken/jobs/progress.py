@@ -1,6 +1,7 @@
 """Progress bars: of one process, and one for all workers of a run, on the first."""
 
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ class Progress:
         self._began = time.monotonic()
         self._bar = bar(description, total, disable=not workers.reports, smoothing=0.1)
         self._found = 0
+        self._lock = threading.Lock()  # images are counted in one thread, results in another
 
     def __enter__(self) -> "Progress":
         return self
@@ -61,6 +63,10 @@ class Progress:
     def refresh(self) -> None:
         if self._bar.disable:
             return
+        with self._lock:
+            self._show()
+
+    def _show(self) -> None:
         now = self._workers.totals(self._names)
         elapsed = max(time.monotonic() - self._began, 1e-9)
         shown = {f"{name}/s": f"{now[name] / elapsed:.3g}" for name in self._rates}
@@ -74,13 +80,15 @@ class Progress:
 
 
 class Stopwatch:
-    """Seconds by stage: `with watch("encode"): ...`."""
+    """Seconds by stage, of any thread: `with watch("encode"): ...`."""
 
     def __init__(self) -> None:
         self._seconds: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
     def add(self, stage: str, seconds: float) -> None:
-        self._seconds[stage] += seconds
+        with self._lock:
+            self._seconds[stage] += seconds
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -92,5 +100,6 @@ class Stopwatch:
 
     def take(self) -> Counter[str]:
         """What was measured since the last call."""
-        taken, self._seconds = self._seconds, Counter()
+        with self._lock:
+            taken, self._seconds = self._seconds, Counter()
         return taken

@@ -1,10 +1,13 @@
 """The results of one input's chunks, in a folder: a result is there completely or not at all.
 
-A result is the files that the job wrote for the chunk, then `{chunk}.json`, its entry: the counts of the chunk and its
-problems. The entry is written last and, where a result is replaced, removed first, so it always vouches for the files.
+A result is the files that the job wrote for the chunk, then `{chunk}.json`, its entry: the counts of the chunk, its
+problems, and the names and sizes of the files. The entry is written last and, where a result is replaced, removed
+first, so it vouches for the files. A result of which a power cut took a file is made again, so folders need no sync,
+which is slow on a shared disk.
 """
 
 import hashlib
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,9 +39,12 @@ class Results:
         return self.folder / f"{index:08d}{suffix}"
 
     def read(self, index: int) -> Result | None:
-        """The finished result without its files, or None; a damaged entry is none."""
+        """The finished result without its files, or None; one with a damaged entry or lost files is none."""
         try:
             stored = orjson.loads(self.path(index, ".json").read_bytes())
+            for name, size in stored["files"].items():
+                if (self.folder / name).stat().st_size != size:
+                    return None
         except (FileNotFoundError, orjson.JSONDecodeError):
             return None
         return Result(Counts.from_dict(stored["counts"]), [Problem(**problem) for problem in stored["problems"]])
@@ -48,9 +54,13 @@ class Results:
         result.counts.check(f"{self.folder} chunk {index}")
         self.forget(index)
         for path, content in result.files.items():
-            write_bytes(path, content)
-        entry = {"counts": result.counts.as_dict(), "problems": [asdict(problem) for problem in result.problems]}
-        write_bytes(self.path(index, ".json"), orjson.dumps(entry))
+            write_bytes(path, content, sync_name=False)
+        entry = {
+            "counts": result.counts.as_dict(),
+            "problems": [asdict(problem) for problem in result.problems],
+            "files": {os.path.relpath(path, self.folder): len(content) for path, content in result.files.items()},
+        }
+        write_bytes(self.path(index, ".json"), orjson.dumps(entry), sync_name=False)
 
     def forget(self, index: int) -> None:
         """Have the result made anew, by this run or the next."""

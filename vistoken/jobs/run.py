@@ -4,18 +4,20 @@
         for chunk in todo(sources, workers, progress):
             encoder.add(chunk, images)                 # fills batches across chunks
             for chunk, codes in encoder.finished():
-                chunk.save(...)
+                writer.write(chunk, codes)             # chunk.save(...) in a thread of its own
         ...
         output.finish()
 
 Killing a process anywhere loses only the chunks that are open in it; the next run does these again.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
@@ -24,11 +26,12 @@ from vistoken.jobs.chunks import Chunk, ChunkTable, Item
 from vistoken.jobs.counts import Counts, Problem
 from vistoken.jobs.files import exclusive, remove_leftovers, run_lock, write_bytes
 from vistoken.jobs.manifest import MANIFEST, check_manifest
-from vistoken.jobs.progress import Progress
+from vistoken.jobs.progress import Progress, Stopwatch
 from vistoken.jobs.results import Result, Results, joining
 from vistoken.jobs.workers import Workers
 
 WORK = ".work"  # in an output folder: what a run knows of its chunks
+WRITES_AHEAD = 3  # finished chunks that may wait to be written, in memory
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,41 @@ class OpenChunk:
         counts.seconds.update(seconds)
         self.source.results.write(self.chunk.index, Result(counts, problems, files))
         progress.done(counts)
+
+
+class Writer:
+    """Writes finished chunks in a thread of its own: the thread that feeds the device does not wait for the disk.
+
+    `watch` has the seconds of the thread that hands chunks over and waits ("wait for write").
+    """
+
+    def __init__(self, watch: Stopwatch):
+        self._watch = watch
+        self._pool = ThreadPoolExecutor(1, "write")
+        self._writing: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def write(self, chunk: "Writable", *given: Any) -> None:
+        """Have `chunk.write(*given)` called. Raises what the writing of an earlier chunk raised."""
+        self._writing.append(self._pool.submit(chunk.write, *given))
+        while len(self._writing) > WRITES_AHEAD:
+            with self._watch("wait for write"):
+                self._writing.popleft().result()
+
+    def flush(self) -> None:
+        """Wait until everything is written. Raises what the writing raised."""
+        while self._writing:
+            with self._watch("wait for write"):
+                self._writing.popleft().result()
+
+
+class Writable(Protocol):
+    def write(self, *given: Any) -> None: ...
 
 
 class Output:
