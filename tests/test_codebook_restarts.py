@@ -51,7 +51,7 @@ def tokenizer(tiny_dualvitok):
 @pytest.fixture
 def job(tmp_path, tiny_dualvitok, tokenizer, monkeypatch):
     """`job(*flags)` runs it over two files, in chunks of two lines; `b.png` is missing at first."""
-    monkeypatch.setattr(codebook_output, "CHUNK_ITEMS", 2)
+    monkeypatch.setitem(codebook_output.CHUNK_ITEMS, "cpu", 2)
     monkeypatch.setattr("vision_tokenizer.models.dualvitok.model.load_dualvitok", lambda *args, **options: tokenizer)
     for folder in ("images", "annotations"):
         (tmp_path / folder).mkdir()

@@ -162,6 +162,18 @@ def test_a_chunk_is_handed_out_as_soon_as_it_is_done():
     assert first == "a" and len(prepared) < 100
 
 
+def test_a_fast_device_has_images_decoded_some_seconds_ahead(monkeypatch):
+    monkeypatch.setattr(encoder_module, "MOST_AHEAD", 1500)
+    with Encoder(Recorder(), prepare, batch_size=4, num_workers=1, seconds_ahead=20.0) as encoder:
+        at_first = encoder.window
+        encoder.add("a", [(n, 32) for n in range(40)])
+        assert [chunk for chunk, _ in encoder.flush()] == ["a"]
+        assert at_first < 100 < encoder.window <= 20.0 * 40  # the 40 images count as done in a second at least
+        encoder.add("b", [(n, 32) for n in range(400)])
+        list(encoder.flush())
+        assert encoder.window <= 1500
+
+
 def test_leaving_early_stops_the_pool():
     threads = threading.active_count()
     loop = encode(((n, [(n, 32)]) for n in range(10**6)), Recorder(), prepare, batch_size=2, num_workers=3)

@@ -21,6 +21,7 @@ from vistoken.errors import Failed, ItemError, UserError
 from vistoken.jobs.progress import Stopwatch
 
 CPU_STREAMS = 8  # at most this many batches side by side on a CPU: each has activations of its own
+MOST_AHEAD = 4096  # decoded images in memory: 0.8 GB at 256 x 256
 MAX_OPEN_CHUNKS = 16  # a rare resolution's bucket may hold a chunk back this long, then it is encoded as it is
 
 Ref = TypeVar("Ref", bound=Hashable)  # what names an image, e.g. its path
@@ -177,7 +178,8 @@ class Encoder(Generic[C]):
                 for chunk, images in encoder.finished(): ...
             for chunk, images in encoder.flush(): ...
 
-    Pillow and torch release the interpreter lock while they decode, resize and compute, so threads overlap.
+    Pillow and torch release the interpreter lock while they decode, resize and compute, so threads overlap. Images are
+    decoded so many `seconds_ahead` of a fast device that a few large ones, or a slow disk, do not keep it waiting.
     `watch` has the seconds of this thread ("wait for decode", "encode") and of the pool ("decode").
     """
 
@@ -188,6 +190,7 @@ class Encoder(Generic[C]):
         *,
         batch_size: int,
         num_workers: int,
+        seconds_ahead: float = 0.0,
         on_images: Callable[[int], None] = lambda count: None,
     ):
         self._prepare, self._on_images = prepare, on_images
@@ -195,7 +198,8 @@ class Encoder(Generic[C]):
         self._runner = GpuRunner(tokenizer) if self._pinned else CpuRunner(tokenizer)
         self._batcher = Batcher(batch_size)
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
-        self._window = 2 * (batch_size * self._runner.streams + num_workers)  # images decoded or being decoded, ahead
+        self.window = 2 * (batch_size * self._runner.streams + num_workers)  # images decoded or being decoded, ahead
+        self._seconds_ahead, self._began, self._encoded = seconds_ahead, time.monotonic(), 0
         self._open: deque[_Open[C]] = deque()
         self._queued: deque[tuple[_Open[C], Hashable]] = deque()
         self._decoding: deque[tuple[_Open[C], Hashable, Future]] = deque()
@@ -220,7 +224,7 @@ class Encoder(Generic[C]):
         """Work until another chunk may be added; yield those of which every image is done, codes or error."""
         while self._queued:
             self._decode_ahead()
-            if len(self._decoding) >= self._window:
+            if len(self._decoding) >= self.window:
                 self._fill_one()
                 yield from self._complete()
         if len(self._open) > MAX_OPEN_CHUNKS:
@@ -245,7 +249,7 @@ class Encoder(Generic[C]):
             yield opened.chunk, opened.images
 
     def _decode_ahead(self) -> None:
-        while self._queued and len(self._decoding) < self._window:
+        while self._queued and len(self._decoding) < self.window:
             opened, ref = self._queued.popleft()
             self._decoding.append((opened, ref, self._pool.submit(self._timed_prepare, ref)))
 
@@ -292,6 +296,9 @@ class Encoder(Generic[C]):
             finite = all(grid.min() >= 0 for grid in codes)
             slot.owner.finish(slot.ref, Encoded(codes, slot.info) if finite else _not_finite(slot.ref))
         self._on_images(len(slots))
+        self._encoded += len(slots)
+        rate = self._encoded / max(time.monotonic() - self._began, 1.0)
+        self.window = max(self.window, min(int(rate * self._seconds_ahead), MOST_AHEAD))
 
 
 def _not_finite(ref: Hashable) -> Failed:

@@ -62,6 +62,7 @@ def run_codebook_inference(
                 prepare_image,
                 batch_size=settings.batch_size,
                 num_workers=num_workers,
+                seconds_ahead=2.0 if tokenizer.device.type == "cuda" else 0.0,
                 on_images=lambda count: progress.count(images=count),
             )
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from vision_tokenizer.codebook.output import CHUNK_ITEMS, RATIO
+from vision_tokenizer.codebook.output import RATIO
 from vision_tokenizer.codebook.read import Output, Place, parse_line, read_lines
 from vision_tokenizer.images.anchors import crop_share, ratio_tag
 from vision_tokenizer.review.issues import Issues, Reservoir
@@ -23,6 +23,7 @@ from vistoken.jobs.chunks import ChunkTable, Item, chunk_table
 from vistoken.jobs.counts import SUMMARY, Counts
 from vistoken.jobs.files import sha256_of
 
+CHUNK_ITEMS = 512  # read at a time
 LOOK_AHEAD = 256  # items among which we look for the one that an output line belongs to
 
 
