@@ -18,7 +18,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import REPO, describe_machine, make_images, matrix_rate, measure_command
+from measure import (
+    REPO,
+    Clock,
+    Rates,
+    best_by_turns,
+    describe_machine,
+    make_images,
+    matrix_rate,
+    measure_command,
+    print_report,
+)
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,7 +42,6 @@ from vision_tokenizer.models.dualvitok.model import DualViTok, load_dualvitok
 from vision_tokenizer.models.dualvitok.untrained import main as write_untrained
 from vistoken.cli import command_parser
 from vistoken.device import default_batch_size, default_workers, local_device
-from vistoken.jobs.counts import table
 from vistoken.jobs.workers import OneProcess
 
 CONFIGS = {
@@ -77,34 +86,33 @@ def write_dataset(base: Path, images: Path, lines: list[list[str]]) -> Path:
     return base / "meta.json"
 
 
-def one_by_one(model: DualViTok, images: list[Path], kind: str, resolution: int) -> float:
-    """Images/s of a plain loop: read, resize, encode a batch of one, collect the codes."""
-    began = time.perf_counter()
+def one_by_one(model: DualViTok, images: list[Path], kind: str, resolution: int) -> Rates:
+    """A plain loop: read, resize, encode a batch of one, collect the codes."""
+    clock = Clock()
     for path in images:
         pixels, _ = prepare(path, anchors(kind, resolution), 0.2)
         codes = model.encode(normalize(pixels[None].to(model.device)))
         json.dumps([grid.tolist() for grid in codes])
-    return len(images) / (time.perf_counter() - began)
+    return clock.rates(len(images))
 
 
-def run_job(model: DualViTok, settings: Settings, images: list[Path], scratch: Path) -> tuple[float, dict]:
-    """Images/s of the whole job, and seconds by stage."""
+def run_job(model: DualViTok, settings: Settings, images: list[Path], scratch: Path, seconds: dict) -> Rates:
+    """The whole job. `seconds` is told by stage where the time went, of the last turn."""
     base = scratch / f"job-{time.monotonic_ns()}"
     data_config = write_dataset(base, images[0].parent, [[path.name] for path in images])
-    began = time.perf_counter()
+    clock = Clock()
     counts, _ = run_codebook_inference(
         read_data_config(data_config), model, settings, OneProcess(), num_workers=default_workers()
     )
-    rate = len(images) / (time.perf_counter() - began)
+    rates = clock.rates(len(images))
     if counts["bench"].done != len(images):
         raise SystemExit(f"only {counts['bench'].done} of {len(images)} images were encoded")
-    return rate, counts["bench"].seconds
+    seconds.update(counts["bench"].seconds)
+    return rates
 
 
 def bench_mode(model: DualViTok, config: Path, mode: str, args: argparse.Namespace, count: int, scratch: Path) -> dict:
-    """The job and the plain loop on the same images with the same model, by turns, the best of each: other work on the
-    machine comes and goes.
-    """
+    """The job and the plain loop on the same images with the same model, and the matrix rate around them."""
     kind, resolution = MODES[mode]
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.dtype, "tf32" if model.tf32 else "fp32")
     ratio = 1.0 if kind == "fixed" else 1.5
@@ -119,13 +127,14 @@ def bench_mode(model: DualViTok, config: Path, mode: str, args: argparse.Namespa
     model.encode(warm[:1].to(model.device))
     if model.device.type == "cuda":
         torch.cuda.synchronize()
-    job, loop, rate, seconds = 0.0, 0.0, matrix_rate(model.device, dtype), {}
-    for _ in range(args.turns):
-        found = run_job(model, settings, files, scratch)
-        job, seconds = max((job, seconds), found, key=lambda one: one[0])
-        loop = max(loop, one_by_one(model, files[: max(4, count // 4)], kind, resolution))
-        rate = max(rate, matrix_rate(model.device, dtype))
-    flop = flop_per_image(config, *pixels.shape[1:])
+    rate, seconds = matrix_rate(model.device, dtype), {}
+    (job, _), (loop, _), (matrix, _) = best_by_turns(
+        args.turns,
+        lambda turn: run_job(model, settings, files, scratch, seconds),
+        lambda turn: one_by_one(model, files[: max(4, count // 4)], kind, resolution),
+        lambda turn: Rates(matrix_rate(model.device, dtype), 0),
+    )
+    rate, flop = max(rate, matrix), flop_per_image(config, *pixels.shape[1:])
     return {
         "mode": f"{mode} ({pixels.shape[1]} x {pixels.shape[2]})",
         "dtype": dtype,
@@ -197,8 +206,7 @@ def main() -> None:
         if small.exists():
             report["process"] = bench_process(small, args, scratch)
     shown = ["model", "mode", "dtype", "images", "job_images_s", "one_by_one_images_s", "ratio", "share_of_matrix_rate"]
-    print(table([shown, *[[row[key] for key in shown] for row in rows]]))
-    print(json.dumps({**report, "runs": rows}))
+    print_report(report, rows, shown)
 
 
 if __name__ == "__main__":

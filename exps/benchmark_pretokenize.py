@@ -21,11 +21,19 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from measure import REPO, describe_machine, make_images, measure_command
+from measure import (
+    REPO,
+    Clock,
+    Rates,
+    best_by_turns,
+    describe_machine,
+    make_images,
+    measure_command,
+    print_report,
+)
 
 from pre_tokenize.chameleon import ChameleonFormat, Settings, load_tokenizers, make_encoder, make_manifest
 from pre_tokenize.conversation import parse_conversation
@@ -42,7 +50,6 @@ from vision_tokenizer.models.chameleon.vocabulary import ChameleonVocabulary
 from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN
 from vistoken.cli import command_parser
 from vistoken.device import default_batch_size, default_workers, local_device
-from vistoken.jobs.counts import table
 from vistoken.jobs.workers import OneProcess
 
 WORDS = (REPO / "LICENSE").read_text().split()
@@ -75,28 +82,10 @@ def write_items(path: Path, items: Iterable[dict]) -> Path:
     return path
 
 
-class Rates(NamedTuple):
-    """Items per second that passed, and per second of this process's CPU time, which other processes disturb less."""
-
-    wall: float
-    cpu: float
-
-    def best(self, other: "Rates") -> "Rates":
-        return Rates(max(self.wall, other.wall), max(self.cpu, other.cpu))
-
-
-class Clock:
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-
-    def rates(self, items: int) -> Rates:
-        return Rates(items / (time.perf_counter() - self._wall), items / (time.process_time() - self._cpu))
-
-
 def one_by_one(data: Path, out: Path, text: TextTokenizer, vqgan: ChameleonVQGAN) -> Rates:
     """A plain loop: each image alone through the model, each text alone, one pickle an item."""
     vocabulary, sizes = ChameleonVocabulary(text.ids, str(text.path)), crop_sizes(512)
-    out.mkdir()
+    out.mkdir(parents=True)
     items = json.loads(data.read_text())
     clock = Clock()
     for number, item in enumerate(items):
@@ -140,10 +129,12 @@ def bench_job(name: str, tokenizers: Path, args: argparse.Namespace, scratch: Pa
         vqgan.encode(torch.zeros(count, 3, 512, 512, device=device))  # warm
     for case, of_item in cases.items():
         data = write_items(scratch / f"{name} {case}.json", (conversation(rng, image) for image in of_item))
-        ours = loop = Rates(0, 0)
-        for turn in range(2):  # by turns, the best of each: other work on the machine comes and goes
-            ours = ours.best(job(data, scratch / f"job {name} {case} {turn}", text, vqgan, settings))
-            loop = loop.best(one_by_one(data, scratch / f"loop {name} {case} {turn}", text, vqgan))
+        made = scratch / f"{name} {case}"
+        ours, loop = best_by_turns(
+            2,
+            lambda turn, data=data, made=made: job(data, made / f"job {turn}", text, vqgan, settings),
+            lambda turn, data=data, made=made: one_by_one(data, made / f"loop {turn}", text, vqgan),
+        )
         yield {
             "model": name,
             "case": case,
@@ -266,8 +257,7 @@ def main() -> None:
         report["bytes_per_token_with_image"] = bench_long_sequences(scratch)
         shutil.rmtree(scratch / "million")
         report["memory"] = bench_memory(scratch / args.models[0], args, scratch)
-    print(table([list(rows[0]), *[list(row.values()) for row in rows]]))
-    print(json.dumps(report | {"runs": rows}))
+    print_report(report, rows, list(rows[0]))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""What the benchmarks share: commands as processes, photographs, the matrix rate, and the machine in words."""
+"""What the benchmarks share: two sides by turns, commands as processes, photographs, the matrix rate, the report."""
 
+import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
+
+from vistoken.jobs.counts import table
 
 REPO = Path(__file__).parents[1]
 PHOTOS = REPO / "configs/data_configs/train_data_examples/examples_generation/images"
@@ -70,6 +74,38 @@ def timed(work: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+class Rates(NamedTuple):
+    """Items per second that passed, and per second of this process's CPU time, which other processes disturb less."""
+
+    wall: float
+    cpu: float
+
+
+class Clock:
+    """Starts when it is made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def rates(self, items: int) -> Rates:
+        return Rates(items / (time.perf_counter() - self._wall), items / (time.process_time() - self._cpu))
+
+
+def best_by_turns(turns: int, *sides: Callable[[int], Rates]) -> list[Rates]:
+    """The best rates of each side, of `turns` runs by turns: other work on the machine comes and goes.
+
+    A side is given the number of the turn.
+    """
+    runs = [[side(turn) for side in sides] for turn in range(turns)]
+    return [Rates(max(run.wall for run in side), max(run.cpu for run in side)) for side in zip(*runs, strict=True)]
+
+
+def print_report(report: dict, rows: list[dict], columns: Sequence[str]) -> None:
+    """`columns` of all rows as a table, then everything as one line of JSON."""
+    print(table([columns, *[[row[column] for column in columns] for row in rows]]))
+    print(json.dumps({**report, "runs": rows}))
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
