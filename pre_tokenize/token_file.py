@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
 )
 IGNORE = -100  # the label of what is not learned
 MAKE_ANEW = "Run pre_tokenize.py again: it makes token files that are gone anew."
-_OPEN_SHARDS = 8192  # kept mapped at a time: a mapping needs no open file, and Linux grants a process 65,530
+OPEN_SHARDS = 8192  # kept mapped at a time: a mapping needs no open file, and Linux grants a process 65,530
 
 
 class TokenSample(NamedTuple):
@@ -101,7 +101,7 @@ class TokenFiles(Sequence[TokenSample]):
         number = int(self.record.file_numbers[index])
         if number not in self._shards:
             self._shards[number] = _Shard(self.record.file(index))
-            if len(self._shards) > _OPEN_SHARDS:
+            if len(self._shards) > OPEN_SHARDS:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)
         return self._shards[number]

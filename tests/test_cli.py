@@ -65,6 +65,7 @@ def test_an_interrupted_command_says_whether_it_can_go_on(capsys, resumes, said)
     assert capsys.readouterr().err.startswith(said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", ["1", "01"])
 def test_torchruns_last_lines_tell_it_whichever_process_failed(tmp_path, failing):
     done = launch(tmp_path, failing, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")

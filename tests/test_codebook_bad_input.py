@@ -161,6 +161,7 @@ def test_every_kind_of_image_file(tmp_path, photo, golden, run):
     assert done["anim.webp"] == done["first.webp"]
 
 
+@pytest.mark.slow
 def test_absolute_names_and_pillows_remarks(tmp_path, photo, dualvitok_config, dualvitok_checkpoint):
     """As the document has it: image_dir is given from vision_tokenizer/, with a `..`."""
     clear = photo.convert("P")

@@ -19,10 +19,10 @@ DATASETS = ("generation", "editing")
     ("tag", "flags"),
     [
         ("fixed_256", ("--resolution_type", "fixed", "--resolution", "256")),
-        ("fixed_512", ("--resolution_type", "fixed", "--resolution", "512")),
-        ("fixed_anchors", ("--resolution_type", "fixed_anchors")),
+        pytest.param("fixed_512", ("--resolution_type", "fixed", "--resolution", "512"), marks=pytest.mark.slow),
+        pytest.param("fixed_anchors", ("--resolution_type", "fixed_anchors"), marks=pytest.mark.slow),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["fixed_256", "fixed_512", "fixed_anchors"],
 )
 def test_every_code_equals_the_reference(tag, flags, tmp_path, golden, dualvitok_config, dualvitok_checkpoint):
     entries = {

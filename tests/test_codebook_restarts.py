@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -27,20 +27,37 @@ class Killed(BaseException):
     pass
 
 
-def kill_after(monkeypatch, steps: int) -> None:
-    """Let `steps` files come and go, then none at all."""
-    done = count()
+class Death:
+    """Lets `steps` files below a folder come and go, then none at all: from there on each try raises `Killed`.
 
-    def counted(step):
-        def counted_step(*args, **options):
-            if next(done) >= steps:
-                raise Killed
-            return step(*args, **options)
+    It listens to the interpreter's own audit events, so nothing is patched and files elsewhere are nobody's business.
+    """
 
-        return counted_step
+    STEPS = ("os.rename", "os.remove", "shutil.rmtree")
 
-    for owner, name in ((Path, "replace"), (Path, "unlink"), (shutil, "rmtree")):
-        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    def __init__(self) -> None:
+        self.folder, self.steps = "", None
+        sys.addaudithook(self._strike)
+
+    def _strike(self, event: str, arguments: tuple) -> None:
+        if self.steps is None or event not in self.STEPS or not os.fspath(arguments[0]).startswith(self.folder):
+            return
+        if self.steps == 0:
+            raise Killed
+        self.steps -= 1
+
+    @contextmanager
+    def after(self, steps: int, folder: Path) -> Iterator[None]:
+        self.folder, self.steps = str(folder), steps
+        try:
+            yield
+        finally:
+            self.steps = None
+
+
+@pytest.fixture(scope="session")
+def death() -> Death:
+    return Death()  # a hook stays for as long as the interpreter does
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +83,18 @@ def job(tmp_path, tiny_dualvitok, tokenizer, monkeypatch):
     return lambda *flags: run_here(*tiny_dualvitok, config, *TINY, *flags)
 
 
-def killed_everywhere(monkeypatch, prepare, run) -> Iterator[int]:
+def killed_everywhere(death: Death, folder: Path, prepare, run) -> Iterator[int]:
     """Call `prepare()`, then `run()`, which is killed one step later each time, until it comes to its end."""
     for steps in count():
         prepare()
-        with monkeypatch.context() as patch, suppress(Killed):
-            kill_after(patch, steps)
+        with suppress(Killed), death.after(steps, folder):
             run()
             return
         yield steps
 
 
-def test_a_retry_killed_at_every_step_ends_in_the_same_bytes(job, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_retry_killed_at_every_step_ends_in_the_same_bytes(job, tmp_path, death):
     def some_failed():
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         (tmp_path / "images" / "b.png").unlink(missing_ok=True)
@@ -88,14 +105,18 @@ def test_a_retry_killed_at_every_step_ends_in_the_same_bytes(job, tmp_path, monk
     job()
     uninterrupted = output_bytes(tmp_path / "out")
     assert len(read_lines(tmp_path / "out/jsonl_after_tokenizer/dualvitok/fixed_32/0.jsonl")) == 3
-    for _ in killed_everywhere(monkeypatch, some_failed, job):
+    deaths = 0
+    for _ in killed_everywhere(death, tmp_path / "out", some_failed, job):
+        deaths += 1
         job()
         assert output_bytes(tmp_path / "out") == uninterrupted
         assert not list((tmp_path / "out").rglob("*.tmp"))
         assert not list((tmp_path / "out").rglob(".work/*/*"))  # nothing is left to retry
+    assert deaths > 10
 
 
-def test_beginning_anew_killed_at_every_step_never_mixes_settings(job, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_beginning_anew_killed_at_every_step_never_mixes_settings(job, tmp_path, death):
     Image.new("RGB", (40, 48), "red").save(tmp_path / "images" / "b.png")
     other = ("--crop_percent_thresh", "0.1")  # rejects what the former settings encode
     job("--overwrite", *other)
@@ -109,7 +130,9 @@ def test_beginning_anew_killed_at_every_step_never_mixes_settings(job, tmp_path,
         job()
         hidden.rename(tmp_path / "images" / "b.png")
 
-    for _ in killed_everywhere(monkeypatch, unfinished, lambda: job("--overwrite", *other)):
+    deaths = 0
+    for _ in killed_everywhere(death, tmp_path / "out", unfinished, lambda: job("--overwrite", *other)):
+        deaths += 1
         try:
             job(*other)  # without --overwrite: goes on with the new settings, or is refused
             assert output_bytes(tmp_path / "out") == anew
@@ -117,6 +140,7 @@ def test_beginning_anew_killed_at_every_step_never_mixes_settings(job, tmp_path,
             assert "crop_percent_thresh" in str(error)
             job()
             assert output_bytes(tmp_path / "out") == former
+    assert deaths > 10
 
 
 def test_what_a_killed_process_left_is_removed(job, tmp_path):
@@ -237,6 +261,7 @@ def test_an_output_folder_that_cannot_be_made(job, tmp_path, capsys):
     assert "cannot write (Not a directory)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ranks_that_see_different_work_are_refused():
     rank = (
         "import sys; from vistoken.errors import UserError; from vistoken.jobs.workers import launched_workers\n"

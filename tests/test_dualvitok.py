@@ -125,6 +125,7 @@ def test_other_dtypes(dtype, agreement, tokenizer, batch, dualvitok_config, dual
         assert (wanted == found).float().mean() >= agreement
 
 
+@pytest.mark.slow
 def test_compiled_every_resolution_has_kernels_of_its_own(tiny_dualvitok, monkeypatch):
     """Kernels for any size, which torch makes from the second size on, would make codes depend on the order."""
     counter = CompileCounter()

@@ -189,6 +189,7 @@ def final_files(folder):
     return {path.name: path.read_bytes() for name in names for path in sorted(folder.glob(name))}
 
 
+@pytest.mark.slow
 def test_splits_and_torchrun_give_what_one_process_gives(tokenize, tmp_path, tokenizer_dir):
     lines = golden_lines(*ALL)
     assert tokenize(lines, out="one") == 0

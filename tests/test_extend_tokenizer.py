@@ -22,6 +22,7 @@ def vocabulary(folder):
     return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
 
 
+@pytest.mark.slow
 def test_the_published_words_in_the_published_order(tmp_path, capsys):
     """All 131,111 of them, in seconds."""
     source = write_tokenizer(tmp_path / "original")

@@ -121,6 +121,7 @@ def test_a_batch_of_text_takes_no_number_from_the_tower():
     assert model.embed(batch("text")).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["base", "anyres"])
 def test_four_images_each_with_its_own_features_and_gradient(variant):
     """Images in questions and answers alike; moving one image's pixels moves only what comes after it."""

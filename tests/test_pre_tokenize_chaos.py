@@ -15,6 +15,7 @@ from PIL import Image
 
 from pre_tokenize import concat_record
 
+pytestmark = pytest.mark.slow
 REPO = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 

@@ -25,14 +25,11 @@ SECTIONS = ["gallery", "resolutions", "codebook-semantic", "codebook-pixel", "le
 def previewed(tmp_path_factory, golden, tiny_dualvitok):
     """(folder of the report, arguments that made it)."""
     base = tmp_path_factory.mktemp("previewed")
-    sets = {
-        name: dataset(base / name, golden / "images", golden / "codebook" / name / "annotations")
-        for name in ("generation", "editing")
-    }
-    config = write_config(base / "meta.json", **sets)
+    editing = dataset(base / "editing", golden / "images", golden / "codebook" / "editing" / "annotations")
+    config = write_config(base / "meta.json", editing=editing)
     run_here(*tiny_dualvitok, config, "--max_failed", "1")
     model = ["--model_config", str(tiny_dualvitok[0]), "--tokenizer_checkpoint", str(tiny_dualvitok[1])]
-    arguments = ["--data_config", str(config), *model, "--device", "cpu", "--sample", "5"]
+    arguments = ["--data_config", str(config), *model, "--device", "cpu", "--sample", "2"]
     more = ["--out_dir", str(base / "report"), "--note", "Untrained <weights>."]
     assert main([*arguments, *more]) == 0
     return base / "report", arguments
@@ -47,13 +44,13 @@ def test_the_report_is_one_file_with_all_its_parts(previewed):
     page = parse(html)
     assert section_names(html) == SECTIONS
     gallery = pairs(page)
-    assert len(gallery) == 5
+    assert len(gallery) == 2
     for pair in gallery:
         name = pair.findtext(".//b")
         assert shown(pair) == [f"original: {name}", f"decoded: {name}"]
     assert text_of(page.find(".//p[@id='note']")) == "Untrained <weights>."
     assert not re.search(r'(src|href)="(?!data:)|@import|url\(|<script', html)  # nothing comes from elsewhere
-    assert facts(page)["items"] == "19" and facts(page)["images"] == "22"
+    assert facts(page)["items"] == "3" and facts(page)["images"] == "6"
 
 
 def test_numbers_are_those_of_the_lines(previewed):
@@ -76,7 +73,7 @@ def test_numbers_are_those_of_the_lines(previewed):
 
 def test_a_picture_for_terminals(previewed):
     with Image.open(previewed[0] / "contact_sheet.png") as sheet:
-        assert sheet.width > 1000 and len(sheet.convert("RGB").getcolors(1 << 24)) > 1000
+        assert sheet.width > 900 and len(sheet.convert("RGB").getcolors(1 << 24)) > 1000
 
 
 def test_characters_that_no_font_has_are_told_from_those_it_has():
@@ -87,6 +84,7 @@ def test_characters_that_no_font_has_are_told_from_those_it_has():
     assert found is None or not missing(ImageFont.truetype(found, 13), "猫")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_browser_finds_every_part_and_shows_both_themes(previewed, tmp_path):
     page = previewed[0] / "report.html"
@@ -109,7 +107,7 @@ def test_originals_that_are_gone_are_said_to_be(previewed, tmp_path, golden):
     arguments = [
         str(base / "moved.json") if argument == str(base / "meta.json") else argument for argument in arguments
     ]
-    assert main([*arguments, "--sample", "2", "--out_dir", str(tmp_path / "report")]) == 0
+    assert main([*arguments, "--out_dir", str(tmp_path / "report")]) == 0
     gone = pairs(parse(report(tmp_path / "report")))
     assert [shown(pair) for pair in gone] == [[f"decoded: {pair.findtext('.//b')}"] for pair in gone]
     assert len(gone) == 2 and all("original not found" in text_of(pair) for pair in gone)

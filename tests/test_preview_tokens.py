@@ -79,6 +79,7 @@ def test_lengths_are_those_of_the_record(previewed):
     assert found["tokens"] == f"{sum(lengths):,}" and found["longest"] == f"{max(lengths):,}"
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_browser_finds_every_part_and_shows_both_themes(previewed, tmp_path):
     page = previewed[0] / "report" / "report.html"

@@ -59,6 +59,7 @@ def assert_curve(found, expected, rel):
             assert one[name] == pytest.approx(other[name], rel=rel), (one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["base", "anyres"])
 def test_stage2_trajectory(tmp_path, model, images, variant):
     found = train(model, images, tmp_path, variant=variant, checkpointing=True)
@@ -67,6 +68,7 @@ def test_stage2_trajectory(tmp_path, model, images, variant):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(tmp_path, model, images):
     """Accumulating too; in each first batch one process has text only, the other an image."""
     settings = {"batch_size": 1, "global_batch_size": 4, "num_workers": 1, "data_parallel": "sdp"}
@@ -77,6 +79,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path, model, images):
     assert "in [[ ]]" in output and "step 5/5" in output
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_a_run_goes_on_as_if_nothing_had_happened(tmp_path, model, text):
     """Dropout included: the same losses to the last bit."""
     whole = train(model, text, tmp_path / "whole", **TEXT, dropout=0.1)
@@ -93,6 +96,7 @@ def test_killed_at_any_point_a_run_goes_on_as_if_nothing_had_happened(tmp_path, 
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, model, text):
     whole = train(model, text, tmp_path / "whole", **TEXT)
     train(model, text, tmp_path / "parts", **TEXT, max_steps=5)
@@ -102,6 +106,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, model, text):
     assert_curve(metrics(tmp_path / "parts"), whole, 1e-5)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_pruned_and_a_half_written_one_is_ignored(tmp_path, model, text):
     train(model, text, tmp_path, **TEXT)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -119,6 +124,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, model, text):
         train(model, text, tmp_path, **TEXT)
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_on_one_process_ends_all_and_its_reason_is_told(tmp_path, model, text):
     """A token file that vanishes while training."""
     copy = tmp_path / "text"
@@ -210,6 +216,7 @@ def test_stage1s_output_is_stage2s_input(stage1, images, tmp_path, capsys):
     assert (config.hidden_size, config.vocab_size) == (64, 10343)
 
 
+@pytest.mark.slow
 def test_sharded_and_bin_folders_and_what_releases_carry_along(tmp_path, model, text):
     """The golden weights as .bin shards with an image tokenizer in between give the same first step."""
     folder = tmp_path / "bin"
@@ -235,6 +242,7 @@ def test_a_large_model_is_saved_in_shards_that_load_again(tmp_path, model, text,
     assert len(one) == 2 and len(again) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 def test_other_precisions_learn(tmp_path, model, text, precision):
     found = train(model, text, tmp_path, **TEXT, precision=precision, data_parallel="sdp")
@@ -252,6 +260,7 @@ def test_a_number_that_is_none_stops_the_run_and_names_the_samples(tmp_path, mod
         train(broken, text, tmp_path / "output", **TEXT)
 
 
+@pytest.mark.slow
 def test_too_many_unusable_samples_stop_the_run(tmp_path, model, monkeypatch):
     """A few are replaced and logged."""
     samples = text_samples(20)

@@ -70,6 +70,7 @@ def test_the_loss_is_transformers_own(model, checkpointing):
     assert sums[0].item() == pytest.approx(loss.item())
 
 
+@pytest.mark.slow
 def test_one_process_or_two_it_learns_and_transformers_loads_the_result(tmp_path, model, data):
     whole = train(model, data, tmp_path / "one", **LM, lr=1e-2)
     assert sum(step["c_loss"] for step in whole[-4:]) < 0.9 * sum(step["c_loss"] for step in whole[:4])
@@ -118,6 +119,7 @@ def test_embeddings_grow_for_an_extended_tokenizer(tmp_path, model, data):
     assert grown[len(before) :].std(0).min() > 0, "no two new words start alike"
 
 
+@pytest.mark.slow
 def test_codes_of_images_to_a_trained_model(tmp_path, capsys):
     """Lines of codebook inference, pre-tokenized, trained on, loaded again: the way of the ILLUME document."""
     tokenizer = extended_tokenizer(tmp_path)

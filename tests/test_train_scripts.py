@@ -108,6 +108,7 @@ def test_a_recipe_takes_the_environment_and_flags(tmp_path):
     assert launcher[launcher.index("--nnodes") + 1] == "2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*RECIPES, "ILLUME-lm.sh"])
 def test_a_recipe_without_a_gpu_says_how_to_do_without(tmp_path, name):
     environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -133,6 +134,7 @@ def test_shipped_data_configs_are_well_formed(path, tmp_path):
     assert len(read_data_config(copy)) == len(content["META"])
 
 
+@pytest.mark.slow
 def test_smoke_train(tmp_path):
     record = write_record(tmp_path / "tokens", golden_samples(("caption", "text")))
     environment = {
@@ -184,6 +186,7 @@ except SystemExit:
     assert "--output_dir" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_the_command_with_a_message_and_code_2(tmp_path):
     done = subprocess.run(
         [sys.executable, train_command.__file__, "--init_from", "nowhere", "--data_config", "x", "--output_dir", "y"],

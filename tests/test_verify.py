@@ -10,12 +10,12 @@ from codebook_job import dataset, read_lines, run_here, write_config
 from vision_tokenizer.tokenizer.verify_codebook import main
 from vistoken.errors import UserError
 
-FIXED = ("--resolution_type", "fixed", "--resolution", "256")
+FIXED = ("--resolution_type", "fixed", "--resolution", "128")
 
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory, golden, dualvitok_config, dualvitok_checkpoint) -> Path:
-    """Folder with the data config and the codes of the golden data sets at 256."""
+    """Folder with the data config and the codes of the golden data sets at 128."""
     base = tmp_path_factory.mktemp("encoded")
     for name in ("generation", "editing"):
         shutil.copytree(golden / "codebook" / name / "annotations", base / name / "annotations")
@@ -45,7 +45,7 @@ def verify(output: Path, *more) -> int:
 
 
 def codes(output: Path, name: str = "0000.jsonl") -> Path:
-    return output / "jsonl_after_tokenizer" / "dualvitok" / "fixed_256" / name
+    return output / "jsonl_after_tokenizer" / "dualvitok" / "fixed_128" / name
 
 
 def rewrite(path: Path, change) -> None:
@@ -58,12 +58,12 @@ def test_a_sound_output_passes_and_every_code_is_equal(encoded, dualvitok_config
     arguments = ["--data_config", encoded / "meta.json", *FIXED, "--device", "cpu", *model]
     assert main([str(argument) for argument in arguments]) == 0
     said = capsys.readouterr().out
-    written = sum(
-        len(item["image_sizes"]) for path in encoded.rglob("fixed_256/000?.jsonl") for item in read_lines(path)
-    )
-    assert f"{written} images with codes" in said and f"{written} images encoded again" in said
-    assert f"semantic: 100.0000% of {written * 81:,} codes equal\n" in said
-    assert f"pixel: 100.0000% of {written * 256:,} codes equal\n" in said
+    items = [item for path in encoded.rglob("fixed_128/000?.jsonl") for item in read_lines(path)]
+    images = [image for item in items for image in item["image_embed_inds"]]
+    assert f"{len(images)} images with codes" in said and f"{len(images)} images encoded again" in said
+    for number, branch in enumerate(("semantic", "pixel")):
+        count = sum(len(row) for image in images for row in image[number])
+        assert f"{branch}: 100.0000% of {count:,} codes equal\n" in said
     assert "no issues" in said
 
 
@@ -106,43 +106,60 @@ def test_swapped_files_are_found(output, capsys):
     assert "line of no item" in said and "item lost" in said
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda lines: [*lines, lines[-1]], "line of no item: 1"),
-        (lambda lines: [lines[1], lines[0], *lines[2:]], "item lost: 1"),
-        (lambda lines: [lines[0].replace(b"picture", b"pictures"), *lines[1:]], "item lost: 1"),
-        (lambda lines: [lines[0][:-200] + b"\n", *lines[1:]], "not JSON: 1"),
-        (
-            lambda lines: [lines[0].replace(b'"matched_ratios":[[256,', b'"matched_ratios":[[512,'), *lines[1:]],
-            "wrong anchor: 1",
-        ),
-        (lambda lines: [lines[0].replace(b"]],[[", b"],[1],[2]],[[", 1), *lines[1:]], "wrong shape: 1"),
-        (lambda lines: [lines[0].replace(b"]]]],", b",1]]]],", 1), *lines[1:]], "wrong shape: 1"),
-        (lambda lines: [lines[0].replace(b"[[[[", b"[[[[1.5,", 1).replace(b",", b"", 0), *lines[1:]], "wrong shape: 1"),
-        (lambda lines: [lines[0].replace(b'"image_embed_inds"', b'"embed_inds"'), *lines[1:]], "fields missing: 1"),
-        (lambda lines: [_first_code(lines[0], b"2048"), *lines[1:]], "code out of range: 1"),
-        (lambda lines: [_first_code(lines[0], b"-1"), *lines[1:]], "code out of range: 1"),
-        (lambda lines: [_first_code(lines[0], b"1.5"), *lines[1:]], "wrong type: 1"),
-    ],
-)
-def test_damage_to_a_line_is_told(output, capsys, change, said):
+def first_line(change):
+    """A change to a file's first line, which must really change it."""
+
+    def changed(lines: list[bytes]) -> list[bytes]:
+        line = change(lines[0])
+        assert line != lines[0]
+        return [line, *lines[1:]]
+
+    return changed
+
+
+def replaced(old: bytes, new: bytes):
+    return first_line(lambda line: line.replace(old, new, 1))
+
+
+def first_code(value: bytes):
+    """The first code of the first image is now `value`."""
+
+    def changed(line: bytes) -> bytes:
+        start = line.index(b"[[[[") + 4
+        return line[:start] + value + line[line.index(b",", start) :]
+
+    return first_line(changed)
+
+
+DAMAGES = {  # what is done to a file of codes -> how, and the issue that it is
+    "a line twice": (lambda lines: [*lines, lines[-1]], "line of no item: 1"),
+    "two lines swapped": (lambda lines: [lines[1], lines[0], *lines[2:]], "item lost: 1"),
+    "another annotation": (replaced(b"picture", b"pictures"), "item lost: 1"),
+    "a line cut off": (first_line(lambda line: line[:-200] + b"\n"), "not JSON: 1"),
+    "another anchor": (replaced(b'"matched_ratios":[[128,', b'"matched_ratios":[[512,'), "wrong anchor: 1"),
+    "rows too many": (replaced(b"]],[[", b"],[1],[2]],[["), "wrong shape: 1"),
+    "the first row too long": (replaced(b"[[[[", b"[[[[1,"), "wrong shape: 1"),
+    "the last row too long": (replaced(b"]]]],", b",1]]]],"), "wrong shape: 1"),
+    "a field under another name": (replaced(b'"image_embed_inds"', b'"embed_inds"'), "fields missing: 1"),
+    "a code too large": (first_code(b"2048"), "code out of range: 1"),
+    "a code below zero": (first_code(b"-1"), "code out of range: 1"),
+    "a code that is no integer": (first_code(b"1.5"), "wrong type: 1"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_damage_to_a_file_of_codes_is_told(output, capsys, change, said):
     rewrite(codes(output), change)
     assert verify(output) == 1
     found = capsys.readouterr().out
     assert said in found and "0000.jsonl" in found
 
 
-def _first_code(line: bytes, value: bytes) -> bytes:
-    start = line.index(b"[[[[") + 4
-    return line[:start] + value + line[line.index(b",", start) :]
-
-
 def test_other_files_are_told(output, capsys):
     folder = codes(output).parent
     shutil.copy(codes(output), folder / "0007.jsonl")
     codes(output, "0001.jsonl").unlink()
-    statistics = output / "jsonl_after_tokenizer" / "fixed_256_data_statistic.json"
+    statistics = output / "jsonl_after_tokenizer" / "fixed_128_data_statistic.json"
     statistics.write_text("{}")
     (output / "annotations" / "0000.jsonl").open("a").write("\n")
     assert verify(output) == 1
