@@ -68,6 +68,7 @@ class ChameleonFormat:
         text.forbid(vocabulary.image_ids)
         self.codebook_sizes = (len(vocabulary.image_ids),)
         self.vocab_size = vocabulary.size
+        self.known_ids = sorted(text.ids.values())
         self.turn_end = vocabulary.end_of_turn
         self.names = {vocabulary.begin: "start", self.turn_end: "end of turn"}
         self.text = text.decode

@@ -45,6 +45,7 @@ class DualViTokFormat:
         text.forbid(vocabulary.image_ids)
         self.codebook_sizes = vocabulary.codebook_sizes
         self.vocab_size = text.size
+        self.known_ids = sorted(text.ids.values())
         if missing := [name for name in (TURN_START, TURN_END) if name not in text.ids]:
             raise UserError(
                 f"{text.path}: no token {' and no '.join(missing)}, which separate the turns (ChatML). Take a language "

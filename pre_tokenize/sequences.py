@@ -51,6 +51,7 @@ class SequenceFormat(Protocol):
     branches: tuple[str, ...]
     codebook_sizes: tuple[int, ...]
     vocab_size: int  # ids lie in [0, vocab_size)
+    known_ids: Sequence[int]  # those of them that have a name
     names: Mapping[int, str]  # of the marks: ids that are neither text nor codes
     turn_end: int  # the mark that ends a turn
 

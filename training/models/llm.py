@@ -6,7 +6,9 @@ attention stays inside each sample.
 Legend: T packed tokens, C hidden size, H heads, K key/value heads, D head size, M MLP size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +77,14 @@ def packed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths:
     return torch.cat(outputs)
 
 
+class LayerCache(Protocol):
+    """Keys and values of the tokens before, of one layer; see `training.generation.cache`."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """`packed_attention` to new tokens and to those before, after the new ones' keys and values were kept."""
+        ...
+
+
 class HeadNorm(nn.Module):
     """LayerNorm over each head, one set of weights for all; stored as (model_parallel_size, D) = (1, D)."""
 
@@ -99,10 +109,18 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(d)
         self.k_norm = HeadNorm(d)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        lengths: torch.Tensor,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        return self.o_proj(packed_attention(q, k, v, lengths).flatten(-2))
+        attended = cache.attend(q, k, v) if cache else packed_attention(q, k, v, lengths)
+        return self.o_proj(attended.flatten(-2))
 
 
 class MLP(nn.Module):
@@ -127,8 +145,15 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, lengths))
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        lengths: torch.Tensor,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, lengths, cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -142,16 +167,25 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, dropout) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """(T, C) embeddings, (T,) positions inside each sample, (samples,) lengths on CPU -> (T, C) hidden states."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        lengths: torch.Tensor,
+        caches: Sequence[LayerCache] | None = None,
+    ) -> torch.Tensor:
+        """(T, C) embeddings, (T,) positions inside each sample, (samples,) lengths on CPU -> (T, C) hidden states.
+
+        With `caches`, one a layer, the tokens go on from those that the caches hold.
+        """
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        for layer in self.layers:
-            x = run_layer(layer, x, cos, sin, lengths, checkpointing=self.checkpointing)
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            x = run_layer(layer, x, cos, sin, lengths, cache, checkpointing=self.checkpointing)
         return self.norm(x)
 
 
-def run_layer(layer: nn.Module, *inputs: torch.Tensor, checkpointing: bool) -> torch.Tensor:
+def run_layer(layer: nn.Module, *inputs: Any, checkpointing: bool) -> torch.Tensor:
     """`layer(*inputs)`, recomputed in the backward pass instead of stored when `checkpointing`."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(layer, *inputs, use_reentrant=False)

@@ -1,0 +1,165 @@
+"""Decoding: several answers side by side, token by token, each by its own grammar and with its own noise.
+
+A row of the model's session is a sequence. With guidance an answer has two: the conversation, and, while an image is
+written, the unconditional sequence, which gets the same ids. All rows go through the model as one batch.
+
+Legend: R rows, n ids, C hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.generation.cache import LanguageModel, Session
+from training.generation.grammar import Grammar, Kind, Rules
+from training.generation.sampling import Sampling, draw, guide, restrict
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are decoded."""
+
+    text: Sampling
+    levels: tuple[Sampling, ...]  # of codes, by level; sizes are drawn as level 0
+    guidance: float = 1.0  # scale; 1 is off
+    greedy: bool = False
+    max_new_tokens: int = 1536
+
+    def sampling(self, kind: Kind) -> Sampling:
+        if kind.name == "text":
+            return self.text
+        return self.levels[kind.detail if kind.name == "code" else 0]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked."""
+
+    inputs: Tensor  # (n, C) embeddings of the conversation so far
+    noise: np.random.Generator  # this answer's own
+    start: tuple[int, ...] = ()  # ids that the answer begins with, whatever the model says
+    images: bool = True  # may images be opened
+    only_image: bool = False  # stop after the first
+    unconditional: Callable[[tuple[int, ...]], Sequence[int]] = tuple  # head of an image -> ids up to and with it
+
+
+@dataclass
+class Answer:
+    prompt: Prompt
+    grammar: Grammar
+    tokens: list[int] = field(default_factory=list)  # `start` included
+    finish: str = ""  # "end", "image", or "length" where it was cut off
+
+
+class Decoder:
+    """Args:
+    model: what is asked.
+    rules: the grammar of its sequences.
+    close_image: what is fed in the place of an image's end, given all ids of the answer -> (n, C). It is where a
+        picture's continuous tokens come in; None: the end alone.
+    on_tokens: called with the number of new tokens of each step.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        rules: Rules,
+        settings: Settings,
+        close_image: Callable[[Sequence[int]], Tensor] | None = None,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ):
+        self.model, self.rules, self.settings = model, rules, settings
+        self._close_image, self._on_tokens = close_image, on_tokens
+        self._masks: dict[tuple[Kind, bool], Tensor] = {}
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        """All answers, side by side."""
+        count, answers = len(prompts), [Answer(prompt, Grammar(self.rules)) for prompt in prompts]
+        guided = self.settings.guidance != 1 and any(prompt.images for prompt in prompts)
+        session = self.model.session(count * (2 if guided else 1))
+        feeds: dict[int, Tensor | list[int]] = {}
+        for row, answer in enumerate(answers):
+            for token in answer.prompt.start:
+                self._push(answer, token)
+            feeds[row] = torch.cat((answer.prompt.inputs, self.model.embed(answer.prompt.start)))
+            if guided and answer.grammar.inside:
+                feeds[row + count] = list(answer.prompt.unconditional(answer.grammar.head))
+        while feeds:
+            logits = session.extend(self._embedded(feeds))
+            places = {row: place for place, row in enumerate(feeds)}
+            going = {row: answer for row, answer in enumerate(answers) if not answer.finish}
+            tokens = self._next(going, logits, places, count)
+            feeds = {}
+            for row, answer in going.items():
+                self._go_on(session, feeds, answer, tokens[row], row, row + count if guided else None)
+            self._on_tokens(len(going))
+        return answers
+
+    def _next(
+        self, going: Mapping[int, Answer], logits: Tensor, places: Mapping[int, int], count: int
+    ) -> dict[int, int]:
+        """Each answer's next token: the mark that must follow, or one that is drawn."""
+        wanted = {row: answer.grammar.next() for row, answer in going.items()}
+        tokens = {row: kind for row, kind in wanted.items() if isinstance(kind, int)}
+        kinds = {row: kind for row, kind in wanted.items() if isinstance(kind, Kind)}
+        if not kinds:
+            return tokens
+        scores = logits[[places[row] for row in kinds]]
+        if guided := [(number, row) for number, row in enumerate(kinds) if row + count in places]:
+            numbers, others = [number for number, _ in guided], [places[row + count] for _, row in guided]
+            scores[numbers] = guide(scores[numbers], logits[others], self.settings.guidance)
+        allowed = torch.stack([self._mask(kind, going[row].prompt.images) for row, kind in kinds.items()])
+        if self.settings.greedy:
+            chosen = scores.masked_fill(~allowed, -torch.inf).argmax(-1).tolist()
+        else:
+            scores = restrict(scores, allowed, [self.settings.sampling(kind) for kind in kinds.values()])
+            chosen = draw(scores, [going[row].prompt.noise.random() for row in kinds])
+        return tokens | dict(zip(kinds, chosen, strict=True))
+
+    def _mask(self, kind: Kind, images: bool) -> Tensor:
+        if (kind, images) not in self._masks:
+            mask = self.rules.allowed(kind, images=images)
+            self._masks[kind, images] = torch.from_numpy(mask).to(self.model.device)
+        return self._masks[kind, images]
+
+    def _go_on(
+        self,
+        session: Session,
+        feeds: dict[int, Tensor | list[int]],
+        answer: Answer,
+        token: int,
+        row: int,
+        other: int | None,
+    ) -> None:
+        """Append a token; unless the answer ends with it, put what its rows need next into `feeds`."""
+        inside = answer.grammar.inside
+        self._push(answer, token)
+        closed = inside and not answer.grammar.inside
+        if answer.finish:
+            return
+        feeds[row] = self._close_image(answer.tokens) if closed and self._close_image else [token]
+        if other is not None and answer.grammar.inside:
+            if not inside:
+                session.forget(other)
+            feeds[other] = [token] if inside else list(answer.prompt.unconditional(answer.grammar.head))
+
+    def _push(self, answer: Answer, token: int) -> None:
+        inside = answer.grammar.inside
+        answer.grammar.push(token)
+        answer.tokens.append(token)
+        if inside and not answer.grammar.inside and answer.prompt.only_image:
+            answer.finish = "image"
+        elif not answer.grammar.inside and token == self.rules.format.turn_end:
+            answer.finish = "end"
+        elif len(answer.tokens) >= self.settings.max_new_tokens:
+            answer.finish = "length"
+
+    def _embedded(self, feeds: Mapping[int, Tensor | list[int]]) -> dict[int, Tensor]:
+        """Row -> (n, C); all ids are looked up at once."""
+        ids = {row: feed for row, feed in feeds.items() if isinstance(feed, list)}
+        embedded = self.model.embed([token for feed in ids.values() for token in feed])
+        found = dict(zip(ids, embedded.split([len(feed) for feed in ids.values()]), strict=True))
+        return {row: found.get(row, feed) for row, feed in feeds.items()}
