@@ -131,7 +131,8 @@ def load_dualvitok(
 
     Without `decoder`, its 560 M parameters (at full size) are neither built nor read. Raises `UserError`.
     """
-    target, kind, sizes = local_device(device), choose_dtype(dtype), read_config(config)
+    target, sizes = local_device(device), read_config(config)
+    choose_dtype(dtype)  # a wrong name is told before gigabytes are read
     if target.type == "cpu":
         keep_freed_memory()
     state = read_state_dict(checkpoint, use_ema=use_ema, keep=None if decoder else ENCODING)
@@ -140,21 +141,26 @@ def load_dualvitok(
     load_strict(model, state, source=checkpoint)
     encoding = {name: tensor for name, tensor in state.items() if name.startswith(ENCODING)}
     model.fingerprint = fingerprint(encoding, f"{sizes.semantic_encoder} {sizes.pixel_encoder}")
-    model.tf32 = dtype == "tf32"
-    for name, part in model.named_children():
-        if isinstance(part, SimVQ):
-            part.prepare()
-            part.to(target)  # stays fp32
-        elif name.startswith("pixel"):
-            part.to(target, kind, memory_format=torch.channels_last)
-        else:
-            part.to(target, kind)
+    place(model, target, dtype)
     if compile:
-        _compile(model)
+        compile_encoder(model)
     return model
 
 
-def _compile(model: DualViTok) -> None:
+def place(model: DualViTok, device: torch.device, dtype: str) -> None:
+    """Bring a loaded model to `device` and into `dtype`, pixel parts channels-last; codebooks stay fp32."""
+    kind, model.tf32 = choose_dtype(dtype), dtype == "tf32"
+    for name, part in model.named_children():
+        if isinstance(part, SimVQ):
+            part.prepare()
+            part.to(device)
+        elif name.startswith("pixel"):
+            part.to(device, kind, memory_format=torch.channels_last)
+        else:
+            part.to(device, kind)
+
+
+def compile_encoder(model: DualViTok) -> None:
     """Kernels of its own for every resolution: codes must not depend on which one came first.
 
     Block by block, since all blocks of a kind share what is compiled once.

@@ -1,0 +1,294 @@
+"""What a first hour on a GPU should settle about the codes: speed, memory, and whether they are the same everywhere.
+
+    python exps/gpu_check.py speed,invariance            some parts
+    python exps/gpu_check.py                             all of them
+    python exps/gpu_check.py --small --device cpu        the rehearsal: small model, few images
+
+Every line is JSON. `expected` is what counting FLOPs and bytes says of one H100; a figure far below it names the place
+to look at. Weights are drawn, which changes no timing. Parts:
+
+    env         matrix rates of the number formats and the rate of a copy: what bounds everything else
+    speed       images/s at 256 and the anchors, by number format and batch, eager and compiled, with peak memory
+    kernels     the 25 kernels that take most of the time in bf16
+    invariance  an image's features beside other neighbours, at another place, again, and in padding: all equal
+    search      nearest codes against fp64, ties and NaN
+    syncs       encoding never waits for the GPU
+    attention   which kernel runs, and how far it is from fp64
+    job         the whole job from JPEGs, by decoding threads: what is the limit?
+"""
+
+import gc
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from benchmark_codebook import CONFIGS, flop_per_image, write_dataset
+from measure import describe_machine, make_images, matrix_rate
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vision_tokenizer.codebook.annotations import read_data_config
+from vision_tokenizer.codebook.job import run_codebook_inference
+from vision_tokenizer.codebook.output import Settings
+from vision_tokenizer.images.dualvitok import normalize
+from vision_tokenizer.models.dualvitok.config import read_config
+from vision_tokenizer.models.dualvitok.model import DualViTok, compile_encoder, place
+from vision_tokenizer.models.nearest import NO_CODE, nearest_codes
+from vistoken.cli import command_parser
+from vistoken.device import default_workers, local_device
+from vistoken.jobs.workers import OneProcess
+
+EXPECTED = {"bf16": 650, "tf32": 200, "fp32": 70}  # images/s at 256, batch 32: half of the peak, a third, all of it
+
+
+def tell(part: str, **figures: object) -> None:
+    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
+    print(json.dumps({"part": part, **rounded}), flush=True)
+
+
+class Check:
+    """The device, the model's size, and what every part measures with."""
+
+    def __init__(self, device: torch.device, small: bool):
+        self.device, self.small = device, small
+        self.on_gpu = device.type == "cuda"
+        self.config = CONFIGS["small" if small else "full"]
+
+    def model(self, dtype: str) -> DualViTok:
+        """An encoder with drawn weights; the same numbers on every call."""
+        self.free()
+        with torch.device("meta"):
+            model = DualViTok(read_config(self.config), decoder=False).eval().requires_grad_(False)
+        model.to_empty(device=self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        for name, tensor in model.state_dict().items():
+            if tensor.dim() > 1:
+                tensor.normal_(0, tensor[0].numel() ** -0.5, generator=generator)
+            else:
+                tensor.fill_(1.0 if name.endswith("weight") else 0.0)
+        place(model, self.device, dtype)
+        return model
+
+    def pixels(self, batch: int, height: int, width: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        made = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
+        return normalize(made.to(self.device))
+
+    def seconds(self, work: Callable[..., object], *given: object, calls: int = 5) -> tuple[float, float]:
+        """Seconds of `work(*given)` on the device, and until it returns: what Python and the launches cost."""
+        work(*given)
+        self.wait()
+        began, launching = time.perf_counter(), 0.0
+        for _ in range(calls):
+            call = time.perf_counter()
+            work(*given)
+            launching += time.perf_counter() - call
+        self.wait()
+        return (time.perf_counter() - began) / calls, launching / calls
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def free(self) -> None:
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_gib(self) -> float:
+        return torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else 0.0
+
+
+def env(check: Check) -> None:
+    for dtype in ("bf16", "tf32", "fp32"):
+        tell("env", matrix=dtype, tflops=matrix_rate(check.device, dtype) / 1e12)
+    source = torch.empty(2**30 if check.on_gpu else 2**22, device=check.device)
+    target = torch.empty_like(source)
+    took, _ = check.seconds(target.copy_, source)
+    tell("env", copy_tb_s=2 * source.nbytes / took / 1e12, **describe_machine(check.device))
+
+
+def speed(check: Check) -> None:
+    sizes = {(256, 256): (1, 8, 32, 64, 128), (384, 512): (32,), (512, 512): (8, 32, 64)}
+    if check.small:
+        sizes = {(256, 256): (1, 4), (384, 512): (2,)}
+    for dtype in ("bf16", "tf32", "fp32"):
+        model = check.model(dtype)
+        for compiled in (False, True):
+            if compiled:
+                compile_encoder(model)
+            for size, batches in sizes.items():
+                for batch in batches if not compiled else batches[-1:]:
+                    pixels = check.pixels(batch, *size)
+                    try:
+                        took, launching = check.seconds(model.encode, pixels, calls=3)
+                    except torch.OutOfMemoryError:
+                        tell("speed", dtype=dtype, compiled=compiled, size=size, batch=batch, out_of_memory=True)
+                        continue
+                    tell(
+                        "speed",
+                        dtype=dtype,
+                        compiled=compiled,
+                        size=size,
+                        batch=batch,
+                        images_s=batch / took,
+                        expected=EXPECTED[dtype] if size == (256, 256) and not check.small else None,
+                        tflops=batch * flop_per_image(check.config, *size) / took / 1e12,
+                        launch_ms=launching * 1e3,
+                        device_ms=took * 1e3,
+                        peak_gib=check.peak_gib(),
+                        codes=digest(model.encode(pixels)),
+                    )
+
+
+def digest(codes: tuple[Tensor, ...]) -> str:
+    return hashlib.sha256(b"".join(grid.cpu().numpy().tobytes() for grid in codes)).hexdigest()[:16]
+
+
+def kernels(check: Check) -> None:
+    model, pixels = check.model("bf16"), check.pixels(2 if check.small else 32, 256, 256)
+    model.encode(pixels)
+    kind = torch.profiler.ProfilerActivity.CUDA if check.on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profile:
+        model.encode(pixels)
+        check.wait()
+
+    def took(row):
+        return row.self_device_time_total if check.on_gpu else row.self_cpu_time_total
+
+    for row in sorted(profile.key_averages(), key=took, reverse=True)[:25]:
+        tell("kernels", name=row.key[:90], calls=row.count, ms=took(row) / 1e3)
+
+
+def invariance(check: Check) -> None:
+    batch = 4 if check.small else 32
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(3)).to(check.device)
+    kept = max(1, batch // 6)
+    for dtype in ("fp32", "tf32", "bf16"):
+        model = check.model(dtype)
+        for size in ((256, 256), (384, 512)):
+            pixels = check.pixels(batch, *size)
+            padded = pixels.clone()
+            padded[kept:] = 0
+            for branch, features in (("semantic", model.semantic_features), ("pixel", model.pixel_features)):
+                with torch.no_grad():
+                    first, again, moved, alone = (features(x) for x in (pixels, pixels, pixels[order], padded))
+                tell(
+                    "invariance",
+                    dtype=dtype,
+                    size=size,
+                    branch=branch,
+                    again=torch.equal(first, again),
+                    place=torch.equal(first[order], moved),
+                    neighbours=torch.equal(first[:kept], alone[:kept]),
+                    worst=float((first[order] - moved).abs().max() / first.abs().max()),
+                )
+
+
+def search(check: Check) -> None:
+    generator = torch.Generator(check.device).manual_seed(0)
+    book = torch.randn(20_000, 32, device=check.device, generator=generator)
+    book[[300, 9000, 19_000]] = book[17].clone()
+    half_norms = (book.double().square().sum(1) / 2).float()
+    ties = nearest_codes(book[17].expand(2048, 32), book, half_norms)
+    none = nearest_codes(torch.full((1, 32), float("nan"), device=check.device), book, half_norms)
+    features = torch.randn(4096, 32, device=check.device, generator=generator)
+    exact = torch.cdist(features.double(), book.double()).argmin(1)
+    equal = (nearest_codes(features, book, half_norms) == exact).double().mean()
+    tell("search", first_of_ties=bool((ties == 17).all()), nan=int(none) == NO_CODE, equal_to_fp64=float(equal))
+
+
+def syncs(check: Check) -> None:
+    model, pixels = check.model("bf16"), check.pixels(2, 256, 256)
+    model.encode(pixels)
+    if check.on_gpu:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model.encode(pixels)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    tell("syncs", encode="none" if check.on_gpu else "not on a CPU")
+
+
+def attention(check: Check) -> None:
+    heads, width, batch = (4, 32, 2) if check.small else (16, 80, 32)
+    cases = {
+        "ViT": (batch, heads, 324, width),
+        "pixel attention": (batch, 1, 1024, 64 if check.small else 512),
+    }
+    backends = (None, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+    for name, shape in cases.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            q, k, v = (torch.randn(shape, device=check.device, dtype=dtype) for _ in range(3))
+            took: dict[str, float | None] = {}
+            for backend in backends:
+                label = backend.name if backend else "chosen"
+                try:
+                    if backend:
+                        with sdpa_kernel(backend):
+                            took[label] = check.seconds(F.scaled_dot_product_attention, q, k, v)[0] * 1e3
+                    else:
+                        took[label] = check.seconds(F.scaled_dot_product_attention, q, k, v)[0] * 1e3
+                except RuntimeError:  # this kernel does not take these inputs
+                    took[label] = None
+            exact = F.scaled_dot_product_attention(q[:2].double(), k[:2].double(), v[:2].double())
+            error = (F.scaled_dot_product_attention(q, k, v)[:2].double() - exact).abs().max() / exact.abs().max()
+            tell("attention", case=name, dtype=str(dtype), ms=took, error=float(error))
+
+
+def job(check: Check) -> None:
+    count, distinct, batch = (8, 4, 2) if check.small else (6144, 64, 32)
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch)
+        made = make_images(base / "made", distinct)
+        (base / "images").mkdir()
+        for number in range(count):
+            os.link(made[number % distinct], base / "images" / f"{number}.jpg")
+        for dtype in ("bf16", "tf32"):
+            model = check.model(dtype)
+            alone, _ = check.seconds(model.encode, check.pixels(batch, 256, 256))
+            for workers in (2,) if check.small else (4, 8, 16):
+                data = write_dataset(base / f"{dtype}{workers}", base / "images", [[f"{n}.jpg"] for n in range(count)])
+                settings = Settings("fixed", 256, torch_dtype=dtype, batch_size=batch)
+                began = time.perf_counter()
+                counts, _ = run_codebook_inference(
+                    read_data_config(data), model, settings, OneProcess(), num_workers=workers
+                )
+                tell(
+                    "job",
+                    dtype=dtype,
+                    decode_threads=workers,
+                    cores=default_workers(),
+                    images_s=counts["bench"].done / (time.perf_counter() - began),
+                    device_alone_images_s=batch / alone,
+                    seconds={stage: round(took, 2) for stage, took in counts["bench"].seconds.items()},
+                )
+
+
+PARTS = {part.__name__: part for part in (env, speed, kernels, invariance, search, syncs, attention, job)}
+
+
+def main() -> None:
+    parser = command_parser(__doc__)
+    parser.add_argument("parts", nargs="?", default=",".join(PARTS), help="names with commas between")
+    parser.add_argument("--small", action="store_true", help="rehearse with a small model")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    if unknown := [name for name in args.parts.split(",") if name not in PARTS]:
+        parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    check = Check(local_device(args.device), args.small)
+    for name in args.parts.split(","):
+        began = time.perf_counter()
+        PARTS[name](check)
+        tell(name, took_seconds=time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()
