@@ -10,9 +10,11 @@ an input image in the form in which it writes one: as its codes, which are not l
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from pre_tokenize.conversation import END_MARK, IMAGE_MARK, Conversation, learned_turns
 from pre_tokenize.dualvitok_text import read_item, spell
@@ -24,6 +26,7 @@ from vision_tokenizer.models.dualvitok.model import grid_sizes
 from vision_tokenizer.models.dualvitok.vocabulary import DualViTokVocabulary, code_place
 from vistoken.errors import ItemError, UserError
 from vistoken.jobs.chunks import ChunkTable, Item
+from vistoken.jobs.counts import SUMMARY
 from vistoken.jobs.manifest import MANIFEST, read_manifest
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -117,6 +120,14 @@ class DualViTokFormat:
                 raise ValueError("every second turn must be the assistant's")
             mask[said : end + 1] = True
         return mask
+
+
+def encoded_images(codes: Path) -> Path:
+    """Where codebook inference, which wrote the file `codes`, found the images; the current folder if nobody knows."""
+    try:
+        return Path(orjson.loads((codes.parent / SUMMARY).read_bytes())["image_dir"])
+    except (OSError, ValueError, LookupError, TypeError):  # codes that were moved, or made elsewhere
+        return Path()
 
 
 def make_manifest(

@@ -106,7 +106,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     data = parser.add_argument_group("data").add_argument
     data("--in_filename", type=Path, required=True, help="conversations, .json or .jsonl")
     data("--out_dir", type=Path, required=True, help="folder of the token files and records")
-    data("--image_dir", type=Path, help="where relative image paths begin (default: the current folder)")
+    data(
+        "--image_dir",
+        type=Path,
+        help="where relative image paths begin (default: the current folder; for dualvitok, where codebook inference "
+        "found the images)",
+    )
     data("--item_processor", metavar="FILE.py:Class", help="your own (default: the `ItemProcessor` here)")
     data("--format", choices=("arrow", "pkl"), default="arrow", help="pkl: the published form")
     data("--items_per_file", type=at_least(1), default=512, help="items of one Arrow file, done at a time")
@@ -182,12 +187,14 @@ def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[
 
 def dualvitok_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[SequenceFormat, Callable, Callable]":
     """The same for codes that codebook inference has written: there is nothing left to encode."""
-    from pre_tokenize.dualvitok import DualViTokFormat, make_manifest
+    from pre_tokenize.dualvitok import DualViTokFormat, encoded_images, make_manifest
     from pre_tokenize.job import no_images
     from pre_tokenize.text import TextTokenizer
     from vistoken.device import default_workers
 
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.num_workers or default_workers()))
+    if args.image_dir == Path():
+        args.image_dir = encoded_images(args.in_filename)
     text = TextTokenizer(args.tokenizer_dir)
     sequences = DualViTokFormat(text, process_item)
     return sequences, no_images, partial(make_manifest, args.items_per_file, text, sequences)

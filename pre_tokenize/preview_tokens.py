@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
             conversations.append(renderer.conversation(files[position]))
         except (ValueError, IndexError) as error:
             print(f"item {files.record.ids[position]} cannot be shown: {error}; see verify_tokens.py", file=sys.stderr)
+    if renderer.pairs and not any(pair.original for pair in renderer.pairs):
+        print("none of the originals was found: name their folder with --image_dir", file=sys.stderr)
     write_report(args.out_dir, files, contents, conversations, renderer.pairs, args.note)
     print(f"{len(conversations):,} of {len(files):,} conversations, {len(renderer.pairs):,} images decoded")
     print(f"look at {args.out_dir / 'report.html'}")

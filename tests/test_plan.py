@@ -124,6 +124,18 @@ def test_every_fault_is_listed_by_kind_with_its_place(tmp_path, golden, capsys):
     assert f"{annotations / '0.jsonl'}, line 3: image not found" in shown.err and "not be clean" in shown.out
 
 
+def test_the_verdict_says_what_the_crop_threshold_rejects(tmp_path, golden, capsys):
+    """Of the golden items at 256 x 256, by the thresholds that are listed in the plan, too."""
+    entries = {"g": entry(tmp_path, golden / "images", golden / "codebook" / "generation" / "annotations")}
+    _, datasets, _ = plan(tmp_path, entries, "--resolution_type", "fixed", "--resolution", "256")
+    found = datasets["g"]
+    rejected, items = found["items_rejected_at_threshold"], found["items"]
+    shares = ", ".join(f"{t} {rejected[t] / items:.0%}" for t in ("0.1", "0.2", "0.3"))
+    assert f"By --crop_percent_thresh: {shares}; 0 keeps all." in capsys.readouterr().out
+    plan(tmp_path, entries, "--crop_percent_thresh", "0")
+    assert "--crop_percent_thresh: " not in capsys.readouterr().out
+
+
 def test_data_sets_that_need_no_codes_are_checked_too(tmp_path, golden):
     annotations = tmp_path / "annotations"
     annotations.mkdir()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from browser import browse, facts, needs_browser, pairs, parse, screenshot, section_names, shown, text_of
+from codebook_job import dataset, run_here, write_config
 from lm_small import extended_tokenizer, golden_lines, write_lines
 from PIL import Image
 
@@ -106,6 +107,22 @@ def test_sequences_of_dualvitok_codes(tmp_path, golden, dualvitok_config, dualvi
     assert (asked.get("class"), answered.get("class")) == ("pair", "pair learned")
     assert [what.split(":")[0] for pair in (asked, answered) for what in shown(pair)] == ["original", "decoded"] * 2
     assert "Please edit the image according to the instruction" in html
+
+
+def test_originals_are_found_where_codebook_inference_found_them(tmp_path, golden, tiny_dualvitok, capsys):
+    editing = dataset(tmp_path / "editing", golden / "images", golden / "codebook" / "editing" / "annotations")
+    config = write_config(tmp_path / "meta.json", editing=editing)
+    run_here(*tiny_dualvitok, config, "--resolution_type", "fixed", "--resolution", "64")
+    tokenizer = extended_tokenizer(tmp_path, (256, 512))
+    codes = tmp_path / "editing/jsonl_after_tokenizer/dualvitok/fixed_64/0000.jsonl"
+    make_tokens(tmp_path, "--image_tokenizer", "dualvitok", "--in_filename", codes, "--tokenizer_dir", tokenizer)
+    model = ("--model_config", tiny_dualvitok[0], "--tokenizer_checkpoint", tiny_dualvitok[1])
+    found = pairs(parse(preview(tmp_path, tokenizer, *model)))
+    assert found and all(len(shown(pair)) == 2 for pair in found)
+    assert "name their folder" not in capsys.readouterr().err
+    found = pairs(parse(preview(tmp_path, tokenizer, *model, "--image_dir", tmp_path)))
+    assert found and all(len(shown(pair)) == 1 for pair in found)
+    assert "none of the originals was found: name their folder with --image_dir" in capsys.readouterr().err
 
 
 def test_another_image_tokenizer_is_refused(previewed, chameleon_folder, tmp_path):

@@ -13,6 +13,7 @@ from vision_tokenizer.codebook.encoder import Encoded, Encoder, Images
 from vision_tokenizer.codebook.output import RATIO, CodebookOutput, Settings, check_folders
 from vision_tokenizer.images.anchors import anchors, ratio_tag
 from vision_tokenizer.images.dualvitok import prepare
+from vision_tokenizer.images.files import CROP_ABOVE_THRESHOLD
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vistoken.cli import note
 from vistoken.errors import Failed, ItemError
@@ -149,6 +150,12 @@ def report(
             sizes = ", ".join(f"{name.removeprefix('images ')}: {n:,}" for name, n in per_anchor.items())
             lines += ["", f"{dataset.name} -> {settings.folder(dataset)}"]
             lines += [f"  {of_dataset.tallies['images']:,} images encoded ({sizes or 'none'})"]
+            if cropped := of_dataset.reasons["rejected", CROP_ABOVE_THRESHOLD]:
+                lines += [
+                    f"  {cropped:,} of {of_dataset.items:,} items ({cropped / of_dataset.items:.0%}) lose more than "
+                    f"{settings.crop_percent_thresh:.0%} of an image to the crop: --crop_percent_thresh 0 keeps all, "
+                    "and plan_codebook_inference.py says what other thresholds keep"
+                ]
             if of_dataset.rejected + of_dataset.failed:
                 lines += [f"  what was rejected or failed, and why: {settings.folder(dataset)}/*.rejected.jsonl"]
     lines += ["", f"time of the encoding processes, of all runs: {time_line(total, STAGES, BESIDE)}"]

@@ -116,6 +116,7 @@ class CodebookOutput(Output):
         write_summary(
             self.folder / SUMMARY,
             dataset=self.dataset.name,
+            image_dir=str(self.dataset.image_dir.resolve()),
             total=total.as_dict(),
             files={file.table.path.name: file.summary() for file in self.sources},
             unreadable=self.unreadable,

@@ -33,6 +33,7 @@ SUFFIXES = {
     "PPM": ".ppm",
     "AVIF": ".avif",
 }
+CROP_ABOVE_THRESHOLD = "crop above threshold"  # the reason of items that lose too much
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs; also of what a resize may allocate
 ORIENTATIONS = ("ignore", "apply")  # of EXIF: ignored as published, or the picture is turned upright
 _UPRIGHT = {  # what undoes each EXIF orientation
@@ -206,7 +207,7 @@ def place_image(
     placement = place(*size, choices)
     found, (h, w) = f"{path}: {size[1]} x {size[0]}", placement.anchor
     if 0 < crop_percent_thresh < placement.crop_share:
-        raise Rejected("crop above threshold", f"{found} loses {placement.crop_share:.3f} at {placement.anchor} (h, w)")
+        raise Rejected(CROP_ABOVE_THRESHOLD, f"{found} loses {placement.crop_share:.3f} at {placement.anchor} (h, w)")
     if placement.resized[0] * placement.resized[1] > MAX_PIXELS:
         raise Failed("image too narrow", f"{found}: covering {w} x {h} takes too many pixels")
     return placement

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log2
 from pathlib import Path
@@ -13,12 +13,14 @@ import orjson
 
 from vision_tokenizer.codebook.annotations import OUTPUT_FIELDS
 from vision_tokenizer.images.anchors import model_size
+from vision_tokenizer.images.files import CROP_ABOVE_THRESHOLD
 from vision_tokenizer.models.dualvitok.model import grid_sizes
 from vision_tokenizer.review.plan import BINS_PER_OCTAVE, THRESHOLDS, Survey
 from vistoken.errors import UserError
 from vistoken.jobs.counts import counts_table, table
 
 RELEASED_CODEBOOKS = (32768, 98304)
+VERDICT_THRESHOLDS = (0.1, 0.2, 0.3)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,20 @@ def _details(survey: Survey) -> list[str]:
         lines.append("items rejected at --crop_percent_thresh " + ", ".join(shares))
     lines += [f"format: {reason}: {n:,} items" for reason, n in sorted(survey.format_errors.items())]
     return lines
+
+
+def crop_verdict(surveys: Iterable[Survey], threshold: float) -> str:
+    """What the crop threshold does to the data, where it rejects anything, and what others would do."""
+    surveys = [survey for survey in surveys if survey.thresholds]
+    items = sum(survey.counts.items for survey in surveys)
+    rejected = sum(survey.counts.reasons["rejected", CROP_ABOVE_THRESHOLD] for survey in surveys)
+    if not rejected:
+        return ""
+    shares = [f"{t:g} {sum(survey.thresholds[t] for survey in surveys) / items:.0%}" for t in VERDICT_THRESHOLDS]
+    return (
+        f"{rejected:,} of {items:,} items ({rejected / items:.0%}) lose more than {threshold:.0%} of an image to the "
+        f"crop and are rejected. By --crop_percent_thresh: {', '.join(shares)}; 0 keeps all."
+    )
 
 
 def _size(count: float) -> str:

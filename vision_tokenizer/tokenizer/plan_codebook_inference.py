@@ -9,8 +9,8 @@ metadata config and every annotation line, those of data sets that need no codes
 
 The exit code is 0 only if the run would be clean: every file and line read, every image there, every conversation by
 the rules (1 if not), at least one data set to encode, none written over another or into a folder that cannot be written
-(2 if not). Items that the crop threshold rejects are counted, not held against it. Truncated files are found; what else
-only decoding the pixels can show is not.
+(2 if not). Items that the crop threshold rejects are counted, not held against it; the last lines say how many other
+thresholds would reject. Truncated JPEG and PNG files are found; what else only decoding the pixels can show is not.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from vision_tokenizer.codebook.annotations import Dataset, needing_codes, note_left_out, read_data_config
 from vision_tokenizer.images.anchors import anchors
-from vision_tokenizer.tokenizer.flags import add_crop_threshold, add_datasets, add_resolution
+from vision_tokenizer.tokenizer.flags import add_crop_threshold, add_datasets, add_output_names, add_resolution
 from vistoken.cli import BAD_CALL, BAD_DATA, MAX_WORKERS, OK, above_zero, at_least, command_parser, run_command
 from vistoken.errors import UserError
 
@@ -31,6 +31,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_datasets(parser)
     add_resolution(parser)
     add_crop_threshold(parser)
+    add_output_names(parser)
     add = parser.add_argument
     add("--model_config", type=Path, help="the tokenizer's .py config (default: codebooks of the released sizes)")
     add("--images_per_second", type=above_zero, help="speed of the whole run, to say how long it takes (default: none)")
@@ -49,7 +50,14 @@ def main(argv: list[str] | None = None) -> int:
 
     from vision_tokenizer.codebook.output import Settings, check_folders, unwritable
     from vision_tokenizer.models.dualvitok.config import read_config
-    from vision_tokenizer.review.plan_report import RELEASED_CODEBOOKS, Estimate, as_dict, describe, draw_ratios
+    from vision_tokenizer.review.plan_report import (
+        RELEASED_CODEBOOKS,
+        Estimate,
+        as_dict,
+        crop_verdict,
+        describe,
+        draw_ratios,
+    )
     from vistoken.jobs.files import write_bytes
 
     codebooks = RELEASED_CODEBOOKS
@@ -59,7 +67,12 @@ def main(argv: list[str] | None = None) -> int:
     estimates = {name: Estimate.of(each, codebooks, args.images_per_second) for name, each in surveys.items()}
     print(describe(surveys, estimates, args.images_per_second))
     try:
-        settings = Settings(resolution_type=args.resolution_type, resolution=args.resolution)
+        settings = Settings(
+            resolution_type=args.resolution_type,
+            resolution=args.resolution,
+            tokenizer_version=args.tokenizer_version,
+            output_dirname=args.output_dirname,
+        )
         chosen = needing_codes(datasets, args.data_config)
         check_folders(chosen, settings)
         refused += unwritable(chosen, settings)
@@ -84,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {message}", file=sys.stderr)
     clean = all(each.clean for each in surveys.values()) and not unread
     code = BAD_CALL if refused else OK if clean else BAD_DATA
+    if verdict := crop_verdict(surveys.values(), args.crop_percent_thresh):
+        print(verdict)
     print("The run would not be clean; see above and problems.jsonl." if code else "The run would be clean.")
     return code
 
