@@ -26,7 +26,7 @@ import orjson
 from tqdm import tqdm
 
 from pre_tokenize.record import Lengths, companions, entry_line, manifest_id, read_entries
-from pre_tokenize.token_file import MAKE_ANEW, shard_manifest
+from pre_tokenize.token_file import MAKE_ANEW, Contents, contents_of
 from vistoken.cli import command_parser, run_command
 from vistoken.errors import DataError, UserError
 from vistoken.jobs.files import atomic_write, write_bytes
@@ -183,17 +183,28 @@ class TokenFileCheck:
     def __init__(self, folder: Path, record_folder: Path, manifest: dict[str, Any] | None):
         self._folder, self._manifest = folder, manifest
         self._way = os.path.relpath(folder, record_folder)
-        self._file, self._path, self._rows = "", Path(), 0  # the file looked at last: entries of one come together
+        self._file, self._path = "", Path()  # the file looked at last: entries of one come together
+        self._found: Contents | None = None
 
     def placed(self, entry: dict[str, Any]) -> bytes:
-        """`entry` with its file relative to the record. Raises `UserError` where the file is missing or foreign."""
-        if entry["file"] != self._file:
-            self._open(entry["file"])
-        if entry.get("row", 0) >= self._rows:
-            raise DataError(f"{self._path}: the sub-record names row {entry['row']}, the file has {self._rows}")
-        return entry_line(self._name, entry.get("row"), entry["len"], entry["id"])
+        """`entry` with its file relative to the record, and in a file's first entry its hash.
 
-    def _open(self, file: str) -> None:
+        Raises `DataError` where the file is missing, damaged, foreign, or does not hold what the entry says.
+        """
+        is_first = entry["file"] != self._file
+        if is_first:
+            self._open(entry["file"], entry.get("sha256"))
+        found, row = self._found, entry.get("row", 0)
+        if row >= len(found.ids):
+            raise DataError(f"{self._path}: the sub-record names row {row}, the file has {len(found.ids)}")
+        if found.ids[row] != entry["id"] or found.lengths[row] != entry["len"]:
+            raise DataError(
+                f"{self._path}, row {row}: holds item {found.ids[row]} of {found.lengths[row]} tokens, but the "
+                f"sub-record says item {entry['id']} of {entry['len']}. Delete the sub-record and run its rank again."
+            )
+        return entry_line(self._name, entry.get("row"), entry["len"], entry["id"], found.sha256 if is_first else None)
+
+    def _open(self, file: str, sha256: str | None) -> None:
         path = self._folder / file
         self._name = file if self._way == "." else str(Path(self._way, file))
         if not path.exists():  # the published tool names files from where it was started
@@ -203,11 +214,9 @@ class TokenFileCheck:
             raise DataError(
                 f"{self._folder / file}: a sub-record names this token file, but it does not exist. {MAKE_ANEW}"
             )
-        self._file, self._path, self._rows = file, path, 1
-        if path.suffix == ".arrow":
-            manifest, self._rows = shard_manifest(path)
-            if manifest != (self._manifest or {}):
-                raise DataError(f"{path}: a token file of another run: its manifest is not that of {self._folder}")
+        self._file, self._path, self._found = file, path, contents_of(path, sha256)
+        if self._found.manifest is not None and self._found.manifest != (self._manifest or {}):
+            raise DataError(f"{path}: a token file of another run: its manifest is not that of {self._folder}")
 
 
 def _merged(sub_records: Sequence[Path], spill: Path) -> Iterator[tuple[int, dict[str, Any] | bytes]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pre_tokenize.record import Lengths, companions, entry_line, manifest_id, read_entries, sub_record
 from pre_tokenize.text import TextTokenizer
-from pre_tokenize.token_file import TokenSample, pickle_bytes, read_pickle, read_shard, shard_bytes
+from pre_tokenize.token_file import TokenSample, hash_of, pickle_bytes, read_pickle, read_shard, shard_bytes
 from vistoken.errors import UserError
 from vistoken.jobs.chunks import Chunk, ChunkTable, chunk_table
 from vistoken.jobs.counts import Counts, write_summary
@@ -88,10 +88,13 @@ class TokenOutput(Output):
         """What is written for a chunk's samples: its token files, and its lines of the record."""
         if self._as_pickles:
             contents = {f"files/{sample.id}.pkl": self._pickle(sample) for sample in samples}
-            lines = [entry_line(name, None, len(s.tokens), s.id) for name, s in zip(contents, samples, strict=True)]
+            places = [(name, None, hash_of(content)) for name, content in contents.items()]
         else:
-            contents = {_shard(chunk): shard_bytes(samples, self.manifest)} if samples else {}
-            lines = [entry_line(_shard(chunk), row, len(s.tokens), s.id) for row, s in enumerate(samples)]
+            name = _shard(chunk)
+            contents = {name: shard_bytes(samples, self.manifest)} if samples else {}
+            places = [(name, row, None if row else hash_of(contents[name])) for row in range(len(samples))]
+        entries = zip(places, samples, strict=True)
+        lines = [entry_line(name, row, len(s.tokens), s.id, sha256) for (name, row, sha256), s in entries]
         files = {self.folder / name: content for name, content in contents.items()}
         files[self.source.results.path(chunk.index, _ENTRIES)] = b"".join(line + b"\n" for line in lines)
         return files

@@ -1,11 +1,13 @@
 """Record files: which token file holds which item.
 
 One entry an item, `{"file": "files/0-1024.arrow", "row": 17, "len": 1094, "id": 17}`; pickles have no `row`. `file`
-is relative to the record's folder, so that a data set can be moved, or absolute. A record is a `.jsonl`, or a
+is relative to the record's folder, so that a data set can be moved, or absolute. The first entry of a file has its
+hash, too, `"sha256": "8f2c..."`: the first 16 digits, which is plenty to tell damage. A record is a `.jsonl`, or a
 `.json` list; ours has an entry on each line, which is what lets it be read without holding it.
 """
 
 import hashlib
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,20 +19,23 @@ import numpy as np
 import orjson
 
 from vistoken.errors import DataError, UserError
+from vistoken.files import open_file, read_file
 
+_HASH = re.compile("[0-9a-f]{16}")
 BLOCK = 1 << 16  # entries that are Python objects at a time: as arrays they take a twentieth of the memory
-COLUMNS = {  # one value an entry; the last two hold one name a token file: all names as one text, and where each ends
+COLUMNS = {  # one value an entry; from `hashes` on of each token file: its name is all names' text up to where it ends
     "file_numbers": "<u4",
     "rows": "<i4",
     "lengths": "<i4",
     "ids": "<i8",
+    "hashes": "<u8",
     "name_ends": "<i8",
     "names": "u1",
 }
 
 
 class Record:
-    """A record as columns: 20 bytes an item, plus each file's name once.
+    """A record as columns: 20 bytes an item, plus each file's name and hash once.
 
     `ids` (N,) int64, `lengths` (N,) int32, `rows` (N,) int32 (-1 for a pickle), `file_numbers` (N,) uint32. They are in
     memory, or arrays that `training.data.index` has put into a folder; these are mapped, and a pickle of the record
@@ -41,7 +46,7 @@ class Record:
         self.path, self.folder, self._columns = path, folder, columns
         self.file_numbers, self.rows = columns["file_numbers"], columns["rows"]
         self.lengths, self.ids = columns["lengths"], columns["ids"]
-        self._name_ends, self._names = columns["name_ends"], columns["names"]
+        self._name_ends, self._names, self._hashes = columns["name_ends"], columns["names"], columns["hashes"]
 
     @classmethod
     def load(cls, path: Path) -> "Record":
@@ -61,6 +66,16 @@ class Record:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def files(self) -> int:
+        """How many token files there are."""
+        return len(self._name_ends)
+
+    def sha256(self, index: int) -> str | None:
+        """The first 16 digits of the hash of the file that holds item `index`; None in records that have none."""
+        stored = int(self._hashes[self.file_numbers[index]])
+        return f"{stored:016x}" if stored else None
+
     def file(self, index: int) -> Path:
         """The token file that holds item `index`."""
         number = int(self.file_numbers[index])
@@ -77,7 +92,7 @@ def column_blocks(path: Path) -> Iterator[dict[str, np.ndarray]]:
     entries, files, end = read_entries(path), 0, 0
     numbers: dict[str, int] = {}  # of token files that hold many items; a pickle's name occurs once
     while block := list(islice(entries, BLOCK)):
-        file_numbers, names, name_ends = [], [], []
+        file_numbers, names, name_ends, hashes = [], [], [], []
         for entry in block:
             number = numbers.get(entry["file"])
             if number is None:
@@ -85,6 +100,7 @@ def column_blocks(path: Path) -> Iterator[dict[str, np.ndarray]]:
                 names.append(entry["file"].encode())
                 end += len(names[-1])
                 name_ends.append(end)
+                hashes.append(int(entry.get("sha256", "0"), 16))
                 if "row" in entry:
                     numbers[entry["file"]] = number
             file_numbers.append(number)
@@ -93,6 +109,7 @@ def column_blocks(path: Path) -> Iterator[dict[str, np.ndarray]]:
             "rows": np.array([entry.get("row", -1) for entry in block], "<i4"),
             "lengths": np.array([entry["len"] for entry in block], "<i4"),
             "ids": np.array([entry["id"] for entry in block], "<i8"),
+            "hashes": np.array(hashes, "<u8"),
             "name_ends": np.array(name_ends, "<i8"),
             "names": np.frombuffer(b"".join(names), "u1"),
         }
@@ -101,7 +118,7 @@ def column_blocks(path: Path) -> Iterator[dict[str, np.ndarray]]:
 def read_entries(path: Path) -> Iterator[dict[str, Any]]:
     """Checked entries of a record, one at a time. Only a list that is written on one line is held as a whole."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             first = file.readline()
             listed = first.lstrip().startswith(b"[")
             if listed and first.strip() != b"[":
@@ -122,14 +139,14 @@ def read_entries(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: cannot read the record ({error.strerror})") from error
 
 
-def entry_line(file: str, row: int | None, length: int, item: int) -> bytes:
-    """An entry as JSON, without a line end."""
+def entry_line(file: str, row: int | None, length: int, item: int, sha256: str | None = None) -> bytes:
+    """An entry as JSON, without a line end. `sha256` belongs to the first entry of a file."""
     where = {"file": file} if row is None else {"file": file, "row": row}
-    return orjson.dumps({**where, "len": length, "id": item})
+    return orjson.dumps({**where, "len": length, "id": item, **({"sha256": sha256} if sha256 else {})})
 
 
 def _whole(path: Path) -> list[Any]:
-    entries = _parsed(path.read_bytes(), path, 1)
+    entries = _parsed(read_file(path), path, 1)
     if not isinstance(entries, list):
         raise DataError(f"{path}: not a record: expected a list of entries")
     return entries
@@ -153,6 +170,7 @@ def _checked(entry: Any, path: Path, where: str) -> dict[str, Any]:
         and _fits(entry.get("len"), 2**31)  # the index' columns are int32, but for the id's
         and _fits(entry.get("row", 0), 2**31)
         and _fits(entry.get("id"), 2**63)
+        and ("sha256" not in entry or (isinstance(entry["sha256"], str) and _HASH.fullmatch(entry["sha256"])))
     )
     if not right:
         raise DataError(f'{path}, {where}: expected {{"file", "len", "id"}} and perhaps "row", found {entry!r:.80}')

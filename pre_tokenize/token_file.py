@@ -6,10 +6,13 @@ memory-mapped, so any number of data-loader workers share one copy in the page c
 datasets read them too. Pickle: `files/{id}.pkl`, the published form `{token, label, id, raw_image}`.
 """
 
+import hashlib
 import io
+import os
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +23,7 @@ import pyarrow as pa
 
 from pre_tokenize.record import Record
 from vistoken.errors import DataError
+from vistoken.files import check_regular, read_file
 from vistoken.jobs.manifest import read_manifest
 
 SCHEMA = pa.schema(
@@ -53,14 +57,21 @@ class TokenFiles(Sequence[TokenSample]):
     Args:
         record: a record file, `.json` or `.jsonl`, or one that is loaded already.
         image_dir: where relative image paths begin, if not where they did when the tokens were made.
+        checked: for processes that read the same record, so that each file is held against its hash by one of them.
 
     Cheap to pickle (data-loader workers): mapped files stay behind and are mapped again on first use. A file that
     is missing, damaged or not of this record raises `DataError` with its path.
     """
 
-    def __init__(self, record: Record | str | Path, image_dir: str | Path | None = None):
+    def __init__(
+        self,
+        record: Record | str | Path,
+        image_dir: str | Path | None = None,
+        checked: "CheckedFiles | None" = None,
+    ):
         self.record = record if isinstance(record, Record) else Record.load(Path(record))
         self._image_dir = image_dir
+        self._checked = checked
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
 
     def __len__(self) -> int:
@@ -76,7 +87,15 @@ class TokenFiles(Sequence[TokenSample]):
         if not len(self):
             return None
         path = self.record.file(0)
-        return self._shard(0).manifest if path.suffix == ".arrow" else read_manifest(path.parent.parent)
+        if path.suffix != ".arrow":
+            return read_manifest(path.parent.parent)
+        try:
+            return self._shard(0).manifest
+        except DataError:
+            for index in np.unique(self.record.file_numbers, return_index=True)[1][1:]:
+                with suppress(DataError):  # whoever reads its samples will be told
+                    return self._shard(int(index)).manifest
+            raise
 
     def __getitem__(self, index):
         if isinstance(index, slice):
@@ -88,7 +107,8 @@ class TokenFiles(Sequence[TokenSample]):
             sample = shard.sample(row)
             folder = shard.image_dir if folder is None else folder
         else:
-            sample = read_pickle(path)
+            sample = read_pickle(path, sha256 := self._unchecked(index))
+            self._mark(index, sha256)
         if sample.id != record.ids[index] or len(sample.tokens) != record.lengths[index]:
             raise DataError(
                 f"{path}, row {row}: holds item {sample.id} of {len(sample.tokens)} tokens, but the record "
@@ -100,47 +120,105 @@ class TokenFiles(Sequence[TokenSample]):
         """The mapped file of item `index`, from those that are open; the one used longest ago is closed for it."""
         number = int(self.record.file_numbers[index])
         if number not in self._shards:
-            self._shards[number] = _Shard(self.record.file(index))
+            self._shards[number] = _Shard(self.record.file(index), sha256 := self._unchecked(index))
+            self._mark(index, sha256)
             if len(self._shards) > OPEN_SHARDS:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)
         return self._shards[number]
 
+    def _unchecked(self, index: int) -> str | None:
+        """The hash that the file of item `index` is yet to be held against, if it has one."""
+        if self._checked and self._checked.has(int(self.record.file_numbers[index])):
+            return None
+        return self.record.sha256(index)
+
+    def _mark(self, index: int, sha256: str | None) -> None:
+        if self._checked and sha256:
+            self._checked.add(int(self.record.file_numbers[index]))
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": OrderedDict()}
 
 
-class _Shard:
-    """One memory-mapped Arrow file, as numpy views of its buffers."""
+class CheckedFiles:
+    """Which token files of a record this run has held against their hashes: a file with a byte for each of them.
+
+    All processes on a machine share it. Where two look at once, both check.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self._descriptor: int | None = None
+
+    def begin(self, files: int) -> None:
+        """Forget what an earlier run has checked."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_bytes(bytes(files))
+
+    def has(self, number: int) -> bool:
+        return os.pread(self._opened(), 1, number) == b"\1"
+
+    def add(self, number: int) -> None:
+        os.pwrite(self._opened(), b"\1", number)
+
+    def _opened(self) -> int:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDWR)
+        return self._descriptor
+
+    def __reduce__(self):
+        return CheckedFiles, (self.path,)
+
+
+class _Shard:
+    """One memory-mapped Arrow file, as numpy views of its buffers.
+
+    Args:
+        sha256: what the file's hash begins with, if it is to be checked.
+    """
+
+    def __init__(self, path: Path, sha256: str | None = None):
+        self.path = path
         try:
+            check_regular(path)
             with pa.memory_map(str(path)) as source:
-                reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(use_threads=False))
+                content = source.read_buffer()
+                check_hash(path, content, sha256)
+                reader = pa.ipc.open_file(content, options=pa.ipc.IpcReadOptions(use_threads=False))
                 schema, batches = reader.schema, [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            if len(batches) != 1 or not schema.equals(SCHEMA):
+                raise ValueError(f"expected one batch of {SCHEMA.names}, found {len(batches)} of {schema.names}")
+            batches[0].validate(full=True)  # before any offset is followed: pyarrow ends the process at a wrong one
+            if any(column.null_count for column in batches[0].columns):
+                raise ValueError("null values in it")
+            self.manifest = _manifest((schema.metadata or {}).get(b"manifest", b"{}"))
+            self.image_dir: str = self.manifest.get("image_dir", "")
         except FileNotFoundError as error:
             raise DataError(f"{path}: the record names this token file, but it does not exist. {MAKE_ANEW}") from error
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, AttributeError, SystemError) as error:
             raise _damaged(path, error) from error
-        if len(batches) != 1 or not schema.equals(SCHEMA) or any(column.null_count for column in batches[0].columns):
-            raise DataError(f"{path}: not a token file: expected one batch of {SCHEMA.names}, found {schema.names}")
         batch = batches[0]
         self.rows = batch.num_rows
-        self.manifest = _manifest((schema.metadata or {}).get(b"manifest", b"{}"))
-        self.image_dir: str = self.manifest.get("image_dir", "")
-        self._ids = batch["id"].to_numpy()
+        self.ids = batch["id"].to_numpy()
         self._token_ends, self._tokens = batch["tokens"].offsets.to_numpy(), batch["tokens"].values.to_numpy()
         self._mask_ends, bits = batch["loss_mask"].offsets.to_numpy(), batch["loss_mask"].values.buffers()[1]
         self._mask_bits = np.frombuffer(bits, np.uint8) if bits else np.empty(0, np.uint8)
         self._images = batch["images"]
+        if not np.array_equal(self._token_ends, self._mask_ends):
+            raise _damaged(path, "the loss mask is not as long as the tokens")
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(rows,) int32."""
+        return np.diff(self._token_ends)
 
     def sample(self, row: int) -> TokenSample:
         if not 0 <= row < self.rows:
             raise DataError(f"{self.path}: the record names row {row}, the file has {self.rows}")
         start, end = self._token_ends[row], self._token_ends[row + 1]
         images = tuple(self._images[row].as_py())
-        return TokenSample(int(self._ids[row]), self._tokens[start:end].copy(), self._mask(row), images)
+        return TokenSample(int(self.ids[row]), self._tokens[start:end].copy(), self._mask(row), images)
 
     def _mask(self, row: int) -> np.ndarray:
         start, end = int(self._mask_ends[row]), int(self._mask_ends[row + 1])
@@ -148,7 +226,21 @@ class _Shard:
         return bits[start % 8 : start % 8 + end - start].view(bool)
 
 
-def _damaged(path: Path, error: Exception) -> DataError:
+def hash_of(content: Any) -> str:
+    """What the record says of a token file's bytes: the first 16 digits of their SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def check_hash(path: Path, content: Any, sha256: str | None) -> None:
+    """Raises `DataError` where the bytes are not those that were written. None: nothing is known of them."""
+    if sha256 is not None and (found := hash_of(content)) != sha256:
+        raise DataError(
+            f"{path}: not the bytes that were written: their SHA-256 begins with {found}, the record says {sha256}. "
+            f"Delete the file. {MAKE_ANEW}"
+        )
+
+
+def _damaged(path: Path, error: Exception | str) -> DataError:
     return DataError(f"{path}: not a token file, or a damaged one ({error}). Delete it. {MAKE_ANEW}")
 
 
@@ -164,10 +256,26 @@ def read_shard(path: Path) -> list[TokenSample]:
     return [shard.sample(row) for row in range(shard.rows)]
 
 
-def shard_manifest(path: Path) -> tuple[dict[str, Any], int]:
-    """The manifest in an Arrow token file's metadata, and its number of rows."""
-    shard = _Shard(path)
-    return shard.manifest, shard.rows
+class Contents(NamedTuple):
+    """What a token file holds, without its tokens."""
+
+    sha256: str  # as in records
+    ids: np.ndarray  # (rows,) int64
+    lengths: np.ndarray  # (rows,) int32
+    manifest: dict[str, Any] | None  # None for a pickle
+
+
+def contents_of(path: Path, sha256: str | None = None) -> Contents:
+    """Read a token file of either form as a whole. Raises `DataError` where it is damaged or not of this hash."""
+    try:
+        sha256 = sha256 or hash_of(read_file(path))
+    except OSError as error:
+        raise _damaged(path, error) from error
+    if path.suffix == ".arrow":
+        shard = _Shard(path, sha256)
+        return Contents(sha256, shard.ids, shard.lengths, shard.manifest)
+    sample = read_pickle(path, sha256)
+    return Contents(sha256, np.array([sample.id]), np.array([len(sample.tokens)], np.int32), None)
 
 
 def shard_bytes(samples: Sequence[TokenSample], manifest: Mapping[str, Any]) -> bytes:
@@ -211,16 +319,18 @@ class _PlainUnpickler(pickle.Unpickler):
 _DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, OverflowError)
 
 
-def read_pickle(path: Path) -> TokenSample:
-    """A published token file. Raises `DataError` for one that is missing, damaged, or would run code."""
+def read_pickle(path: Path, sha256: str | None = None) -> TokenSample:
+    """A published token file. Raises `DataError` where it is missing, damaged, not of this hash, or would run code."""
     try:
-        content = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        stored = read_file(path)
+        check_hash(path, stored, sha256)
+        content = _PlainUnpickler(io.BytesIO(stored)).load()
         tokens, labels = np.array(content["token"], np.int32), np.array(content["label"], np.int32)
         images = content.get("raw_image") or ()
         item = int(content["id"])
     except FileNotFoundError as error:
         raise DataError(f"{path}: the record names this token file, but it does not exist. {MAKE_ANEW}") from error
-    except _DAMAGE as error:
+    except (OSError, *_DAMAGE) as error:
         raise _damaged(path, error) from error
     loss_mask = labels != IGNORE
     if tokens.ndim != 1 or tokens.shape != labels.shape or (tokens[loss_mask] != labels[loss_mask]).any():

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import random
 import subprocess
@@ -10,8 +11,8 @@ import pytest
 
 from pre_tokenize import concat_record
 from pre_tokenize.record import Record, companions, entry_line, manifest_id, sub_record
-from pre_tokenize.token_file import TokenFiles, TokenSample, shard_bytes
-from vistoken.errors import UserError
+from pre_tokenize.token_file import TokenFiles, TokenSample, hash_of, pickle_bytes, shard_bytes
+from vistoken.errors import DataError, UserError
 
 REPO = Path(__file__).parents[1]
 MANIFEST = {"tokenizer": "x", "input": {"items": 30}}
@@ -59,6 +60,8 @@ def test_every_item_once_in_order(finished, save):
     assert json.loads(summary.read_text())["items"] == 28
     if save == "record.json":
         assert entries_of(path)[7] == {"file": "files/5-10.arrow", "row": 2, "len": 9, "id": 8}
+        content = (finished / "files/5-10.arrow").read_bytes()
+        assert entries_of(path)[5]["sha256"] == hash_of(content) == hashlib.sha256(content).hexdigest()[:16]
 
 
 def test_a_record_elsewhere_finds_its_token_files(finished, tmp_path_factory):
@@ -112,9 +115,33 @@ def test_doubled_items_are_named(finished):
     assert [entry["id"] for entry in entries_of(run(finished, "--allow_partial"))][:6] == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("field, value", [("len", 5), ("id", 4), ("row", 2)])
+def test_an_entry_that_its_token_file_does_not_hold_is_refused(finished, field, value):
+    path = sub_record(finished, 0, 3)
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    entries[3][field] = value  # it was row 3, item 3, 4 tokens
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    with pytest.raises(DataError, match=r"0-5\.arrow, row \d: holds item \d of \d tokens, but the sub-record says"):
+        run(finished)
+    assert not (finished / "record.json").exists()
+
+
+def test_a_changed_token_file_is_refused(finished):
+    path, shard = sub_record(finished, 0, 3), finished / "files/5-10.arrow"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    entries[5]["sha256"] = hash_of(shard.read_bytes())
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    samples = [TokenSample(i, np.arange(i + 1, dtype=np.int32), np.zeros(i + 1, bool), ()) for i in (5, 6, 8, 9)]
+    shard.write_bytes(shard_bytes(samples, MANIFEST))
+    with pytest.raises(DataError, match=r"5-10\.arrow: not the bytes that were written"):
+        run(finished)
+
+
 def test_items_beyond_the_input_are_refused(finished):
     path = sub_record(finished, 2, 3)
-    path.write_bytes(path.read_bytes() + entry_line("files/25-30.arrow", 4, 30, 99) + b"\n")
+    samples = [TokenSample(i, np.arange(i + 1, dtype=np.int32), np.ones(i + 1, bool), ()) for i in (99,)]
+    (finished / "files/99.arrow").write_bytes(shard_bytes(samples, MANIFEST))
+    path.write_bytes(path.read_bytes() + entry_line("files/99.arrow", 0, 100, 99) + b"\n")
     with pytest.raises(UserError, match="items up to 99, but the input has only 30"):
         run(finished)
 
@@ -194,7 +221,8 @@ def published(folder, rank, splits, items, prefix):
     (folder / "files").mkdir(exist_ok=True)
     with (folder / f"{rank}-of-{splits}-record.jsonl").open("w") as file:
         for item in items:
-            (folder / "files" / f"{item}.pkl").touch()
+            sample = TokenSample(item, np.arange(3, dtype=np.int32), np.ones(3, bool), ())
+            (folder / "files" / f"{item}.pkl").write_bytes(pickle_bytes(sample))
             file.write(json.dumps({"file": f"{prefix}/files/{item}.pkl", "len": 3, "id": item}) + "\n")
 
 

@@ -320,7 +320,7 @@ def test_a_rerun_tries_what_failed_and_only_that(tokenize, picture, tmp_path, mo
     assert sorted(samples(tmp_path / "out")) == [0, 1, 2, 3, 5]
     (tmp_path / "away.png").rename(missing)
     prepared, prepare = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda path, *more: prepared.append(path) or prepare(path, *more))
+    monkeypatch.setattr(Image, "open", lambda file, **more: prepared.append(Path(file.name)) or prepare(file, **more))
     assert tokenize(items) == 0
     assert prepared == [missing]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "complete")

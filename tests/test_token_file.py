@@ -1,5 +1,7 @@
+import json
 import os
 import pickle
+import random
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -11,8 +13,17 @@ from torch.utils.data import DataLoader
 
 from pre_tokenize import token_file
 from pre_tokenize.record import Lengths, Record, entry_line
-from pre_tokenize.token_file import TokenFiles, TokenSample, pickle_bytes, read_pickle, read_shard, shard_bytes
-from vistoken.errors import UserError
+from pre_tokenize.token_file import (
+    CheckedFiles,
+    TokenFiles,
+    TokenSample,
+    hash_of,
+    pickle_bytes,
+    read_pickle,
+    read_shard,
+    shard_bytes,
+)
+from vistoken.errors import DataError, UserError
 
 MANIFEST = {"tokenizer": "x", "image_dir": "/pictures"}
 
@@ -204,6 +215,83 @@ def test_a_record_older_than_its_token_files_is_told(arrow_record):
         TokenFiles(path)[4]
     with pytest.raises(UserError, match="names row 9, the file has 9"):
         TokenFiles(path)[9]
+
+
+def with_hashes(record: Path) -> Path:
+    """The record as the tools write it today: the first entry of a file has its hash."""
+    entries, seen = [json.loads(line) for line in record.read_text().splitlines()], set()
+    for entry in entries:
+        if entry["file"] not in seen:
+            entry["sha256"] = hash_of((record.parent / entry["file"]).read_bytes())
+            seen.add(entry["file"])
+    record.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return record
+
+
+def test_a_flipped_bit_anywhere_in_a_file_with_a_hash_is_named(arrow_record):
+    record = with_hashes(arrow_record[0])
+    shard = record.parent / "files/0-10.arrow"
+    good = shard.read_bytes()
+    for bit in random.Random(0).sample(range(8 * len(good)), 300):
+        content = bytearray(good)
+        content[bit // 8] ^= 1 << bit % 8
+        shard.write_bytes(content)
+        with pytest.raises(DataError, match=r"0-10\.arrow: not the bytes that were written"):
+            TokenFiles(record)[4]
+
+
+def test_no_flipped_bit_ends_the_process_without_a_hash(arrow_record):
+    """Old records have none. Much of the damage is then found by its form, and none of it may abort pyarrow."""
+    shard = arrow_record[0].parent / "files/0-10.arrow"
+    good, found = shard.read_bytes(), 0
+    child = os.fork()
+    if not child:
+        for bit in random.Random(0).sample(range(8 * len(good)), 500):
+            content = bytearray(good)
+            content[bit // 8] ^= 1 << bit % 8
+            shard.write_bytes(content)
+            try:
+                read_shard(shard)
+            except DataError:
+                found += 1
+        os._exit(0 if found > 50 else 7)  # neither is a signal's
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_file_is_hashed_once_for_all_processes_of_a_run(arrow_record, tmp_path, monkeypatch):
+    record = Record.load(with_hashes(arrow_record[0]))
+    checked, hashed = CheckedFiles(tmp_path / "run" / "checked"), []
+    checked.begin(record.files)
+    monkeypatch.setattr(token_file, "hash_of", lambda content: hashed.append(1) or hash_of(content))
+    for _ in range(3):  # as data-loader processes do
+        files = pickle.loads(pickle.dumps(TokenFiles(record, checked=checked)))
+        assert [sample.id for sample in files] == list(range(25))
+    assert len(hashed) == 3  # files
+    checked.begin(record.files)
+    TokenFiles(record, checked=checked)[0]
+    assert len(hashed) == 4
+
+
+def test_a_pickle_with_a_hash_is_held_against_it(tmp_path):
+    sample = TokenSample(3, np.arange(5, dtype=np.int32), np.ones(5, bool), ())
+    path, content = tmp_path / "3.pkl", pickle_bytes(sample)
+    other = pickle_bytes(sample._replace(tokens=np.array([0, 1, 2, 3, 9], np.int32)))
+    for stored, hash_in_record in ((content, hash_of(content)), (content, None), (other, None)):
+        path.write_bytes(stored)
+        (tmp_path / "record.jsonl").write_bytes(entry_line("3.pkl", None, 5, 3, hash_in_record))
+        assert TokenFiles(tmp_path / "record.jsonl")[0].id == 3
+    (tmp_path / "record.jsonl").write_bytes(entry_line("3.pkl", None, 5, 3, hash_of(content)))
+    with pytest.raises(DataError, match=r"3\.pkl: not the bytes that were written"):
+        TokenFiles(tmp_path / "record.jsonl")[0]
+
+
+@pytest.mark.parametrize("name", ["0-10.arrow", "x.pkl", "record.jsonl"])
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    if name != "record.jsonl":
+        (tmp_path / "record.jsonl").write_bytes(entry_line(name, 0 if "arrow" in name else None, 5, 3))
+    with pytest.raises(UserError, match=f"{name}.*named pipe"):
+        TokenFiles(tmp_path / "record.jsonl")[0]
 
 
 def test_an_empty_shard_can_be_written_and_read(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import resource
+import signal
 import time
 
 import numpy as np
@@ -20,13 +21,14 @@ from training.data.loading import (
     SampleRules,
     build_sample,
     check_manifest,
+    loader_deaths_named,
     make_loader,
     read_data_config,
 )
 from training.data.packing import IMAGE_END, IMAGE_START, Sample
 from training.data.sampler import RankBatches, Sampler, Source
 from training.preflight import data_lines, token_kinds
-from vistoken.errors import Failed, UserError
+from vistoken.errors import DataError, Failed, UserError
 
 RULES = SampleRules(10343, 4096, None, ImageReader(384, 27, False))
 
@@ -214,3 +216,20 @@ def test_the_order_does_not_depend_on_data_loader_processes(tmp_path, workers):
     order = RankBatches(Sampler([Source("", lengths=files.lengths)], 8, 0), 1, 2, 0, 1, (0, 0))
     expected, found = ([batch.names for batch in make_loader(dataset, order, n, pin=False)] for n in (0, workers))
     assert expected == found and len(found) == 10
+
+
+class _Dies(Batches):
+    def _usable(self, number, skipped):
+        sample = super()._usable(number, skipped)
+        if number == 7:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory is short
+        return sample
+
+
+def test_a_dying_loader_process_names_what_it_was_reading(tmp_path):
+    files = TokenFiles(index(write_record(tmp_path / "tokens", text_samples(12))))
+    dataset = _Dies([files], RULES)
+    order = RankBatches(Sampler([Source(tmp_path, lengths=files.lengths)], 2, seed=0), 1, 1, 0, 1, position=(0, 0))
+    died = r"(killed by signal: Killed|exited unexpectedly).* It was reading .*0\.arrow, row 7, item 7"
+    with pytest.raises(DataError, match=died), loader_deaths_named(dataset):
+        list(make_loader(dataset, order, 1, pin=False))

@@ -9,7 +9,7 @@ import pytest
 from lm_small import extended_tokenizer, golden_lines, write_lines
 
 from pre_tokenize import concat_record, pre_tokenize
-from pre_tokenize.token_file import TokenFiles, pickle_bytes, read_shard, shard_bytes, shard_manifest
+from pre_tokenize.token_file import TokenFiles, contents_of, hash_of, pickle_bytes, read_shard, shard_bytes
 from pre_tokenize.verify_tokens import main
 from vistoken.errors import UserError
 
@@ -46,10 +46,13 @@ def change(folder: Path, item: int, edit) -> None:
     files = TokenFiles(folder / "out" / "record.json")
     index = int((files.record.ids == item).argmax())
     path, row = files.record.file(index), int(files.record.rows[index])
-    samples, manifest = read_shard(path), shard_manifest(path)[0]
+    samples, manifest = read_shard(path), contents_of(path).manifest
     changed = samples[row]._replace(tokens=samples[row].tokens.copy(), loss_mask=samples[row].loss_mask.copy())
     samples[row] = edit(changed) or changed
-    path.write_bytes(shard_bytes(samples, manifest))
+    before, content = path.read_bytes(), shard_bytes(samples, manifest)
+    path.write_bytes(content)
+    record = folder / "out" / "record.json"
+    record.write_text(record.read_text().replace(hash_of(before), hash_of(content)))
 
 
 def test_sound_files_pass_and_tokenise_to_the_same(tokenized, chameleon_folder, capsys):

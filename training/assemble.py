@@ -1,5 +1,6 @@
 """From a configuration to its model, optimizer and data, each checked as far as the CPU can."""
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.optim import AdamW
 
 from pre_tokenize.record import Record
 from pre_tokenize.text import TOKENIZER_FILES, TextTokenizer
-from pre_tokenize.token_file import TokenFiles
+from pre_tokenize.token_file import CheckedFiles, TokenFiles
 from training.config import ALWAYS_FROZEN, TrainConfig
 from training.data.index import fingerprint, open_indexed
 from training.data.loading import Batches, ImageReader, SampleRules, check_manifest
@@ -102,11 +103,13 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
     parents = [source.path.parent if config.cache_ann_on_disk else own for source in sources]
 
     def open_records() -> list[Record]:
-        opened = zip(sources, digests, parents, strict=True)
-        return [open_indexed(source.path, digest, parent) for source, digest, parent in opened]
+        given = zip(sources, digests, parents, strict=True)
+        return [open_indexed(source.path, digest, parent) for source, digest, parent in given]
 
+    checked = [CheckedFiles(own / f"checked-{socket.gethostname()}-{number}") for number in range(len(sources))]
     if local_rank == 0:  # one process of each node writes the indexes
-        open_records()
+        for marks, record in zip(checked, open_records(), strict=True):
+            marks.begin(record.files)
     dist.barrier()
     records = open_records()
     sources = [replace(source, lengths=record.lengths) for source, record in zip(sources, records, strict=True)]
@@ -121,7 +124,8 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
                 f"{config.data_config}: {drawn} samples of type {kind!r} are too few for one step of {step_size}, so "
                 "they would never be used. Draw more of them, lower the global batch, or give them another's type."
             )
-    files = [TokenFiles(record, source.image_dir) for record, source in zip(records, sources, strict=True)]
+    opened = zip(records, sources, checked, strict=True)
+    files = [TokenFiles(record, source.image_dir, marks) for record, source, marks in opened]
     vocabulary = check_tokenizer(folder.tokenizer, chameleon=config.variant != "lm")
     for one in files:
         check_manifest(one.manifest(), one.record.path, vocabulary, folder.llm.vocab_size)

@@ -11,7 +11,7 @@ from torch import nn
 from training import preflight, state
 from training.assemble import Data, build_optimizer, on_rank_0, open_data, open_model
 from training.config import CONFIG_FILE, TrainConfig
-from training.data.loading import make_loader, read_data_config
+from training.data.loading import loader_deaths_named, make_loader, read_data_config
 from training.data.sampler import RankBatches
 from training.loop import Run, train
 from training.models.folder import FINAL, ModelFolder, save_folder
@@ -36,7 +36,7 @@ def run(config: TrainConfig, world: int, local_rank: int) -> None:
         if dist.get_rank() == 0:
             output, interval = Path(config.output_dir), config.log_interval
             report = Report(output, progress.step, job.total_steps, interval, world, config.precision)
-        with closing(report) if report else nullcontext():
+        with closing(report) if report else nullcontext(), loader_deaths_named(data.dataset):
             train(job, progress, report)
         finish(config, model, folder)
 

@@ -1,13 +1,17 @@
 """Token files to batches: the data config, its records, and what data-loader processes do."""
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pre_tokenize.token_file import IGNORE, TokenFiles, TokenSample
 from training.data.anyres import ImageInput, image_input
@@ -15,7 +19,7 @@ from training.data.packing import IMAGE_END, Batch, Sample, Skipped, discrete, i
 from training.data.sampler import RankBatches, Source
 from vision_tokenizer.images.files import read_image
 from vision_tokenizer.models.chameleon.vocabulary import RELEASED_IMAGE_IDS
-from vistoken.errors import Failed, UserError
+from vistoken.errors import DataError, Failed, UserError
 
 MAX_RATIO = 1000  # times that a record is gone through in an epoch
 REPLACEMENTS = 16  # samples tried in the place of one that fails
@@ -129,6 +133,7 @@ class Batches(Dataset):
     def __init__(self, sources: Sequence[TokenFiles], rules: SampleRules):
         self.sources, self.rules = sources, rules
         self._starts = np.cumsum([0] + [len(files) for files in sources])
+        self.reading = torch.zeros(0, 2, dtype=torch.int64)  # of each loader process: its id, and the sample it reads
 
     def __getitem__(self, samples: list[int]) -> Batch | UserError:
         skipped: list[Skipped] = []
@@ -140,9 +145,19 @@ class Batches(Dataset):
 
     def sample(self, number: int) -> Sample:
         """Raises `Failed` for a sample that cannot be used."""
+        if worker := get_worker_info():
+            self.reading[worker.id] = torch.tensor([os.getpid(), number])
         source = self._source(number)
         tokens = self.sources[source][number - int(self._starts[source])]
         return build_sample(tokens, f"{self.sources[source].record.path}, id {tokens.id}", self.rules)
+
+    def read_by(self, process: int) -> str | None:
+        """The place of the sample that a loader process has read last."""
+        for pid, number in self.reading.tolist():
+            if pid == process:
+                source = self._source(number)
+                return self.sources[source].record.where(number - int(self._starts[source]))
+        return None
 
     def _source(self, number: int) -> int:
         return int(np.searchsorted(self._starts, number, side="right")) - 1
@@ -165,6 +180,7 @@ class Batches(Dataset):
 
 def make_loader(dataset: Batches, order: RankBatches, num_workers: int, pin: bool) -> DataLoader:
     """Batches in the order of `order`, whatever the number of processes that make them."""
+    dataset.reading = torch.zeros(num_workers, 2, dtype=torch.int64).share_memory_()
     return DataLoader(
         dataset,
         sampler=order,
@@ -173,3 +189,20 @@ def make_loader(dataset: Batches, order: RankBatches, num_workers: int, pin: boo
         pin_memory=pin,
         prefetch_factor=4 if num_workers else None,
     )
+
+
+@contextmanager
+def loader_deaths_named(dataset: Batches) -> Iterator[None]:
+    """Where a data-loader process dies, PyTorch raises `RuntimeError` wherever this process happens to be; we know what
+    the dead one was reading.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        read = [place for pid in re.findall(r"\d+", str(error)) if (place := dataset.read_by(int(pid)))]
+        raise DataError(
+            f"{error}. It was reading {' and '.join(read) or 'nothing yet'}: look whether that file, or an image it "
+            "names, is damaged; or the machine ran out of memory, then lower --num_workers."
+        ) from error
