@@ -37,6 +37,7 @@ from training.data.sampler import RankBatches, Sampler, Source
 from training.models.llm import LLMConfig
 from training.models.siglip import VisionConfig
 from training.models.unitoken import UniToken
+from training.models.units import compile_unit, recompute
 from training.parallel import process_group, shard
 from training.report import Flops, memory_used
 from vistoken.cli import command_parser
@@ -100,7 +101,9 @@ def measure_loop(name: str) -> dict[str, float]:
     sizes = GPU_LLM if device.type == "cuda" else CPU_LLM
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = UniToken(sizes, TOWER, z_weight=1e-5, checkpointing=True).to(device, dtype)
+    model = UniToken(sizes, TOWER, z_weight=1e-5).to(device, dtype)
+    for unit in model.units():
+        recompute(unit, selective=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     make, loss = LOOPS[name]
     items = samples(sizes.vocab_size, 4096 if device.type == "cuda" else 1024)
@@ -190,16 +193,18 @@ def sharded_steps(stage: str, compiled: bool, device: torch.device) -> dict[str,
     """Steps of packed text through eight layers of the 7B model and the whole tower, with the sharded trainer."""
     sizes, vision = LLMConfig(num_hidden_layers=8), VisionConfig()
     with torch.device("meta"):
-        model = UniToken(sizes, vision, z_weight=1e-5, dropout=0.05, checkpointing=True)
+        model = UniToken(sizes, vision, z_weight=1e-5, dropout=0.05)
     freeze(model, STAGES[stage]["trainable_params"])
     flops = Flops(model, sizes, vision)
     model.to_empty(device=device)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
+    for unit in model.units():
+        recompute(unit, selective=False)
     shard(model, device, "bf16", reshard=True)
     if compiled:
         for unit in model.units():
-            unit.compile(dynamic=True)
+            compile_unit(unit)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     random = np.random.default_rng(0)
     ids = random.integers(9000, sizes.vocab_size, 4096)

@@ -10,7 +10,7 @@ from training.models.loss import linear_loss
 @pytest.mark.parametrize("masked", [None, range(3, 9)])
 @pytest.mark.parametrize("count", [0, 1, 10])
 def test_equals_the_formula_whatever_the_chunk(monkeypatch, masked, count):
-    monkeypatch.setattr(training.models.loss, "CHUNK", 4)
+    monkeypatch.setattr(training.models.loss, "CHUNK", 80)  # four positions of twenty words
     torch.manual_seed(0)
     hidden = torch.randn(count, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)

@@ -28,7 +28,7 @@ def test_features_are_transformers_own(tmp_path, kind):
         tower = saved.vision_model
     saved.save_pretrained(tmp_path)
     config, tensors = read_tower(tmp_path)
-    ours = VisionTower(VisionConfig(**{name: config[name] for name in SIZES}), checkpointing=False)
+    ours = VisionTower(VisionConfig(**{name: config[name] for name in SIZES}))
     ours.load_state_dict({name.removeprefix("vit."): tensor for name, tensor in tensors.items()})
     tiles = torch.randint(0, 256, (3, 3, 56, 56), dtype=torch.uint8)
     with torch.no_grad():

@@ -14,9 +14,9 @@ from pre_tokenize import concat_record, pre_tokenize
 from pre_tokenize.extend_tokenizer import extend
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenFiles
+from training.assemble import open_model
 from training.config import resolve
 from training.data.packing import interleave, pack
-from training.models.causal_lm import open_causal_lm
 from vistoken.errors import UserError
 
 SIZES = {
@@ -63,7 +63,7 @@ def transformers_loss(folder, samples):
 def test_the_loss_is_transformers_own(model, checkpointing):
     samples = text_samples(5)
     settings = {"init_from": str(model), "data_config": "x", "output_dir": "x", "variant": "lm", "z_loss_weight": 0.0}
-    ours, _ = open_causal_lm(resolve({**settings, "checkpointing": checkpointing}))
+    ours, _ = open_model(resolve({**settings, "checkpointing": checkpointing}))
     packed = pack([interleave("x", sample.tokens, sample.labels, []) for sample in samples], 1)
     loss, sums = ours(packed)
     assert loss.item() == pytest.approx(transformers_loss(model, samples), rel=1e-5)
@@ -148,9 +148,9 @@ def test_codes_of_images_to_a_trained_model(tmp_path, capsys):
 def test_a_folder_whose_own_tokenizer_was_extended_grows_too(tmp_path):
     folder = write_model(tmp_path / "model", vocab_size=303)
     settings = {"init_from": str(folder), "data_config": "x", "output_dir": "x", "variant": "lm"}
-    assert open_causal_lm(resolve(settings))[1].config["vocab_size"] == 303
+    assert open_model(resolve(settings))[1].config["vocab_size"] == 303
     extend(str(write_tokenizer(tmp_path / "original")), folder, (3, 4))
-    opened, grown = open_causal_lm(resolve(settings))
+    opened, grown = open_model(resolve(settings))
     assert grown.config["vocab_size"] == grown.llm.vocab_size == 303 + 39 + 7
     assert len(opened.model.embed_tokens.weight) == 349 and grown.tokenizer == folder
 

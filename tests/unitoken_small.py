@@ -13,6 +13,7 @@ from training.data.packing import Batch, Sample, interleave, pack
 from training.models.llm import LLMConfig
 from training.models.siglip import VisionConfig
 from training.models.unitoken import UniToken
+from training.models.units import recompute
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGES = GOLDEN / "images"
@@ -42,10 +43,12 @@ def synthetic_state() -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(module.synthetic_tensor(name, tuple(shape))) for name, shape in keys.items()}
 
 
-def small_model(**settings) -> UniToken:
+def small_model(checkpointing: bool = False, **settings) -> UniToken:
     settings.setdefault("z_weight", 1e-5)
     model = UniToken(LLM, VISION, **settings)
     model.load_state_dict(synthetic_state())
+    for unit in model.units() if checkpointing else ():
+        recompute(unit, selective=False)
     return model
 
 

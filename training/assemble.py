@@ -20,6 +20,7 @@ from training.data.loading import Batches, ImageReader, SampleRules, check_manif
 from training.data.sampler import Sampler, Source
 from training.models.folder import ModelFolder, open_unitoken
 from training.models.unitoken import UniToken
+from training.models.units import recompute
 from vision_tokenizer.models.chameleon.vocabulary import MARK_NAMES, RELEASED_IMAGE_IDS, RELEASED_MARKS
 from vistoken.errors import UserError
 from vistoken.weights import load_strict
@@ -44,10 +45,12 @@ def open_model(config: TrainConfig) -> tuple[nn.Module, ModelFolder]:
                 z_weight=config.z_loss_weight,
                 masked=masked_words(config),
                 dropout=config.dropout,
-                checkpointing=config.checkpointing,
             )
         load_strict(model, folder.tensors, source=folder.path)
     freeze(model, config.trainable_params)
+    if config.checkpointing:
+        for unit in model.units():
+            recompute(unit, selective=config.selective_checkpointing)
     return model, folder
 
 

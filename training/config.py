@@ -73,7 +73,19 @@ class TrainConfig:
     # how it runs
     precision: str = option("bf16", "of computation; master weights are fp32", choices=("bf16", "fp16", "tf32", "fp32"))
     data_parallel: str = option("fsdp", "shard weights throughout, or gather once a batch", choices=("fsdp", "sdp"))
+    shard_over: int | None = option(
+        None, "processes that share one copy of the model, such as those of a node; default: all", low=1
+    )
+    whole_gradients: str = option(
+        "auto",
+        "with several batches a step: keep whole gradients until the last one, which sends less between processes and "
+        "takes 4 bytes a trained weight; auto: if they fit",
+        choices=("auto", "yes", "no"),
+    )
     checkpointing: bool = option(False, "recompute activations in the backward pass instead of storing them")
+    selective_checkpointing: bool = option(
+        False, "with checkpointing, keep the results of attention and of every second matrix product"
+    )
     compile: bool = option(False, "compile each layer")
     num_workers: int = option(4, "data-loader processes", low=0)
     cache_ann_on_disk: bool = option(False, "keep the records' indexes beside them, for other runs, not in output_dir")

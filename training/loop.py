@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from training import state
 from training.config import TrainConfig
 from training.data.packing import Batch, Skipped
+from training.parallel import synchronise_gradients
 from training.report import Flops, Report
 from training.state import Progress
-from vistoken.errors import UserError
+from vistoken.errors import UserError, is_out_of_memory
 
 FEW_FAILURES = 10  # the share of failed samples is not judged before there are more
 
@@ -32,6 +33,7 @@ class Run:
     loader: DataLoader
     epoch_steps: int
     accumulation: int  # batches of a process in an optimizer step
+    whole_gradients: bool  # until the last of them
     device: torch.device
     flops: Flops
     fixed: dict  # what a checkpoint must have been trained with
@@ -132,9 +134,15 @@ def train_step(run: Run, batches: list[Batch], labels: int, step: int) -> Losses
     world = dist.get_world_size()
     torch.manual_seed(run.config.seed + step * world + dist.get_rank())  # of dropout
     sums = []
-    for batch in batches:
-        loss, of_batch = run.model(batch.to(run.device))
-        run.scaler.scale(loss * (world / labels)).backward()  # gradients are averaged over processes
+    for number, batch in enumerate(batches, start=1):
+        synchronise_gradients(run.model, last=number == len(batches), whole=run.whole_gradients)
+        try:
+            loss, of_batch = run.model(batch.to(run.device))
+            run.scaler.scale(loss * (world / labels)).backward()  # gradients are averaged over processes
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(run, batch) from error
         sums.append(of_batch)
     c_loss, z_loss = (value / labels for value in total(torch.stack(sums).sum(0).double(), run.device))
     run.scaler.unscale_(run.optimizer)
@@ -172,6 +180,18 @@ def judge_skipped(progress: Progress, skipped: list[Skipped], max_failed: float)
             f"{progress.skipped} of {progress.samples} samples could not be used, more than --max_failed "
             f"{max_failed:g} allows{last}"
         )
+
+
+def out_of_memory(run: Run, batch: Batch) -> UserError:
+    """The error for a batch that the device has no room for."""
+    names = {"--batch_size (BATCH_SIZE)": len(batch.names) > 1, "--max_seq_len (MAX_SEQ_LEN)": True}
+    smaller = " or ".join(name for name, helps in names.items() if helps)
+    advice = "" if run.config.checkpointing else ", or give --checkpointing"
+    return UserError(
+        f"{run.device} has too little memory for a batch of {len(batch.names)} samples, {len(batch.tokens):,} tokens "
+        f"and {len(batch.tiles)} tiles. Lower {smaller}{advice}; the global batch stays as it is. Its samples: "
+        f"{'; '.join(batch.names)}"
+    )
 
 
 def total(values: torch.Tensor, device: torch.device) -> list[float]:

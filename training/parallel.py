@@ -6,6 +6,7 @@ Master weights are fp32 and sharded on their first dimension; computation is in 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from vistoken.device import choose_dtype, local_device
+
+TIMEOUT = timedelta(minutes=10)  # of a collective: no process is busy alone for so long
 
 
 def _under_torchrun() -> bool:
@@ -27,30 +30,50 @@ def launched() -> tuple[int, int]:
 
 
 @contextmanager
-def process_group() -> Iterator[torch.device]:
-    """Join torchrun's processes, or be the only one; gives the device of this one."""
-    device = local_device("auto")
+def process_group(device_name: str = "auto") -> Iterator[torch.device]:
+    """Join torchrun's processes, or be the only one; gives the device of this one.
+
+    An error does not leave the group in order: that waits for the other processes, which may be waiting for this one
+    in a collective. The process has to end, and torchrun then ends the others.
+    """
+    device = local_device(device_name)
     alone = {} if _under_torchrun() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **alone)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, **alone)
+    finished = False
     try:
         yield device
+        finished = True
     finally:
-        dist.destroy_process_group()
+        if finished or alone:
+            dist.destroy_process_group()
 
 
-def shard(model: nn.Module, device: torch.device, precision: str, reshard: bool) -> None:
-    """Move a model to the device in fp32 and shard it: each of its `units()` on its own, then what is left, so that no
-    more than one of them is ever there as a whole.
+def shard(model: nn.Module, device: torch.device, precision: str, *, reshard: bool, over: int | None = None) -> None:
+    """Move a model to the device in fp32 and shard it: each of its layers and its `ends()` on its own, then what is
+    left. So only a few of them are there as a whole, and the next one's weights come while this one computes.
 
-    With `reshard` a unit's weights are gathered again for the backward pass (ZeRO-3), without they stay (ZeRO-2).
+    With `reshard` a layer's weights are gathered again for the backward pass (ZeRO-3), without they stay (ZeRO-2).
+    `over` is how many processes share one copy of the model, neighbours in rank, as on a node; all of them if None.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    world = dist.get_world_size()
+    copies = world // (over or world)
+    shape, names = ((copies, over), ("replicate", "shard")) if copies > 1 else ((world,), ("shard",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(param_dtype=choose_dtype(precision), reduce_dtype=torch.float32)
-    for unit in model.units():
-        unit.to(device, torch.float32)
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    model.to(device, torch.float32)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    units = [(unit, reshard) for unit in model.units()] + [(end, False) for end in model.ends()] + [(model, False)]
+    for unit, again in units:
+        unit.to(device).to(torch.float32)  # in this order: 16 bits cross the bus, the device widens them
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+
+
+def synchronise_gradients(model: nn.Module, *, last: bool, whole: bool) -> None:
+    """What the next backward pass does with gradients; `last` is the last one of an optimizer step.
+
+    By default each pass leaves every process the sum of its shard, and only the last adds up over copies of the
+    model. With `whole`, the passes before the last keep whole gradients, 4 bytes a trained weight, and send nothing.
+    """
+    model.set_requires_gradient_sync(last or not whole)
+    model.set_requires_all_reduce(last)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from training.data.loading import loader_deaths_named, make_loader, read_data_co
 from training.data.sampler import RankBatches
 from training.loop import Run, train
 from training.models.folder import FINAL, ModelFolder, save_folder
+from training.models.units import compile_unit
 from training.parallel import gather, process_group, shard
 from training.report import Flops, Report
 from training.state import Progress
@@ -109,10 +110,10 @@ def start(
 ) -> Run:
     """Take the device: shard the model, go on from the checkpoint if there is one, start the loader."""
     flops = Flops(model, folder.llm, folder.vision)
-    shard(model, device, config.precision, reshard=config.data_parallel == "fsdp")
+    shard(model, device, config.precision, reshard=config.data_parallel == "fsdp", over=config.shard_over)
     if config.compile:
         for unit in model.units():
-            unit.compile(dynamic=True)
+            compile_unit(unit)
     optimizer = build_optimizer(model, config, device)
     if checkpoint:
         state.load(checkpoint, model, optimizer)
@@ -130,8 +131,19 @@ def start(
         position=(progress.epoch, progress.epoch_step),
     )
     loader = make_loader(data.dataset, order, config.num_workers, pin=device.type == "cuda")
+    whole = config.whole_gradients == "yes"
     return Run(
-        config, model, optimizer, scaler, loader, len(data.sampler), accumulation, device, flops, fixed(config, data)
+        config,
+        model,
+        optimizer,
+        scaler,
+        loader,
+        epoch_steps=len(data.sampler),
+        accumulation=accumulation,
+        whole_gradients=whole,
+        device=device,
+        flops=flops,
+        fixed=fixed(config, data),
     )
 
 

@@ -125,6 +125,8 @@ def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = s
     where it was interrupted.
     """
     warnings.filterwarnings("ignore", module="PIL")  # remarks on single images; bad ones are counted
+    if leave is not sys.exit:  # a defect, too, prints its traceback and then leaves in this way
+        sys.excepthook = lambda *error: (sys.__excepthook__(*error), leave(BAD_DATA))
     try:
         code = main() or OK
         sys.stdout.flush()  # a pipe that nobody reads any more, or a full disk, shows here at the latest

@@ -15,30 +15,37 @@ from pre_tokenize.text import TOKENIZER_FILES, TextTokenizer
 from training.config import TrainConfig
 from training.data.packing import Batch
 from training.models.folder import ModelFolder, language_sizes, read_config
-from training.models.loss import linear_loss
+from training.models.loss import Head
 from vistoken.cli import note
 from vistoken.errors import UserError
 
+NARROW = 1e-9  # of the known words' covariance
+ROWS = 1 << 14  # new words drawn at a time
 RESHAPED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what the loss does not know of
 
 
 class CausalLM(nn.Module):
-    def __init__(self, lm: nn.Module, z_weight: float, checkpointing: bool):
+    def __init__(self, lm: nn.Module, z_weight: float):
         super().__init__()
         self.z_weight = z_weight
+        head = lm.get_output_embeddings()
+        own = Head(head.in_features, head.out_features, bias=False, device="meta")
+        own.weight = head.weight
+        lm.set_output_embeddings(own)
         self._lm = [lm]  # in a list, so that tensors keep the names they have in its folder
         for name, child in lm.named_children():
             self.add_module(name, child)
-        if checkpointing:
-            name = "activation_checkpointing_enable"  # before transformers 5 the other one
-            enable = getattr(lm, name if hasattr(lm, name) else "gradient_checkpointing_enable")
-            enable({"use_reentrant": False})
         self.train()  # loaded models are not
 
     def units(self) -> list[nn.Module]:
-        """What is sharded and compiled on its own: the decoder's layers."""
+        """The decoder's layers: what is compiled and recomputed on its own."""
         lists = (module for module in self._lm[0].base_model.modules() if isinstance(module, nn.ModuleList))
         return list(next(lists))
+
+    def ends(self) -> list[nn.Module]:
+        """The large modules before and after the layers, which are sharded on their own, too, unless they are one."""
+        words, head = self._lm[0].get_input_embeddings(), self._lm[0].get_output_embeddings()
+        return [] if words.weight is head.weight else [words, head]
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """As `UniToken.forward`. Padding goes at the end, where causal attention never looks; samples of a batch are
@@ -48,7 +55,7 @@ class CausalLM(nn.Module):
         padded = pad_sequence(batch.tokens.split(lengths), batch_first=True)  # (B, L)
         hidden = lm.base_model(input_ids=padded, use_cache=False).last_hidden_state  # (B, L, C)
         hidden = torch.cat([row[:length] for row, length in zip(hidden, lengths, strict=True)])  # (T, C)
-        return linear_loss(hidden[batch.learned], lm.get_output_embeddings().weight, batch.targets, self.z_weight)
+        return lm.get_output_embeddings()(hidden[batch.learned], batch.targets, self.z_weight)
 
 
 def open_causal_lm(settings: TrainConfig) -> tuple[CausalLM, ModelFolder]:
@@ -79,14 +86,43 @@ def open_causal_lm(settings: TrainConfig) -> tuple[CausalLM, ModelFolder]:
         config["vocab_size"] = lm.config.vocab_size
     origins = dict.fromkeys((name.split(".")[0] for name, _ in lm.named_parameters()), str(path))
     folder = ModelFolder(path, tokenizer, config, language_sizes(lm.config.to_dict(), path), None, {}, origins)
-    return CausalLM(lm, settings.z_loss_weight, settings.checkpointing), folder
+    return CausalLM(lm, settings.z_loss_weight), folder
 
 
-def grow(lm: nn.Module, vocab_size: int, seed: int) -> None:
-    """Add embeddings for new words, drawn around the mean of those there are; the same on every process."""
-    known = lm.get_input_embeddings().num_embeddings
-    if vocab_size > known:
-        note(f"the tokenizer has {vocab_size:,} words, the model {known:,}: embeddings for the others are made")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            lm.resize_token_embeddings(vocab_size)
+def grow(lm: nn.Module, vocab_size: int, seed: int, *, drawn: bool = True) -> None:
+    """Make room for new words.
+
+    As transformers does it, a new word is drawn around the mean of those there are, with 1e-9 of their covariance, but
+    for all new words in one product: one at a time takes hours. With `drawn` false, their weights will come from a
+    checkpoint.
+    """
+    words, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    known = words.num_embeddings
+    if vocab_size <= known:
+        return
+    note(f"the tokenizer has {vocab_size:,} words, the model {known:,}: embeddings for the others are made")
+    generator, tied = torch.Generator().manual_seed(seed), words.weight is head.weight
+    for table in [words] if tied else [words, head]:
+        grown = torch.empty(vocab_size, table.weight.shape[1], dtype=table.weight.dtype)
+        grown[:known] = table.weight.data
+        if drawn:
+            draw_words(grown[:known], generator, out=grown[known:])
+        table.weight = nn.Parameter(grown)
+    if tied:
+        head.weight = words.weight
+    words.num_embeddings = head.out_features = lm.config.get_text_config().vocab_size = vocab_size
+    if hasattr(lm, "vocab_size"):
+        lm.vocab_size = vocab_size
+
+
+def draw_words(known: torch.Tensor, generator: torch.Generator, out: torch.Tensor) -> None:
+    """Fill `out` (n, C) with draws from the normal distribution of the rows of `known` (V, C), narrowed."""
+    mean = known.float().mean(0)
+    centred = known.float().sub_(mean)
+    root, failed = torch.linalg.cholesky_ex(NARROW * (centred.T @ centred / len(known)))
+    if failed:  # fewer words than dimensions: all new ones get the mean
+        out.copy_(mean.expand_as(out))
+        return
+    for rows in out.split(ROWS):
+        noise = torch.empty(rows.shape, dtype=torch.float32).normal_(generator=generator)
+        rows.copy_(torch.addmm(mean, noise, root.T))

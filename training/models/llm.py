@@ -8,13 +8,13 @@ Legend: T packed tokens, C hidden size, H heads, K key/value heads, D head size,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from training.models.attention import Spans, packed_attention
 from vistoken.errors import UserError
 
 
@@ -61,22 +61,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-@torch.compiler.disable  # the number of samples changes with every batch; compiled, each would be a new graph
-def packed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Causal attention inside each of the packed samples, by PyTorch's fused kernels.
-
-    q is (T, H, D), k and v are (T, K, D); `lengths` is a CPU tensor of the samples' lengths with sum T. Returns
-    (T, H, D). One kernel call a sample: at thousands of tokens each a batched launch saves nothing measurable,
-    and no (T, T) mask is ever built.
-    """
-    sizes, outputs = lengths.tolist(), []
-    for qs, ks, vs in zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        heads_first = (x.transpose(0, 1)[None] for x in (qs, ks, vs))  # (1, H, length, D)
-        out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs)
-
-
 class LayerCache(Protocol):
     """Keys and values of the tokens before, of one layer; see `training.generation.cache`."""
 
@@ -114,12 +98,12 @@ class Attention(nn.Module):
         x: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        lengths: torch.Tensor,
+        spans: Spans,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        attended = cache.attend(q, k, v) if cache else packed_attention(q, k, v, lengths)
+        attended = cache.attend(q, k, v) if cache else packed_attention(q, k, v, spans)
         return self.o_proj(attended.flatten(-2))
 
 
@@ -150,19 +134,19 @@ class DecoderLayer(nn.Module):
         x: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        lengths: torch.Tensor,
+        spans: Spans,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, lengths, cache))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, spans, cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Decoder(nn.Module):
     """Token embeddings, layers and the last norm: what checkpoints name `model.*`."""
 
-    def __init__(self, config: LLMConfig, dropout: float, checkpointing: bool):
+    def __init__(self, config: LLMConfig, dropout: float):
         super().__init__()
-        self.config, self.checkpointing = config, checkpointing
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, dropout) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -180,13 +164,7 @@ class Decoder(nn.Module):
         """
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        spans = Spans.of(lengths, x.device)
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
-            x = run_layer(layer, x, cos, sin, lengths, cache, checkpointing=self.checkpointing)
+            x = layer(x, cos, sin, spans, cache)
         return self.norm(x)
-
-
-def run_layer(layer: nn.Module, *inputs: Any, checkpointing: bool) -> torch.Tensor:
-    """`layer(*inputs)`, recomputed in the backward pass instead of stored when `checkpointing`."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(layer, *inputs, use_reentrant=False)
-    return layer(*inputs)

@@ -5,8 +5,9 @@ Legend: N positions with a label, C hidden size, V vocabulary.
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-CHUNK = 1024  # positions whose fp32 logits exist at once: 256 MiB at 65,536 words
+CHUNK = 1 << 28  # fp32 logits that exist at once, 1 GiB: 4096 positions at 65,536 words
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -22,10 +23,11 @@ class _LinearLoss(torch.autograd.Function):
         sums = hidden.new_zeros(2, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        for start in range(0, len(hidden), CHUNK):
-            rows = slice(start, start + CHUNK)
+        size = max(CHUNK // len(weight), 1)
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
             h, target = hidden[rows], targets[rows, None]
-            logits = F.linear(h, weight).float()  # (CHUNK, V)
+            logits = F.linear(h, weight).float()  # (size, V)
             if masked is not None:
                 logits[:, masked.start : masked.stop] = torch.finfo(logits.dtype).min
             lse = logits.logsumexp(-1, keepdim=True)
@@ -39,18 +41,17 @@ class _LinearLoss(torch.autograd.Function):
                 grad_hidden[rows] = slope @ weight
             if wants_weight:
                 grad_weight += slope.T @ h
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.grads, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype
         ctx.mark_non_differentiable(sums)
         return sums[0] + z_weight * sums[1], sums
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        grad_hidden, grad_weight = ctx.saved_tensors
+        (grad_hidden, grad_weight), ctx.grads = ctx.grads, None  # scaled in place, so there is no second backward pass
         if grad_hidden is not None:
             grad_hidden = (grad_hidden.float() * grad_total).to(grad_hidden.dtype)  # 1 / labels is no 16-bit number
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+            grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
 
 
@@ -64,3 +65,15 @@ def linear_loss(
     cross-entropy and unweighted logsumexp^2, which does not. `masked` words get the dtype's minimum as logit.
     """
     return _LinearLoss.apply(hidden, weight, targets, z_weight, masked)
+
+
+class Head(nn.Linear):
+    """The layer that gives words: their loss where there are targets, else their logits.
+
+    Calling it, instead of reading its weight, is what makes its shards come together under FSDP.
+    """
+
+    def forward(self, hidden, targets=None, z_weight=0.0, masked=None):
+        if targets is None:
+            return super().forward(hidden)
+        return linear_loss(hidden, self.weight, targets, z_weight, masked)

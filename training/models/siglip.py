@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.models.llm import run_layer
+from training.models.attention import Spans, packed_attention
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Embeddings(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))  # (N, C, 27, 27)
-        return patches.flatten(2).transpose(1, 2).contiguous() + self.position_embedding.weight  # (N, P, C)
+        patches = patches.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()
+        return patches + self.position_embedding.weight.repeat(len(pixels), 1)  # (N * P, C)
 
 
 class SelfAttention(nn.Module):
@@ -52,12 +53,9 @@ class SelfAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, H, P, C/H)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def forward(self, x: torch.Tensor, spans: Spans) -> torch.Tensor:
+        q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(packed_attention(q, k, v, spans, causal=False).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -78,20 +76,21 @@ class EncoderLayer(nn.Module):
         self.mlp = MLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=1e-6)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: torch.Tensor, spans: Spans) -> torch.Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), spans)
         return x + self.mlp(self.layer_norm2(x))
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: VisionConfig, checkpointing: bool):
+    def __init__(self, config: VisionConfig):
         super().__init__()
-        self.checkpointing = checkpointing
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, images: int) -> torch.Tensor:
+        """(N * P, C) -> (N * P, C): images follow one another as samples do in the language model."""
+        spans = Spans.of(torch.full((images,), len(x) // images), x.device)
         for layer in self.layers:
-            x = run_layer(layer, x, checkpointing=self.checkpointing)
+            x = layer(x, spans)
         return x
 
 
@@ -107,14 +106,15 @@ class PoolingHead(nn.Module):
 
 
 class VisionTower(nn.Module):
-    def __init__(self, config: VisionConfig, checkpointing: bool):
+    def __init__(self, config: VisionConfig):
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config, checkpointing)
+        self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=1e-6)
         self.head = PoolingHead(config)
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         """(N, 3, S, S) uint8 tiles -> (N, P, C) features, the last layer's after its norm."""
         pixels = tiles.float() / 127.5 - 1  # mean and deviation 0.5
-        return self.post_layernorm(self.encoder(self.embeddings(pixels)))
+        x = self.encoder(self.embeddings(pixels), len(tiles))
+        return self.post_layernorm(x).unflatten(0, (len(tiles), -1))

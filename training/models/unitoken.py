@@ -11,7 +11,7 @@ from torch import nn
 
 from training.data.packing import Batch
 from training.models.llm import Decoder, LLMConfig
-from training.models.loss import linear_loss
+from training.models.loss import Head
 from training.models.siglip import VisionConfig, VisionTower
 
 
@@ -24,21 +24,24 @@ class UniToken(nn.Module):
         z_weight: float,
         masked: range | None = None,
         dropout: float = 0.0,
-        checkpointing: bool = False,
     ):
         """`masked` are words that the loss leaves out of the vocabulary."""
         super().__init__()
         self.z_weight, self.masked = z_weight, masked
-        self.model = Decoder(llm, dropout, checkpointing)
-        self.lm_head = nn.Linear(llm.hidden_size, llm.vocab_size, bias=False)
+        self.model = Decoder(llm, dropout)
+        self.lm_head = Head(llm.hidden_size, llm.vocab_size, bias=False)
         self.adapter = nn.Sequential(
             nn.Linear(vision.hidden_size, llm.hidden_size), nn.GELU(), nn.Linear(llm.hidden_size, llm.hidden_size)
         )
-        self.vit = VisionTower(vision, checkpointing)
+        self.vit = VisionTower(vision)
 
     def units(self) -> list[nn.Module]:
-        """What is sharded and compiled on its own."""
-        return [*self.model.layers, *self.vit.encoder.layers]
+        """The layers: what is compiled and recomputed on its own."""
+        return [*self.vit.encoder.layers, *self.model.layers]
+
+    def ends(self) -> list[nn.Module]:
+        """The large modules before and after the layers, which are sharded on their own, too."""
+        return [self.model.embed_tokens, self.lm_head]
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """(T, C) input: token embeddings with the images' features in their places."""
@@ -51,4 +54,4 @@ class UniToken(nn.Module):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums over the batch's labelled positions: the loss, and (2,) cross-entropy and unweighted z-loss."""
         hidden = self.model(self.embed(batch), batch.positions, batch.lengths)
-        return linear_loss(hidden[batch.learned], self.lm_head.weight, batch.targets, self.z_weight, self.masked)
+        return self.lm_head(hidden[batch.learned], batch.targets, self.z_weight, self.masked)
