@@ -25,7 +25,7 @@ class ImageEncoder(Protocol):
 
     watch: Stopwatch
 
-    def add(self, chunk: "TokenChunk", refs: Iterator[Path]) -> None: ...
+    def add(self, chunk: "TokenChunk", images: Iterator[tuple[Path, Path]]) -> None: ...
     def finished(self) -> Iterator[tuple["TokenChunk", Images]]: ...
     def flush(self) -> Iterator[tuple["TokenChunk", Images]]: ...
 
@@ -43,7 +43,7 @@ class NoImages:
         self.watch = Stopwatch()
         self._chunks: list[TokenChunk] = []
 
-    def add(self, chunk: "TokenChunk", refs: Iterator[Path]) -> None:
+    def add(self, chunk: "TokenChunk", images: Iterator[tuple[Path, Path]]) -> None:
         self._chunks.append(chunk)
 
     def finished(self) -> Iterator[tuple["TokenChunk", Images]]:
@@ -103,16 +103,16 @@ class TokenChunk(OpenChunk):
         if done := self.done_before():
             self._samples = output.read_back(self.chunk, done)
         self._drafts: dict[int, Draft] = {}
-        items = self.todo()
+        items = list(self.todo())
         for item, draft in zip(items, sequences.drafts(items), strict=True):
             if isinstance(draft, ItemError):
                 self.fail(item, draft)
             else:
                 self._drafts[item.index] = draft
 
-    def images(self) -> Iterator[Path]:
+    def images(self) -> Iterator[tuple[Path, Path]]:
         for draft in self._drafts.values():
-            yield from draft.paths
+            yield from zip(draft.paths, draft.paths, strict=True)
 
     def write(self, images: Images, watch: Stopwatch, progress: Progress) -> None:
         """Put the codes into the sequences and save the chunk, samples in input order."""

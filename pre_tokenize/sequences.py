@@ -106,7 +106,7 @@ def tokenize_items(
 
 def _parsed(item: Item, parse: Parse) -> Conversation | ItemError:
     if item.error is not None:
-        return Failed("not JSON", item.error)
+        return item.error
     if not isinstance(item.value, dict):
         return Failed("not an object", f"expected a JSON object, found {type(item.value).__name__}")
     try:

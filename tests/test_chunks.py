@@ -22,7 +22,7 @@ def test_lines_with_blanks_bom_crlf_and_a_broken_one(tmp_path):
     assert [item.index for item in items] == [0, 1, 2, 3, 4]
     assert [item.where for item in items] == ["line 1", "line 4", "line 5", "line 6", "line 8"]
     assert [item.value and item.value["id"] for item in items] == [0, 1, None, 3, 4]
-    assert items[2].error == "unexpected end of data (column 9)"
+    assert items[2].error.detail == "unexpected end of data (column 9)"
     assert items[3].value["t"] == "减"
 
 
@@ -87,7 +87,7 @@ def test_an_element_is_read_alike_in_both_forms(tmp_path, name):
     (tmp_path / name).write_text(text)
     items = read_all(tmp_path / name, tmp_path)
     assert items[0].value == {"id": 1}
-    assert all(item.value is None and "(column " in item.error for item in items[1:])
+    assert all(item.value is None and "(column " in item.error.detail for item in items[1:])
 
 
 @pytest.mark.parametrize("content", ["[\n{}\n]", "[{\n}]", '\ufeff[{"a": 1},\r\n{}]'])

@@ -36,7 +36,7 @@ def encode(chunks, tokenizer, prepare, **options):
     """(chunk, images) of each chunk, as the loop of a job gets them."""
     with Encoder(tokenizer, prepare, **options) as encoder:
         for chunk, refs in chunks:
-            encoder.add(chunk, refs)
+            encoder.add(chunk, ((ref, ref) for ref in refs))
             yield from encoder.finished()
         yield from encoder.flush()
 
@@ -150,6 +150,44 @@ def test_a_rare_resolution_does_not_hold_chunks_back_for_ever(monkeypatch):
     assert held <= 12  # 3 open chunks and the decode window, however long the input
 
 
+def test_large_chunks_are_held_back_by_their_images(monkeypatch):
+    """A shard has thousands: a rare resolution must not keep the codes of many shards waiting for its batch."""
+    monkeypatch.setattr(encoder_module, "MAX_OPEN_IMAGES", 100)
+    rare = {0, 5}
+    chunks = [(g, [(100 * g + i, 64 if g in rare and i == 0 else 32) for i in range(80)]) for g in range(8)]
+    taken, held = 0, []
+
+    def counted():
+        nonlocal taken
+        for chunk in chunks:
+            taken += 1
+            yield chunk
+
+    for number, (_, images) in enumerate(encode(counted(), Recorder(), prepare, batch_size=4, num_workers=1)):
+        assert len(images) == 80
+        held.append(taken - number)
+    assert len(held) == 8 and max(held) <= 3
+
+
+def test_images_of_a_chunk_are_read_as_they_are_needed():
+    read = []
+
+    def images():
+        for number in range(1000):
+            read.append(number)
+            yield number, (number, 32)
+
+    def slow(ref):
+        ahead.append(len(read) - ref[0])
+        return prepare(ref)
+
+    ahead = []
+    with Encoder(Recorder(), slow, batch_size=2, num_workers=2) as encoder:
+        encoder.add("shard", images())
+        ((_, results),) = [*encoder.finished(), *encoder.flush()]
+    assert len(results) == 1000 and max(ahead) < 100
+
+
 def test_a_chunk_is_handed_out_as_soon_as_it_is_done():
     prepared = []
 
@@ -166,10 +204,10 @@ def test_a_fast_device_has_images_decoded_some_seconds_ahead(monkeypatch):
     monkeypatch.setattr(encoder_module, "MOST_AHEAD", 1500)
     with Encoder(Recorder(), prepare, batch_size=4, num_workers=1, seconds_ahead=20.0) as encoder:
         at_first = encoder.window
-        encoder.add("a", [(n, 32) for n in range(40)])
+        encoder.add("a", [(n, (n, 32)) for n in range(40)])
         assert [chunk for chunk, _ in encoder.flush()] == ["a"]
         assert at_first < 100 < encoder.window <= 20.0 * 40  # the 40 images count as done in a second at least
-        encoder.add("b", [(n, 32) for n in range(400)])
+        encoder.add("b", [(n, (n, 32)) for n in range(400)])
         list(encoder.flush())
         assert encoder.window <= 1500
 

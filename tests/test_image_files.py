@@ -22,6 +22,7 @@ from vision_tokenizer.images.files import (
 )
 from vistoken.errors import Failed
 from vistoken.files import read_file
+from vistoken.jobs.shards import NamedBytes
 
 
 @pytest.fixture
@@ -41,14 +42,18 @@ def test_the_formats_that_are_taken(kind, photo, tmp_path):
     path = tmp_path / f"x{SUFFIXES[kind]}"
     photo.save(path, kind)
     assert read_image(path).size == photo.size
-    assert embedded_format(path.read_bytes(), "x") == kind
+    assert embedded_format(NamedBytes("x", path.read_bytes())) == kind
 
 
 @pytest.mark.parametrize("kind", ["EPS", "JPEG2000", "PCX", "ICO", "SGI"])
 def test_other_formats_are_told_by_name_whatever_the_file_is_called(kind, photo, tmp_path):
     path = tmp_path / "x.jpg"
     photo.save(path, kind)
-    for error in (failure(path), failure(path, open_image), failure(path, lambda p: embedded_format(read_file(p), p))):
+    for error in (
+        failure(path),
+        failure(path, open_image),
+        failure(path, lambda p: embedded_format(NamedBytes(str(p), read_file(p)))),
+    ):
         assert error.reason == "image format not taken" and f"{path}: {kind}; convert it" in error.detail
 
 

@@ -220,7 +220,7 @@ def test_webdataset(tmp_path, pictures):
     ]
     assert (dataset.image_dir / "00000" / "a" / "001.jpg").read_bytes() == photo
     assert reasons(problems) == ["no image", "image unreadable", "image outside image_dir", "not JSON", "no text"]
-    assert problems[0]["where"] == "sample 003"
+    assert problems[0]["where"] == "003.txt"
 
 
 def test_a_key_that_occurs_again_does_not_change_the_first_ones_image(tmp_path, pictures):
@@ -230,7 +230,7 @@ def test_a_key_that_occurs_again_does_not_change_the_first_ones_image(tmp_path, 
     code, items, problems, dataset = run(tmp_path, "webdataset", shard)
     assert code == 1 and [item["images"] for item in items] == [["s/a.png"], ["s/b.png"]]
     assert (dataset.image_dir / "s" / "a.png").read_bytes() == gray
-    assert [(p["where"], p["reason"]) for p in problems] == [("sample a", "key occurs twice")]
+    assert [(p["where"], p["reason"]) for p in problems] == [("a.png", "key occurs twice")]
 
 
 def test_a_truncated_tar_keeps_what_can_be_read_and_says_so(tmp_path, pictures):
@@ -242,7 +242,7 @@ def test_a_truncated_tar_keeps_what_can_be_read_and_says_so(tmp_path, pictures):
     shard.write_bytes(whole[: len(photo) + 4096])
     code, items, problems, _ = run(tmp_path, "webdataset", shard)
     assert code == 1 and len(items) == 1
-    assert reasons(problems) == ["tar file damaged"] and str(shard) in problems[0]["detail"]
+    assert reasons(problems) == ["shard damaged"] and str(shard) in problems[0]["detail"]
 
 
 def parquet_of(path: Path, columns: dict, rows: int) -> Path:
@@ -421,7 +421,7 @@ def test_a_mistyped_import_does_not_stand_in_the_way_of_the_right_one(tmp_path, 
 def test_a_mistyped_column_does_not_stand_in_the_way_of_the_right_one(tmp_path, pictures):
     columns = {"img": [(pictures / "gray.png").read_bytes()], "text": ["Grey"]}
     file = parquet_of(tmp_path / "p.parquet", columns, rows=1)
-    with pytest.raises(UserError, match=r"found \['img', 'text'\]. Name yours with --image_field"):
+    with pytest.raises(UserError, match=r"found \['img', 'text'\]. Name yours as image_field"):
         run(tmp_path, "parquet", file)
     assert run(tmp_path, "parquet", file, "--image_field", "img")[0] == 0
 
@@ -432,7 +432,8 @@ def test_a_source_without_records_is_refused(tmp_path, pictures):
     columns = {"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())}
     parquet = parquet_of(tmp_path / "p.parquet", columns, rows=1)
     tar = tar_of(tmp_path / "s.tar", [])
-    for given in (("coco", coco, "--image_source", pictures), ("parquet", parquet), ("webdataset", tar)):
+    assert reasons(run(tmp_path, "webdataset", tar)[2]) == ["empty shard"]
+    for given in (("coco", coco, "--image_source", pictures), ("parquet", parquet)):
         with pytest.raises(UserError, match=f"{given[1]}: no records in it"):
             run(tmp_path, *given)
 

@@ -1,6 +1,7 @@
 """The metadata config and its JSON-lines data sets, read and checked.
 
-    {"name": {"root": "...", "image_dir": "...", "annotation_dir": "...", "tokenizer_inference": true}}
+    {"name": {"root": "...", "image_dir": "...", "annotation_dir": "...", "tokenizer_inference": true},
+     "other": {"root": "...", "shards": ".../{0000..0999}.tar", "tokenizer_inference": true}}
 
 Relative paths are taken against the current folder, as the documents have it, else against the config file's.
 """
@@ -19,6 +20,9 @@ from vistoken.cli import note
 from vistoken.errors import Failed, UserError
 
 _FIELDS = {"root": str, "image_dir": str, "annotation_dir": str, "tokenizer_inference": bool}
+_SHARD_FIELDS = {"root": str, "shards": str, "tokenizer_inference": bool}
+_SHARD_OPTIONS = {"task": str, "text_field": str, "image_field": str}  # as import_annotations.py takes them
+_TASKS = ("generation", "understanding")
 _KINDS = {str: "a string", bool: "true or false"}
 _NAMED = 5  # of the entries that are left out
 OUTPUT_FIELDS = ("image_sizes", "image_embed_inds", "matched_ratios")  # what codebook inference adds to an item
@@ -30,9 +34,11 @@ class Dataset:
 
     name: str
     root: Path
-    image_dir: Path
+    image_dir: Path  # both of no use where there are shards
     annotation_dir: Path
     tokenizer_inference: bool
+    shards: str | None = None  # a name, a range in braces or a glob
+    shard_options: tuple[tuple[str, str], ...] = ()
 
     def annotation_files(self) -> list[Path]:
         """The data set's `.jsonl` and `.json` files in name order.
@@ -51,19 +57,26 @@ class Dataset:
             raise UserError(f"data set {self.name}: cannot read {self.annotation_dir} ({error.strerror})") from error
         if not files:
             raise UserError(f"data set {self.name}: no .jsonl or .json file in annotation_dir {self.annotation_dir}")
-        outputs: dict[str, str] = {}
-        for path in files:
-            for output in (path.stem, f"{path.stem}.rejected"):
-                other = outputs.setdefault(output, path.name)
-                if other != path.name:
+        self.check_outputs([(path.stem, path) for path in files])
+        return files
+
+    def check_outputs(self, files: Sequence[tuple[str, Path]]) -> None:
+        """Raises `UserError` for two files of one output name."""
+        outputs: dict[str, Path] = {}
+        for stem, path in files:
+            for output in (stem, f"{stem}.rejected"):
+                other = outputs.setdefault(output, path)
+                if other != path:
+                    names = [str(each) if other.parent != path.parent else each.name for each in (other, path)]
                     raise UserError(
-                        f"data set {self.name}: {other} and {path.name} in {self.annotation_dir} would both "
+                        f"data set {self.name}: {' and '.join(names)} in {path.parent} would both "
                         f"be written to {output}.jsonl. Rename one of them."
                     )
-        return files
 
     def left_out(self) -> list[str]:
         """What else is in `annotation_dir` and might hold annotations, too: folders, `.jsonl.gz` and their like."""
+        if self.shards is not None:
+            return []
         with suppress(OSError), os.scandir(self.annotation_dir) as entries:
             return sorted(
                 entry.name
@@ -140,29 +153,42 @@ def _dataset(path: Path, name: str, entry: Any) -> Dataset:
     where = f"{path}: data set {name}"
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expected an object with {', '.join(_FIELDS)}, found {_shown(entry)}")
+    fields = _SHARD_FIELDS if "shards" in entry else _FIELDS
+    known = {**fields, **(_SHARD_OPTIONS if "shards" in entry else {})}
     for key in entry:
-        if key not in _FIELDS:
-            near = difflib.get_close_matches(key, _FIELDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(_FIELDS)}"
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
             raise UserError(f"{where}: unknown key {key!r}: {hint}")
-    for key, kind in _FIELDS.items():
-        if key not in entry:
+    for key, kind in known.items():
+        if key not in entry and key in fields:
             raise UserError(f"{where}: the key {key!r} is missing")
-        if not isinstance(entry[key], kind):
+        if key in entry and not isinstance(entry[key], kind):
             raise UserError(f"{where}: {key} must be {_KINDS[kind]}, found {_shown(entry[key])}")
-        if kind is str and "\0" in entry[key]:
+        if key in entry and kind is str and "\0" in entry[key]:
             raise UserError(f"{where}: {key} cannot be a path: {_shown(entry[key])}")
-    annotation_dir = _resolve(entry["annotation_dir"], path.parent)
+    if entry.get("task", _TASKS[0]) not in _TASKS:
+        raise UserError(f"{where}: task must be {' or '.join(_TASKS)}, found {_shown(entry['task'])}")
+    options = tuple((key, entry[key]) for key in _SHARD_OPTIONS if key in entry)
     # a root that is yet to be made stands where the annotations were found
-    base = Path() if Path(entry["annotation_dir"]).exists() else path.parent
+    read = "shards" if "shards" in entry else "annotation_dir"
+    found = Path(entry[read].partition("{")[0] if read == "shards" else entry[read])
+    here = (found.parent if read == "shards" else found).exists()
+    base = Path() if here else path.parent
     root = _resolve(entry["root"], path.parent)
     return Dataset(
         name=name,
         root=root if root.exists() else base / entry["root"],
-        image_dir=_resolve(entry["image_dir"], path.parent),
-        annotation_dir=annotation_dir,
+        image_dir=_resolve(entry.get("image_dir", ""), path.parent),
+        annotation_dir=_resolve(entry.get("annotation_dir", ""), path.parent),
         tokenizer_inference=entry["tokenizer_inference"],
+        shards=_shards(base, entry.get("shards")),
+        shard_options=options,
     )
+
+
+def _shards(base: Path, pattern: str | None) -> str | None:
+    return pattern if pattern is None or "://" in pattern else str(base / pattern)
 
 
 def _shown(value: Any) -> str:

@@ -23,8 +23,9 @@ from vistoken.jobs.progress import Stopwatch
 CPU_STREAMS = 8  # at most this many batches side by side on a CPU: each has activations of its own
 MOST_AHEAD = 4096  # decoded images in memory: 0.8 GB at 256 x 256
 MAX_OPEN_CHUNKS = 16  # a rare resolution's bucket may hold a chunk back this long, then it is encoded as it is
+MAX_OPEN_IMAGES = 8192  # the same for chunks of many images, as shards are
 
-Ref = TypeVar("Ref", bound=Hashable)  # what names an image, e.g. its path
+Ref = TypeVar("Ref")  # an image as `prepare` takes it, e.g. its path or its bytes
 C = TypeVar("C")  # a chunk
 Prepare = Callable[[Ref], tuple[torch.Tensor, Any]]  # -> pixels (3, H, W), uint8 or float32 in [-1, 1], and its info
 
@@ -36,7 +37,7 @@ class Encoded(NamedTuple):
     info: Any
 
 
-Images = dict[Any, Encoded | ItemError]  # what became of a chunk's images, by ref
+Images = dict[Any, Encoded | ItemError]  # what became of a chunk's images, by name
 
 
 @dataclass(eq=False)
@@ -44,19 +45,29 @@ class _Open(Generic[C]):
     """A chunk with images still to come."""
 
     chunk: C
-    waiting: int
+    to_read: Iterator[tuple[Hashable, Any]] | None  # None: all images are under way, or done
+    names: set[Hashable] = field(default_factory=set)  # of those that were read
     images: Images = field(default_factory=dict)
 
-    def finish(self, ref: Hashable, result: Encoded | ItemError) -> None:
-        self.images[ref] = result
-        self.waiting -= 1
+    @property
+    def complete(self) -> bool:
+        return self.to_read is None and len(self.images) == len(self.names)
+
+    def next(self) -> tuple[Hashable, Any] | None:
+        """Read the next image that has not come before."""
+        for name, image in self.to_read or ():
+            if name not in self.names:
+                self.names.add(name)
+                return name, image
+        self.to_read = None
+        return None
 
 
 class Slot(NamedTuple):
     """An image's place in a batch."""
 
     owner: _Open
-    ref: Hashable
+    name: Hashable
     info: Any
     pixels: torch.Tensor
 
@@ -174,12 +185,13 @@ class Encoder(Generic[C]):
 
         with Encoder(...) as encoder:
             for chunk in chunks:
-                encoder.add(chunk, refs)
+                encoder.add(chunk, images)
                 for chunk, images in encoder.finished(): ...
             for chunk, images in encoder.flush(): ...
 
-    Pillow and torch release the interpreter lock while they decode, resize and compute, so threads overlap. Images are
-    decoded so many `seconds_ahead` of a fast device that a few large ones, or a slow disk, do not keep it waiting.
+    Images are read as they are needed, so that a chunk of any size holds few of them. Pillow and torch release the
+    interpreter lock while they decode, resize and compute, so threads overlap. Images are decoded so many
+    `seconds_ahead` of a fast device that a few large ones, or a slow disk, do not keep it waiting.
     `watch` has the seconds of this thread ("wait for decode", "encode") and of the pool ("decode").
     """
 
@@ -201,7 +213,6 @@ class Encoder(Generic[C]):
         self.window = 2 * (batch_size * self._runner.streams + num_workers)  # images decoded or being decoded, ahead
         self._seconds_ahead, self._began, self._encoded = seconds_ahead, time.monotonic(), 0
         self._open: deque[_Open[C]] = deque()
-        self._queued: deque[tuple[_Open[C], Hashable]] = deque()
         self._decoding: deque[tuple[_Open[C], Hashable, Future]] = deque()
         self._encoding: deque[tuple[list[Slot], Pending]] = deque()
         self.watch = Stopwatch()
@@ -213,62 +224,66 @@ class Encoder(Generic[C]):
         self._pool.shutdown(cancel_futures=True)
         self._runner.close()
 
-    def add(self, chunk: C, refs: Iterable[Hashable]) -> None:
-        """Queue a chunk and its images. An image named twice is encoded once."""
-        distinct = list(dict.fromkeys(refs))
-        opened = _Open(chunk, len(distinct))
-        self._open.append(opened)
-        self._queued.extend((opened, ref) for ref in distinct)
+    def add(self, chunk: C, images: Iterable[tuple[Hashable, Any]]) -> None:
+        """Queue a chunk and its images, each a name and what `prepare` takes. One named twice is encoded once."""
+        self._open.append(_Open(chunk, iter(images)))
 
     def finished(self) -> Iterator[tuple[C, Images]]:
         """Work until another chunk may be added; yield those of which every image is done, codes or error."""
-        while self._queued:
-            self._decode_ahead()
-            if len(self._decoding) >= self.window:
-                self._fill_one()
-                yield from self._complete()
-        if len(self._open) > MAX_OPEN_CHUNKS:
+        while self._decode_ahead():
+            self._fill_one()
+            yield from self._complete()
+        while len(self._open) > MAX_OPEN_CHUNKS or self._held() > MAX_OPEN_IMAGES:
             oldest = self._open[0]
             while any(owner is oldest for owner, _, _ in self._decoding):
                 self._fill_one()
             self._encode_rest(oldest)
+            yield from self._complete()
         yield from self._complete()
 
     def flush(self) -> Iterator[tuple[C, Images]]:
         """Work until everything is done; yield every chunk that is left."""
-        while self._decoding or self._queued:
-            self._decode_ahead()
+        while self._decode_ahead() or self._decoding:
             self._fill_one()
             yield from self._complete()
         self._encode_rest()
         yield from self._complete()
 
     def _complete(self) -> Iterator[tuple[C, Images]]:
-        for opened in [opened for opened in self._open if not opened.waiting]:
+        for opened in [opened for opened in self._open if opened.complete]:
             self._open.remove(opened)
             yield opened.chunk, opened.images
 
-    def _decode_ahead(self) -> None:
-        while self._queued and len(self._decoding) < self.window:
-            opened, ref = self._queued.popleft()
-            self._decoding.append((opened, ref, self._pool.submit(self._timed_prepare, ref)))
+    def _held(self) -> int:
+        """Images of open chunks that were read; the last chunk counts only once another one waits behind it."""
+        return sum(len(opened.names) for opened in self._open) if len(self._open) > 1 else 0
 
-    def _timed_prepare(self, ref: Hashable) -> tuple[torch.Tensor, Any, float]:
+    def _decode_ahead(self) -> bool:
+        """Read images until enough are being decoded; False if there are no more."""
+        for opened in self._open:
+            while opened.to_read is not None:
+                if len(self._decoding) >= self.window:
+                    return True
+                if image := opened.next():
+                    self._decoding.append((opened, image[0], self._pool.submit(self._timed_prepare, image[1])))
+        return False
+
+    def _timed_prepare(self, ref: Any) -> tuple[torch.Tensor, Any, float]:
         began = time.perf_counter()
         pixels, info = self._prepare(ref)
         return pixels, info, time.perf_counter() - began
 
     def _fill_one(self) -> None:
         """Put the image that was decoded first into its batch, and start the batch if that is full."""
-        opened, ref, decoded = self._decoding.popleft()
+        opened, name, decoded = self._decoding.popleft()
         with self.watch("wait for decode"):
             error = decoded.exception()
         if isinstance(error, ItemError):
-            opened.finish(ref, type(error)(error.reason, error.detail))  # its traceback would keep the image alive
+            opened.images[name] = type(error)(error.reason, error.detail)  # its traceback would keep the image alive
             return
         pixels, info, seconds = decoded.result()
         self.watch.add("decode", seconds)
-        if slots := self._batcher.add(Slot(opened, ref, info, pixels)):
+        if slots := self._batcher.add(Slot(opened, name, info, pixels)):
             self._start(slots)
 
     def _start(self, slots: list[Slot]) -> None:
@@ -294,14 +309,14 @@ class Encoder(Generic[C]):
         for row, slot in enumerate(slots):
             codes = tuple(grid[row] for grid in branches)
             finite = all(grid.min() >= 0 for grid in codes)
-            slot.owner.finish(slot.ref, Encoded(codes, slot.info) if finite else _not_finite(slot.ref))
+            slot.owner.images[slot.name] = Encoded(codes, slot.info) if finite else _not_finite(slot.name)
         self._on_images(len(slots))
         self._encoded += len(slots)
         rate = self._encoded / max(time.monotonic() - self._began, 1.0)
         self.window = max(self.window, min(int(rate * self._seconds_ahead), MOST_AHEAD))
 
 
-def _not_finite(ref: Hashable) -> Failed:
+def _not_finite(name: Hashable) -> Failed:
     return Failed(
-        "not a number", f"{ref}: its features are not finite: a damaged checkpoint, or too much for fp16 (try bf16)"
+        "not a number", f"{name}: its features are not finite: a damaged checkpoint, or too much for fp16 (try bf16)"
     )

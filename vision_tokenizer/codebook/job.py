@@ -5,18 +5,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import orjson
 
-from vision_tokenizer.codebook.annotations import OUTPUT_FIELDS, Dataset, image_names, image_path
+from vision_tokenizer.codebook.annotations import OUTPUT_FIELDS, Dataset, image_names
 from vision_tokenizer.codebook.encoder import Encoded, Encoder, Images
+from vision_tokenizer.codebook.inputs import item_image
 from vision_tokenizer.codebook.output import RATIO, CodebookOutput, Settings, check_folders
 from vision_tokenizer.images.anchors import anchors, ratio_tag
 from vision_tokenizer.images.dualvitok import prepare
 from vision_tokenizer.images.files import CROP_ABOVE_THRESHOLD
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vistoken.cli import note
-from vistoken.errors import Failed, ItemError
+from vistoken.errors import ItemError
 from vistoken.jobs.chunks import Item
 from vistoken.jobs.counts import Counts, counts_table, time_line
 from vistoken.jobs.progress import Progress, Stopwatch
@@ -56,7 +58,9 @@ def run_codebook_inference(
         sources = [file for output in readable for file in output.sources if file.finished() is None]
         if readable and not sources:
             note("nothing to do: every file was finished before")
-        progress = held.enter_context(Progress(workers, sum(file.table.items for file in sources), "codes"))
+        items = [file.table.items for file in sources]
+        total = None if None in items else sum(items)  # of tar files nobody knows before they are read
+        progress = held.enter_context(Progress(workers, total, "codes"))
         encoder: Encoder[CodebookChunk] = held.enter_context(
             Encoder(
                 tokenizer,
@@ -83,7 +87,7 @@ def run_codebook_inference(
 
 
 class CodebookChunk(OpenChunk):
-    """A chunk of annotations, the images its items need, and the lines that it already has."""
+    """A chunk of annotations or a shard, the images its items need, and the lines that it already has."""
 
     def __init__(self, task: Task):
         super().__init__(task)
@@ -92,33 +96,38 @@ class CodebookChunk(OpenChunk):
         if done := self.done_before():
             with self._payload.open("rb") as lines:
                 self._lines = dict(zip(done, lines, strict=True))
-        self._paths: dict[int, list[Path]] = {}  # item -> its images, yet to be encoded
+        self._names: dict[int, list[Path | str]] = {}  # item -> its images, yet to be encoded
+
+    def images(self) -> Iterator[tuple[Path | str, Any]]:
+        """Read the chunk: the images that its items need, by name."""
         for item in self.todo():
+            if item.error:
+                self.fail(item, item.error)
+                continue
             try:
-                if item.error:
-                    raise Failed("not JSON", item.error)
-                folder = self.source.dataset.image_dir
-                self._paths[item.index] = [image_path(folder, name) for name in image_names(item.value)]
+                images = [item_image(self.source.dataset, item, name) for name in image_names(item.value)]
             except ItemError as error:
                 self.fail(item, error)
-
-    def images(self) -> Iterator[Path]:
-        for paths in self._paths.values():
-            yield from paths
+                continue
+            self._names[item.index] = [name for name, _ in images]
+            while images:
+                yield images.pop(0)  # and hold none while the encoder has no room for more
 
     def write(self, images: Images, watch: Stopwatch, progress: Progress) -> None:
         """Put the codes into the lines, in input order, and save the chunk."""
         with watch("write"):
             tallies = Counter(self.previous.counts.tallies if self.previous else ())
-            for index, paths in self._paths.items():
+            for index, names in self._names.items():
                 try:
-                    self._lines[index] = encoded_line(self.items[index], [images[path] for path in paths], tallies)
+                    self._lines[index] = encoded_line(self.items[index], [images[name] for name in names], tallies)
                 except ItemError as error:
                     self.fail(self.items[index], error)
             lines = b"".join(self._lines[index] for index in sorted(self._lines))
         seconds = watch.take()
         with watch("write"):  # counted with the next chunk
             self.save({self._payload: lines}, tallies=tallies, seconds=seconds, progress=progress)
+            if self.source.dataset.shards is not None and len(self.source.table) == 1:
+                self.source.finish()  # one process could not finish thousands of them at the end
 
 
 def encoded_line(item: Item, results: list[Encoded | ItemError], tallies: Counter[str]) -> bytes:

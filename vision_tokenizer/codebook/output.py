@@ -17,14 +17,16 @@ from typing import Any
 import orjson
 
 from vision_tokenizer.codebook.annotations import Dataset
+from vision_tokenizer.codebook.inputs import input_files, input_stem, input_table
 from vision_tokenizer.images.anchors import job_tag
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vistoken.errors import UserError
-from vistoken.jobs.chunks import ChunkTable, chunk_table
 from vistoken.jobs.counts import SUMMARY, Counts, write_summary
 from vistoken.jobs.files import write_bytes
+from vistoken.jobs.manifest import read_manifest
 from vistoken.jobs.results import Results
-from vistoken.jobs.run import WORK, JoinedSource, Output
+from vistoken.jobs.run import WORK, JoinedSource, Output, Table
+from vistoken.jobs.shards import shard_stem
 
 # a GPU does 64 images in a tenth of a second; on a shared disk that would be too many small files
 CHUNK_ITEMS = {"cpu": 64, "cuda": 512}
@@ -57,41 +59,43 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class AnnotationFile(JoinedSource):
-    """One annotation file on its way to `output`."""
+class CodebookFile(JoinedSource):
+    """One annotation file or shard on its way to `output`."""
 
     dataset: Dataset
     chunk_items: int
 
     def check_unchanged(self) -> None:
-        if _chunk_table(self.table.path, self.output.parent, self.chunk_items).sha256 != self.table.sha256:
+        now = _table(self.dataset, self.table.path, self.output.parent, self.chunk_items)
+        if now.fingerprint != self.table.fingerprint:
             self.results.remove()  # nobody knows which of them hold old items, and which new
             raise UserError(f"{self.table.path}: changed while it was encoded. Run again with --overwrite.")
 
 
-def _chunk_table(path: Path, folder: Path, chunk_items: int) -> ChunkTable:
-    return chunk_table(path, chunk_items, folder / WORK / f"{path.stem}{CHUNK_TABLE}")
+def _table(dataset: Dataset, path: Path, folder: Path, chunk_items: int) -> Table:
+    return input_table(dataset, path, chunk_items, folder / WORK / f"{input_stem(dataset, path)}{CHUNK_TABLE}")
 
 
 class CodebookOutput(Output):
     """The output of one data set. `unreadable` says why files of it, or all of it, cannot be read."""
 
-    sources: Sequence[AnnotationFile]
+    sources: Sequence[CodebookFile]
 
     def __init__(self, dataset: Dataset, tokenizer: ImageTokenizer, settings: Settings):
         self.dataset, self.settings = dataset, settings
         folder, chunk_items = settings.folder(dataset), CHUNK_ITEMS[tokenizer.device.type]
-        files: list[AnnotationFile] = []
+        files: list[CodebookFile] = []
         self.unreadable: list[str] = []
         try:
-            for path in dataset.annotation_files():
+            for path in input_files(dataset):
                 try:
-                    table = _chunk_table(path, folder, chunk_items)
+                    table = _table(dataset, path, folder, chunk_items)
                 except UserError as error:
                     self.unreadable.append(str(error))
                 else:
-                    results = Results(folder / WORK / path.stem)
-                    files.append(AnnotationFile(table, results, folder / f"{path.stem}.jsonl", dataset, chunk_items))
+                    stem = input_stem(dataset, path)
+                    results, final = Results(folder / WORK / stem), folder / f"{stem}.jsonl"
+                    files.append(CodebookFile(table, results, final, dataset, chunk_items))
         except UserError as error:
             self.unreadable.append(str(error))
         super().__init__(folder, make_manifest(tokenizer, settings, files), files)
@@ -100,8 +104,10 @@ class CodebookOutput(Output):
         return [*super().folders(), self.settings.statistics_file(self.dataset).parent]
 
     def made(self) -> list[Path]:
-        """Files that belong to no chunk table are not ours and stay."""
-        names = [table.name.removesuffix(CHUNK_TABLE) for table in self.work.glob(f"*{CHUNK_TABLE}")]
+        """Files of other names than the inputs had are not ours and stay."""
+        names = {table.name.removesuffix(CHUNK_TABLE) for table in self.work.glob(f"*{CHUNK_TABLE}")}
+        if self.dataset.shards is not None:
+            names |= {shard_stem(name) for name in (read_manifest(self.folder) or {}).get("inputs", ())}
         files = [self.folder / f"{name}{suffix}" for name in names for suffix in (".jsonl", ".rejected.jsonl")]
         return [*files, self.folder / SUMMARY, self.settings.statistics_file(self.dataset)]
 
@@ -135,7 +141,10 @@ def check_folders(datasets: Sequence[Dataset], settings: Settings) -> None:
                 f"data sets {other.name} and {dataset.name} have the same root, {dataset.root}, so both would be "
                 f"written to {folder}. Give each its own root in the data config."
             )
-        if dataset.annotation_dir.resolve() in (folder, settings.statistics_file(dataset).parent.resolve()):
+        if dataset.shards is None and dataset.annotation_dir.resolve() in (
+            folder,
+            settings.statistics_file(dataset).parent.resolve(),
+        ):
             raise UserError(
                 f"data set {dataset.name}: its codes would be written among its annotations in {folder}. "
                 "Correct annotation_dir in the data config, or choose another --output_dirname."
@@ -153,7 +162,7 @@ def unwritable(datasets: Sequence[Dataset], settings: Settings) -> list[str]:
     return messages
 
 
-def make_manifest(tokenizer: ImageTokenizer, settings: Settings, files: Sequence[AnnotationFile]) -> dict[str, Any]:
+def make_manifest(tokenizer: ImageTokenizer, settings: Settings, files: Sequence[CodebookFile]) -> dict[str, Any]:
     """Everything that decides the bytes of the output."""
     return {
         "format": "vistoken-codebook-1",
@@ -166,6 +175,6 @@ def make_manifest(tokenizer: ImageTokenizer, settings: Settings, files: Sequence
         "settings": asdict(settings),
         "device": tokenizer.device.type,
         "chunk_items": CHUNK_ITEMS[tokenizer.device.type],
-        "inputs": {file.table.path.name: file.table.sha256 for file in files},
+        "inputs": {file.table.path.name: file.table.fingerprint for file in files},
         "versions": {name: version(name) for name in ("vistoken", "torch", "pillow")},
     }

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vision_tokenizer.images.dualvitok import ImageInfo, to_pixels
-from vision_tokenizer.images.files import MAX_PIXELS, damage_named, read_image
+from vision_tokenizer.images.files import MAX_PIXELS, Embedded, damage_named, read_image
 from vistoken.errors import Failed
 
 PATCH = 32  # crop sides are multiples of it, and the block of an image spells its sides in it
@@ -69,7 +69,9 @@ def crop_image(image: Image.Image, sizes: list[tuple[int, int]]) -> Image.Image:
     return _over_white(image.crop((left, top, left + crop_w, top + crop_h)))
 
 
-def prepare(path: Path, sizes: list[tuple[int, int]], orientation: str = "ignore") -> tuple[torch.Tensor, ImageInfo]:
+def prepare(
+    path: Path | Embedded, sizes: list[tuple[int, int]], orientation: str = "ignore"
+) -> tuple[torch.Tensor, ImageInfo]:
     """Image file -> uint8 pixels of its best crop, over white where it is transparent.
 
     Raises `Failed` where the file cannot be read.

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vision_tokenizer.images.anchors import Placement, model_size
-from vision_tokenizer.images.files import damage_named, place_image, read_image
+from vision_tokenizer.images.files import Embedded, damage_named, place_image, read_image
 
 
 class ImageInfo(NamedTuple):
@@ -56,7 +56,7 @@ def to_model_size(image: Image.Image) -> Image.Image:
 
 
 def prepare(
-    path: Path, choices: tuple[tuple[int, int], ...], crop_percent_thresh: float, orientation: str = "ignore"
+    path: Path | Embedded, choices: tuple[tuple[int, int], ...], crop_percent_thresh: float, orientation: str = "ignore"
 ) -> tuple[torch.Tensor, ImageInfo]:
     """Image file -> uint8 pixels (3, H, W) at its anchor, as DualViTok was trained on them; transparency is dropped.
 

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
@@ -68,7 +69,7 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def damage_named(path: Path | str) -> Iterator[None]:
+def damage_named(path: object) -> Iterator[None]:
     """Turn what Pillow raises on a bad image into `Failed`."""
     said: list[str] = []
     try:
@@ -89,7 +90,17 @@ def damage_named(path: Path | str) -> Iterator[None]:
         _log.warning("%s: read, but libtiff says: %s", path, "; ".join(said))
 
 
-def _open(source: Path | io.BytesIO) -> Image.Image:
+class Embedded(Protocol):
+    """An image file inside another file; `str` names it."""
+
+    def open(self) -> BinaryIO: ...
+
+
+def _stream(source: Path | Embedded) -> BinaryIO:
+    return open_file(source) if isinstance(source, Path) else source.open()
+
+
+def _open(source: Path | BinaryIO) -> Image.Image:
     Image.init()  # all formats, once: a thread that loads them when it meets one can hide them from another
     image = Image.open(source, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
@@ -97,43 +108,44 @@ def _open(source: Path | io.BytesIO) -> Image.Image:
     return image
 
 
-def _check_taken(prefix: bytes, name: Path | str) -> None:
+def _check_taken(prefix: bytes, name: object) -> None:
     """Raises `Failed` where a file begins as a format that we do not take. Only that is looked at: no decoder runs."""
     for kind, (_, accepts) in Image.OPEN.items():
         if kind not in FORMATS and accepts and accepts(prefix) is True:
             raise Failed("image format not taken", f"{name}: {kind}; convert it to one of {', '.join(FORMATS)}")
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path | Embedded) -> Image.Image:
     """An image whose header is read, so that size and mode are known, and of which no pixel is allocated yet.
 
     Raises `Failed`: not found, no regular file, unreadable (empty, not an image), of a format that is not taken, too
     large, more than 16 bits a channel.
     """
     with damage_named(path):
-        check_regular(path)
+        if isinstance(path, Path):
+            check_regular(path)
         try:
-            image = _open(path)
+            image = _open(path if isinstance(path, Path) else path.open())
         except UnidentifiedImageError:
-            with open_file(path) as file:
+            with _stream(path) as file:
                 _check_taken(file.read(_PREFIX), path)
             raise
     check_depth(image, path)
     return image
 
 
-def embedded_format(content: bytes, name: str) -> str:
+def embedded_format(image: Embedded) -> str:
     """The format of an image that lies inside another file, by its header. Raises `Failed` as `open_image` does."""
-    with damage_named(name):
+    with damage_named(image):
         try:
-            with _open(io.BytesIO(content)) as image:
-                return str(image.format)
+            with _open(image.open()) as opened:
+                return str(opened.format)
         except UnidentifiedImageError:
-            _check_taken(content[:_PREFIX], name)
+            _check_taken(image.open().read(_PREFIX), image)
             raise
 
 
-def read_image(path: Path, orientation: str = "ignore") -> Image.Image:
+def read_image(path: Path | Embedded, orientation: str = "ignore") -> Image.Image:
     """The first frame of an image file, decoded, in its own mode but with 8 bits a channel.
 
     With `orientation` "apply" it is turned upright as its EXIF data say. Raises `Failed` as `open_image` does, and
@@ -162,9 +174,9 @@ def upright_size(image: Image.Image, orientation: str) -> tuple[int, int]:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def is_whole(path: Path, image: Image.Image) -> bool:
+def is_whole(path: Path | Embedded, image: Image.Image) -> bool:
     """Whether the end of an opened file shows that nothing is cut off. If not, only decoding it tells."""
-    with open_file(path) as file:
+    with _stream(path) as file:
         size = file.seek(0, io.SEEK_END)
         if image.format == "WEBP":
             file.seek(4)
@@ -180,7 +192,7 @@ def _bits(image: Image.Image) -> int:
     return 32 if image.mode in ("I", "F") else 8
 
 
-def check_depth(image: Image.Image, name: Path | str) -> None:
+def check_depth(image: Image.Image, name: object) -> None:
     """Raises `Failed` for more than 16 bits a channel, whose range nobody knows."""
     if _bits(image) > 16:
         raise Failed("more than 16 bits", f"{name}: mode {image.mode}; scale it to 8 or 16 bits first")
@@ -197,7 +209,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def place_image(
-    path: Path, size: tuple[int, int], choices: tuple[tuple[int, int], ...], crop_percent_thresh: float
+    path: Path | Embedded, size: tuple[int, int], choices: tuple[tuple[int, int], ...], crop_percent_thresh: float
 ) -> Placement:
     """Match an image of `size` (h, w) to its anchor.
 

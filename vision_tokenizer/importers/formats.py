@@ -18,12 +18,8 @@ from typing import Any, ClassVar
 import orjson
 
 from vision_tokenizer.codebook.annotations import check_conversations, image_names
-from vision_tokenizer.importers.items import (
-    IMAGE_SUFFIXES,
-    Record,
-    build_item,
-    existing_image,
-)
+from vision_tokenizer.codebook.items import IMAGE_SUFFIXES, build_item
+from vision_tokenizer.importers.items import Record, existing_image
 from vistoken.errors import Failed, UserError
 from vistoken.files import read_file
 from vistoken.jobs.chunks import Chunk, ChunkTable, chunk_table
@@ -70,11 +66,6 @@ class Format:
         raise NotImplementedError
 
 
-def file_stem(file: Path) -> str:
-    """`a` of `a.tar.gz`, `a.parquet` or a folder `a`."""
-    return file.name.removesuffix(".gz").rpartition(".")[0] or file.name
-
-
 def _ranges(items: int) -> list[Chunk]:
     starts = range(0, items, CHUNK_ITEMS)
     return [Chunk(i, first, min(CHUNK_ITEMS, items - first), 0, 0, 0) for i, first in enumerate(starts)]
@@ -96,9 +87,9 @@ class Llava(Format):
             value = json.loads(item.raw) if rounded else item.value
             yield Record.of(item.index, item.where, item.id, self._item, value, item.error)
 
-    def _item(self, value: Any, error: str | None) -> dict[str, Any]:
+    def _item(self, value: Any, error: Failed | None) -> dict[str, Any]:
         if error:
-            raise Failed("not JSON", error)
+            raise error
         if not isinstance(value, dict):
             raise Failed("not an object", f"expected a JSON object, found {type(value).__name__}")
         rest = {key: content for key, content in value.items() if key not in ("image", "images")}

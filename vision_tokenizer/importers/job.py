@@ -17,7 +17,7 @@ import orjson
 
 from vision_tokenizer.codebook.annotations import read_data_config
 from vision_tokenizer.importers.archives import Parquet, WebDataset
-from vision_tokenizer.importers.formats import Coco, Format, Llava, Pairs, file_stem
+from vision_tokenizer.importers.formats import Coco, Format, Llava, Pairs
 from vision_tokenizer.importers.items import Record
 from vistoken.errors import Failed, UserError
 from vistoken.jobs.counts import SUMMARY, Counts, Problem, write_summary
@@ -26,6 +26,7 @@ from vistoken.jobs.manifest import read_manifest
 from vistoken.jobs.progress import Progress
 from vistoken.jobs.results import Result, Results
 from vistoken.jobs.run import WORK, JoinedSource, Output, todo
+from vistoken.jobs.shards import shard_stem
 from vistoken.jobs.workers import Workers
 
 FORMATS: dict[str, type[Format]] = {
@@ -98,7 +99,7 @@ class ImportOutput(Output):
         self.root, self.source, folder = root, source, root / "import"
         files = []
         for path in source.files():
-            stem = file_stem(path)
+            stem = shard_stem(path.name)
             results, output = Results(folder / WORK / stem), root / "annotations" / f"{stem}.jsonl"
             files.append(SourceFile(source.chunks(path), results, output, path, folder))
         if not any(file.table for file in files):
@@ -141,7 +142,7 @@ class ImportOutput(Output):
         return {}
 
     def _earlier_stems(self) -> list[str]:
-        return [file_stem(Path(name)) for name in self._earlier().get("inputs", ())]
+        return [shard_stem(name) for name in self._earlier().get("inputs", ())]
 
     def made(self) -> list[Path]:
         """What the import of the manifest wrote, and nothing else that came to lie beside it."""

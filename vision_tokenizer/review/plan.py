@@ -172,7 +172,7 @@ def _format_error(value: Any) -> Failed | None:
 def _survey_item(rules: Rules, survey: Survey, item: Item, look: Callable[[str], Header | Failed]) -> None:
     """Count an item. Raises the error that codebook inference will report: the first among its images."""
     if item.error:
-        raise Failed("not JSON", item.error)
+        raise item.error
     text_only = not rules.dataset.tokenizer_inference and isinstance(item.value, dict) and "images" not in item.value
     names = [] if text_only else image_names(item.value)
     looked = [look(name) for name in names]

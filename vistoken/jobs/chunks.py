@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
-from vistoken.errors import UserError
+from vistoken.errors import Failed, ItemError, UserError
 from vistoken.jobs.files import exclusive, write_bytes
 
 _BLOCK = 1 << 20
@@ -40,7 +40,7 @@ class Item(NamedTuple):
     where: str  # for messages: "line 18" of a .jsonl, "item 17" of a .json
     raw: bytes  # the text itself, on one line
     value: Any
-    error: str | None = None
+    error: ItemError | None = None
 
     @property
     def id(self) -> Any:
@@ -53,6 +53,10 @@ class ChunkTable:
     sha256: str
     items: int
     rows: tuple[tuple[int, int, int, int, int], ...]  # Chunk without its index
+
+    @property
+    def fingerprint(self) -> str:
+        return self.sha256
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -156,7 +160,7 @@ def _item(index: int, where: str, raw: bytes) -> Item:
     try:
         return Item(index, where, raw, orjson.loads(raw))
     except orjson.JSONDecodeError as error:
-        return Item(index, where, raw, None, f"{error.msg} (column {error.colno})")
+        return Item(index, where, raw, None, Failed("not JSON", f"{error.msg} (column {error.colno})"))
 
 
 def _list_spans(file: "_Hashing", path: Path) -> Iterator[tuple[int, int, int]]:

@@ -35,6 +35,11 @@ class Results:
     def __init__(self, folder: Path):
         self.folder = folder
 
+    @property
+    def mark(self) -> Path:
+        """Exists while the file that these results are joined into is complete; holds its counts, size and hash."""
+        return self.folder.with_name(f"{self.folder.name}.done.json")
+
     def path(self, index: int, suffix: str) -> Path:
         return self.folder / f"{index:08d}{suffix}"
 
@@ -63,7 +68,8 @@ class Results:
         write_bytes(self.path(index, ".json"), orjson.dumps(entry), sync_name=False)
 
     def forget(self, index: int) -> None:
-        """Have the result made anew, by this run or the next."""
+        """Have the result made anew, by this run or the next; what it was joined into is no longer complete."""
+        remove_file(self.mark)
         remove_file(self.path(index, ".json"))
 
     def remove(self) -> None:

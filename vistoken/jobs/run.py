@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import orjson
 
 from vistoken.errors import ItemError, UserError
-from vistoken.jobs.chunks import Chunk, ChunkTable, Item
+from vistoken.jobs.chunks import Chunk, Item
 from vistoken.jobs.counts import Counts, Problem
 from vistoken.jobs.files import exclusive, remove_leftovers, run_lock, write_bytes
 from vistoken.jobs.manifest import MANIFEST, check_manifest
@@ -34,11 +34,23 @@ WORK = ".work"  # in an output folder: what a run knows of its chunks
 WRITES_AHEAD = 3  # finished chunks that may wait to be written, in memory
 
 
+class Table(Protocol):
+    """What a `ChunkTable` is: an input file in chunks of items."""
+
+    path: Path
+    fingerprint: str  # changes with the content
+    items: int | None  # None: not known before all of it is read
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Chunk: ...
+    def read(self, chunk: Chunk) -> Iterator[Item]: ...
+
+
 @dataclass(frozen=True)
 class Source:
     """One input file of a job, by chunks, and where their results go."""
 
-    table: ChunkTable
+    table: Table
     results: Results
 
 
@@ -52,41 +64,40 @@ class JoinedSource(Source):
     def rejected(self) -> Path:
         return self.output.with_suffix(".rejected.jsonl")
 
-    @property
-    def _mark(self) -> Path:
-        """Exists once `output` is complete; holds its counts, size and hash."""
-        return self.results.folder.parent / f"{self.results.folder.name}.done.json"
-
-    def finished(self) -> Counts | None:
-        """The counts of a finished file in which nothing failed, else None: there is work to do."""
-        if not self._mark.exists():
+    def joined(self) -> Counts | None:
+        """The counts of the final file, if it is there; None also where a chunk was done again since."""
+        mark = self.results.mark
+        if not mark.exists():
             return None
         try:
-            stored = orjson.loads(self._mark.read_bytes())
+            stored = orjson.loads(mark.read_bytes())
             counts, size = Counts.from_dict(stored["counts"]), stored["bytes"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{self._mark}: damaged ({error}). Run with --no-resume to make the data set anew."
-            ) from error
-        if counts.failed:
-            return None
+            raise UserError(f"{mark}: damaged ({error}). Run with --no-resume to make the data set anew.") from error
         if not self.output.exists() or self.output.stat().st_size != size:
+            if counts.failed:  # the results are still there to make it from
+                return None
             raise UserError(
                 f"{self.output}: finished earlier, but this is not what was written then. "
                 "Restore the file, or run with --no-resume to make it anew."
             )
         return counts
 
+    def finished(self) -> Counts | None:
+        """The counts of a final file in which nothing failed, else None: there is work to do."""
+        counts = self.joined()
+        return None if counts is None or counts.failed else counts
+
     def finish(self) -> Counts:
         """Join the results into `output` and `rejected`, if that is not done; drop them where nothing failed."""
-        counts = self.finished()
+        counts = self.joined()
         if counts is None:
             self.check_unchanged()
             contents = self.results.contents(range(len(self.table)), ".jsonl")
             with joining(contents, self.output, self.rejected) as joined:
                 counts = joined.counts
             written = {"bytes": joined.bytes, "sha256": joined.sha256}
-            write_bytes(self._mark, orjson.dumps({"counts": counts.as_dict(), **written}))
+            write_bytes(self.results.mark, orjson.dumps({"counts": counts.as_dict(), **written}))
         if not counts.failed:
             self.results.remove()
         return counts
@@ -96,7 +107,7 @@ class JoinedSource(Source):
 
     def summary(self) -> dict[str, Any]:
         """What the run's summary says of the finished file; `sha256` is what a verifier holds it against."""
-        stored = orjson.loads(self._mark.read_bytes())
+        stored = orjson.loads(self.results.mark.read_bytes())
         return {**stored["counts"], "sha256": stored["sha256"]}
 
 
@@ -124,22 +135,26 @@ class OpenChunk:
 
     def __init__(self, task: Task):
         self.source, self.chunk, self.previous = task
-        self.items: dict[int, Item] = {item.index: item for item in self.source.table.read(self.chunk)}
+        self.items: dict[int, Item] = {}  # those that were read
         self._problems: dict[int, Problem] = {}
         if self.previous:  # what a rule rejected stays rejected
             self._problems = {p.item: p for p in self.previous.problems if p.kind == "rejected"}
+        self._settled = {*self.done_before(), *self._problems}
 
     def done_before(self) -> list[int]:
         """Items that an earlier run did; its files have their results in this order."""
         if self.previous is None:
             return []
         not_done = {problem.item for problem in self.previous.problems}
-        return [index for index in self.items if index not in not_done]
+        first = self.chunk.first_item
+        return [index for index in range(first, first + self.previous.counts.items) if index not in not_done]
 
-    def todo(self) -> list[Item]:
-        """Items to do now: all of a new chunk, of one done before only those that failed."""
-        settled = {*self.done_before(), *self._problems}
-        return [item for index, item in self.items.items() if index not in settled]
+    def todo(self) -> Iterator[Item]:
+        """Read the chunk: the items to do now, all of a new chunk, of one done before only those that failed."""
+        for item in self.source.table.read(self.chunk):
+            self.items[item.index] = item
+            if item.index not in self._settled:
+                yield item
 
     def fail(self, item: Item, error: ItemError) -> None:
         """`item` is rejected or failed, as `error` says."""

@@ -1,0 +1,314 @@
+"""Shards in place: the bytes of an import followed by codebook inference, whatever is wrong with a shard, and kills."""
+
+import gc
+import io
+import json
+import tarfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from codebook_job import kill_all, launch, read_lines, run_here, write_config
+from PIL import Image
+
+from vision_tokenizer.codebook.annotations import read_data_config
+from vision_tokenizer.codebook.inputs import input_files
+from vision_tokenizer.tokenizer.import_annotations import main as import_main
+from vistoken.errors import Failed, UserError
+from vistoken.jobs import shards
+from vistoken.jobs.shards import expand, tar_samples
+
+FAST = ("--resolution_type", "fixed", "--resolution", "64", "--max_failed", "1")
+
+
+def picture(number: int, size: tuple[int, int] = (80, 64), kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").rotate(7 * number).resize(size).convert("RGB").save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.GNU_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w", format=form) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def samples(count: int, first: int = 0) -> list[tuple[str, bytes]]:
+    members = []
+    for number in range(first, first + count):
+        members.append((f"{number:05}.jpg", picture(number)))
+        members.append((f"{number:05}.txt", f"Picture {number}".encode()))
+    return members
+
+
+def shard_dataset(root: Path, pattern: Path | str, **more: str) -> dict:
+    return {"root": str(root), "shards": str(pattern), "tokenizer_inference": True, **more}
+
+
+def encode(tiny: tuple[Path, Path], base: Path, pattern: Path | str, *more: str, **options: str) -> tuple[int, Path]:
+    """Run the command over shards; its exit code and the folder of its output."""
+    base.mkdir(parents=True, exist_ok=True)
+    config = write_config(base / "meta.json", set=shard_dataset(base / "root", pattern, **options))
+    code = run_here(*tiny, config, *FAST, *more)
+    return code, output(base)
+
+
+def output(base: Path) -> Path:
+    (folder,) = (base / "root" / "jsonl_after_tokenizer" / "dualvitok").iterdir()
+    return folder
+
+
+def lines(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.jsonl"))}
+
+
+def codes(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in lines(folder).items() if not name.endswith(".rejected.jsonl")}
+
+
+def problems(folder: Path) -> list[tuple[str, str]]:
+    return [(line["where"], line["reason"]) for path in folder.glob("*.rejected.jsonl") for line in read_lines(path)]
+
+
+def imported(tiny, base: Path, kind: str, source: Path, *more: str) -> dict[str, bytes]:
+    """Import, then codebook inference over the folders: what shards in place must equal."""
+    base.mkdir(parents=True)
+    data_config = base / "meta.json"
+    arguments = ["--format", kind, "--source", source, "--root", base / "root", "--task", "generation"]
+    import_main([*map(str, [*arguments, "--data_config", data_config, "--max_failed", 1]), *more])
+    assert run_here(*tiny, data_config, *FAST) == 0
+    return codes(output(base))
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_tar_shards_give_the_bytes_of_an_import_and_a_run(suffix, tiny_dualvitok, tmp_path):
+    talk = [{"from": "human", "value": "Draw a cup."}, {"from": "gpt", "value": "<image>"}]
+    first = [
+        *samples(20),
+        ("./deep/a.b.png", picture(3, kind="PNG")),
+        ("./deep/a.json", json.dumps({"caption": "Ein Becher"}).encode()),
+        ("wide.webp", picture(4, (900, 30), "WEBP")),  # loses too much to the crop
+        ("wide.txt", b"wide"),
+        ("talk.jpg", picture(5)),
+        ("talk.json", json.dumps({"conversations": talk}).encode()),
+        ("lonely.txt", b"no image"),
+        ("broken.jpg", picture(6)[:200]),
+        ("broken.txt", b"cut off"),
+    ]
+    write_tar(tmp_path / "in" / f"000{suffix}", first)
+    write_tar(tmp_path / "in" / f"001{suffix}", samples(5, first=100))
+    expected = imported(tiny_dualvitok, tmp_path / "folders", "webdataset", tmp_path / "in")
+    code, folder = encode(tiny_dualvitok, tmp_path / "shards", tmp_path / "in" / f"{{000..001}}{suffix}")
+    assert code == 0 and codes(folder) == expected and len(expected) == 2
+    assert len(read_lines(folder / "000.jsonl")) == 22
+    assert problems(folder) == [
+        ("wide.webp", "crop above threshold"),
+        ("lonely.txt", "no image"),
+        ("broken.jpg", "image unreadable"),
+    ]
+    summary = json.loads((folder / "run_summary.json").read_text())
+    assert summary["total"]["items"] == 30 and summary["total"]["done"] == 27
+
+
+def test_parquet_gives_the_bytes_of_an_import_and_the_images_of_the_tar(tiny_dualvitok, tmp_path):
+    pictures = [picture(n) for n in range(90)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": content, "path": None} for content in [*pictures, None]], kind)
+    texts = [f"Picture {n}" for n in range(91)]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"image": images, "text": texts}), tmp_path / "in" / "000.parquet", row_group_size=40)
+    write_tar(tmp_path / "tar" / "000.tar", samples(90))
+    expected = imported(tiny_dualvitok, tmp_path / "folders", "parquet", tmp_path / "in")
+    code, folder = encode(tiny_dualvitok, tmp_path / "parquet", tmp_path / "in" / "*.parquet")
+    assert code == 0 and codes(folder) == expected
+    assert problems(folder) == [("row 90", "no image")]
+    _, of_tar = encode(tiny_dualvitok, tmp_path / "of_tar", tmp_path / "tar" / "000.tar")
+    taken = ("image_sizes", "image_embed_inds", "matched_ratios", "conversations")
+    as_parquet, as_tar = (
+        [[line[field] for field in taken] for line in read_lines(each / "000.jsonl")] for each in (folder, of_tar)
+    )
+    assert as_parquet == as_tar
+
+
+def test_every_bad_shard_is_told_and_the_rest_completes(tiny_dualvitok, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_MEMBER", 100_000)
+    monkeypatch.setattr("vision_tokenizer.codebook.shards.MAX_MEMBER", 100_000)
+    folder = tmp_path / "in"
+    write_tar(folder / "good.tar", samples(3))
+    whole = write_tar(folder / "cut.tar", samples(3)).read_bytes()
+    (folder / "cut.tar").write_bytes(whole[: whole.index(b"00002.jpg") + 600])
+    (folder / "boundary.tar").write_bytes(whole[: whole.index(b"00001.jpg")])
+    (folder / "scribbled.tar").write_bytes(whole.replace(b"00001.txt", b"00001\xff\xff\xff\xff", 1))
+    (folder / "nothing.tar").write_bytes(b"")
+    (folder / "page.tar").write_bytes(b"<html>not found</html>" * 100)
+    write_tar(folder / "no_sample.tar", [])
+    write_tar(folder / "two.tar", [("a.jpg", picture(1)), ("a.png", picture(1, kind="PNG")), ("a.txt", b"a")])
+    write_tar(folder / "away.tar", [("../x.jpg", picture(1)), ("../x.txt", b"x"), *samples(1)])
+    write_tar(folder / "huge.tar", [("h.jpg", picture(1) + bytes(200_000)), ("h.txt", b"h"), *samples(1)])
+    write_tar(folder / "again.tar", [*samples(2), *samples(1)])
+    pq.write_table(pa.table({"picture": [b""], "text": ["a"]}), folder / "column.parquet")
+    empty = pa.table({"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())})
+    pq.write_table(empty, folder / "rows.parquet")
+    (folder / "broken.parquet").write_bytes(b"PAR1 and no more")
+    names = ",".join(sorted(path.name for path in folder.iterdir()))
+    code, out = encode(tiny_dualvitok, tmp_path / "job", f"{folder}/{{{names},missing.tar,notes.txt}}")
+    assert code == 1
+    summary = json.loads((out / "run_summary.json").read_text())
+    assert [message.partition(": ")[0].rpartition("/")[2] for message in summary["unreadable"]] == [
+        "broken.parquet",
+        "column.parquet",
+        "missing.tar",
+        "notes.txt",
+        "rows.parquet",
+    ]
+    found = {
+        path.name.partition(".")[0]: [(line["where"], line["reason"]) for line in read_lines(path)]
+        for path in out.glob("*.rejected.jsonl")
+    }
+    assert found == {
+        "cut": [("after 2 samples", "shard damaged")],
+        "boundary": [("after 1 samples", "shard damaged")],
+        "scribbled": [("00001.jpg", "no text"), ("after 2 samples", "shard damaged")],
+        "nothing": [("after 0 samples", "shard damaged")],
+        "page": [("after 0 samples", "shard damaged")],
+        "no_sample": [("after 0 samples", "empty shard")],
+        "two": [("a.jpg", "several images")],
+        "away": [("../x.jpg", "image outside image_dir")],
+        "huge": [("h.jpg", "member too large")],
+        "again": [("00000.jpg", "key occurs twice")],
+    }
+    done = {name.removesuffix(".jsonl"): content.count(b"\n") for name, content in codes(out).items()}
+    assert done["good"] == 3 and done["away"] == done["huge"] == 1 and done["again"] == 2
+    assert summary["total"]["items"] == sum(done.values()) + sum(map(len, found.values()))
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_in_every_form_of_tar(form, tmp_path):
+    folder = "f" * 90 + "/" + "g" * (40 if form == tarfile.USTAR_FORMAT else 140)
+    names = [f"{folder}/00.txt", f"{folder}/00.png", "plain.txt"]
+    if form != tarfile.USTAR_FORMAT:
+        names.append("日本語/" + "ä" * 120 + ".txt")
+    path = write_tar(tmp_path / "s.tar", [(name, name.encode()) for name in names], form)
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo("folder")
+        info.type = tarfile.DIRTYPE
+        tar.addfile(info)
+        info = tarfile.TarInfo("link.txt")
+        info.type, info.linkname = tarfile.SYMTYPE, "plain.txt"
+        tar.addfile(info)
+    for whole in (True, False):
+        found = [(part.name, part.read()) for sample in tar_samples(path, whole) for _, part in sample.parts]
+        assert found == [(name, name.encode()) for name in names]
+
+
+def test_any_cut_of_a_tar_file_is_told(tmp_path):
+    content = write_tar(tmp_path / "s.tar", [(f"{n}.txt", b"x" * (300 * n)) for n in range(4)]).read_bytes()
+    end = content.rindex(b"x") // 512 * 512 + 512
+    for length in range(0, end, 37):
+        (tmp_path / "s.tar").write_bytes(content[:length])
+        last = list(tar_samples(tmp_path / "s.tar", whole=True))[-1]
+        assert isinstance(last.error, Failed), length
+
+
+def test_names_in_braces():
+    assert expand("a/{008..011}.tar") == ["a/008.tar", "a/009.tar", "a/010.tar", "a/011.tar"]
+    assert expand("{a,b}/{1..2}.tar") == ["a/1.tar", "a/2.tar", "b/1.tar", "b/2.tar"]
+    assert expand("plain.tar") == ["plain.tar"]
+    with pytest.raises(UserError, match="backwards"):
+        expand("{3..1}.tar")
+
+
+def test_two_shards_of_one_name_are_refused(tmp_path):
+    config = write_config(tmp_path / "meta.json", set=shard_dataset(tmp_path, f"{tmp_path}/{{a,b}}/0.tar"))
+    with pytest.raises(UserError, match=r"would both be written to 0\.jsonl"):
+        input_files(read_data_config(config)[0])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"image_dir": "x"}, "unknown key 'image_dir'"),
+        ({"task": "drawing"}, "task must be generation or understanding"),
+        ({"shards": 3}, "shards must be a string"),
+    ],
+)
+def test_a_wrong_entry_is_named(entry, message, tmp_path):
+    config = write_config(tmp_path / "meta.json", set=shard_dataset(tmp_path, "s.tar") | entry)
+    with pytest.raises(UserError, match=message):
+        read_data_config(config)
+
+
+def test_few_images_of_a_shard_are_held_at_a_time(tiny_dualvitok, tmp_path, monkeypatch):
+    """However large the shard: its images are read as the encoder has room for them."""
+    alive = 0
+    most = 0
+
+    class Counted(shards.NamedBytes):
+        def __init__(self, *given):
+            nonlocal alive, most
+            super().__init__(*given)
+            alive += 1
+            most = max(most, alive)
+
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    monkeypatch.setattr(shards, "NamedBytes", Counted)
+    write_tar(tmp_path / "in" / "0.tar", samples(120))
+    code, _ = encode(tiny_dualvitok, tmp_path / "job", tmp_path / "in" / "0.tar")
+    gc.collect()
+    assert code == 0 and alive == 0 and most < 40  # members: half of them captions
+
+
+def test_a_shard_that_failed_in_part_is_read_again_for_what_failed(tiny_dualvitok, tmp_path, monkeypatch):
+    from vision_tokenizer.codebook import job
+
+    broken = [("x.jpg", picture(1)[:-100]), ("x.txt", b"x")]
+    write_tar(tmp_path / "in" / "0.tar", [*samples(5), *broken, *samples(5, first=10)])
+    _, folder = encode(tiny_dualvitok, tmp_path / "job", tmp_path / "in" / "0.tar")
+    before = lines(folder)
+    prepared = []
+    prepare = job.prepare
+    monkeypatch.setattr(job, "prepare", lambda image, **more: prepared.append(str(image)) or prepare(image, **more))
+    encode(tiny_dualvitok, tmp_path / "job", tmp_path / "in" / "0.tar")
+    assert prepared == ["x.jpg"] and lines(folder) == before
+
+
+def test_a_shard_that_changed_is_refused(tiny_dualvitok, tmp_path):
+    write_tar(tmp_path / "in" / "0.tar", samples(2))
+    encode(tiny_dualvitok, tmp_path / "job", tmp_path / "in" / "0.tar")
+    write_tar(tmp_path / "in" / "0.tar", samples(3))
+    with pytest.raises(UserError, match=r"begun with inputs\.0\.tar = "):
+        encode(tiny_dualvitok, tmp_path / "job", tmp_path / "in" / "0.tar")
+    code, folder = encode(tiny_dualvitok, tmp_path / "job", tmp_path / "in" / "0.tar", "--overwrite")
+    assert code == 0 and len(read_lines(folder / "0.jsonl")) == 3
+
+
+@pytest.mark.slow
+def test_killed_at_random_and_with_three_processes_the_files_are_the_same(tiny_dualvitok, tmp_path):
+    for number in range(5):
+        write_tar(tmp_path / "in" / f"{number:02}.tar", samples(20 + number, first=100 * number))
+    pattern = tmp_path / "in" / "{00..04}.tar"
+    _, folder = encode(tiny_dualvitok, tmp_path / "whole", pattern)
+    expected = lines(folder)
+    base = tmp_path / "killed"
+    base.mkdir()
+    config = write_config(base / "meta.json", set=shard_dataset(base / "root", pattern))
+    for kills in range(3):
+        process = launch(*tiny_dualvitok, config, *FAST, ranks=1 + kills % 3)
+        done = len(list(base.rglob("*.done.json")))
+        patience = time.monotonic() + 60
+        while process.poll() is None and len(list(base.rglob("*.done.json"))) <= done and time.monotonic() < patience:
+            time.sleep(0.01)
+        kill_all(process, config)
+    process = launch(*tiny_dualvitok, config, *FAST, ranks=3)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert lines(output(base)) == expected

@@ -1,0 +1,86 @@
+"""What a data set is read from, annotation files or shards, and where the images of its items are."""
+
+from functools import lru_cache
+from glob import has_magic
+from pathlib import Path
+from typing import Any
+
+from vision_tokenizer.codebook.annotations import Dataset, image_path
+from vision_tokenizer.codebook.shards import Embedded, ShardRules, ShardTable, find_image, shard_table
+from vistoken.errors import UserError
+from vistoken.jobs.chunks import ChunkTable, chunk_table
+from vistoken.jobs.shards import PARQUET, TAR, expand, shard_stem
+from vistoken.store import Location, location
+
+
+def input_files(dataset: Dataset) -> tuple[Location, ...]:
+    """The annotation files, or the shards, in name order. Raises `UserError` where there are none.
+
+    Shards that a range names are not looked for here: 100,000 names take no time.
+    """
+    if dataset.shards is None:
+        return tuple(dataset.annotation_files())
+    files: list[Location] = []
+    for name in expand(dataset.shards):
+        files += _matching(name) if has_magic(name) else [location(name)]
+    if not files:
+        raise UserError(f"data set {dataset.name}: no shard is named {dataset.shards}. Correct it in the data config.")
+    files = sorted(dict.fromkeys(files))
+    dataset.check_outputs([(shard_stem(path.name), path) for path in files])
+    return tuple(files)
+
+
+def _matching(pattern: str) -> list[Location]:
+    """The shards that a glob names."""
+    folders = pattern.split("/")
+    first = next(number for number, folder in enumerate(folders) if has_magic(folder))
+    base = location("/".join(folders[:first]) or ("/" if first else "."))
+    return [file for file in base.glob("/".join(folders[first:])) if file.name.lower().endswith((*TAR, *PARQUET))]
+
+
+def input_stem(dataset: Dataset, path: Location) -> str:
+    """The name of the output of an annotation file or shard."""
+    return path.stem if dataset.shards is None else shard_stem(path.name)
+
+
+def input_table(
+    dataset: Dataset, path: Location, chunk_items: int, cache: Path, whole: bool = True
+) -> ChunkTable | ShardTable:
+    """The chunks of one of `input_files`, cached at `cache` where finding them takes time.
+
+    Without `whole`, images of a shard are read only where they are opened. Raises `UserError` for a file that is
+    missing or cannot be read.
+    """
+    if dataset.shards is None:
+        return chunk_table(path, chunk_items, cache)
+    table = shard_table(path, _rules(dataset), whole=whole)
+    if not len(table):
+        raise UserError(f"{path}: no rows in it")
+    return table
+
+
+def item_image(dataset: Dataset, item: Any, name: str) -> tuple[Path | str, Path | Embedded]:
+    """One of the images of an item that was just read: what tells it from others, and where it is.
+
+    An image of a shard is taken out of the item, so that nobody holds it longer than the caller. Raises `Failed`.
+    """
+    if dataset.shards is None:
+        path = image_path(dataset.image_dir, name)
+        return path, path
+    return name, item.attached.pop(name)
+
+
+def stored_image(dataset: Dataset, name: str) -> Path | Embedded:
+    """The image that an output line names. Raises `Failed`."""
+    if dataset.shards is None:
+        return image_path(dataset.image_dir, name)
+    return find_image(_by_stem(dataset), _rules(dataset), name)
+
+
+@lru_cache(maxsize=8)
+def _by_stem(dataset: Dataset) -> dict[str, Location]:
+    return {shard_stem(path.name): path for path in input_files(dataset)}
+
+
+def _rules(dataset: Dataset) -> ShardRules:
+    return ShardRules(**dict(dataset.shard_options))

@@ -1,0 +1,245 @@
+"""Shards as annotations: the items that an import would make of them, with their images, read as a stream.
+
+A tar file's sample is one image with a `.txt`, its caption, or a `.json` that has a caption or conversations. A row of
+a parquet file has them as columns; its image is `{bytes, path}`, bytes, or a list of either.
+"""
+
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from vision_tokenizer.codebook.items import IMAGE_SUFFIXES, TEXT_FIELDS, build_item, item_line
+from vision_tokenizer.images.files import SUFFIXES, embedded_format
+from vistoken.errors import Failed, UserError
+from vistoken.files import check_regular
+from vistoken.jobs.chunks import Chunk
+from vistoken.jobs.shards import (
+    MAX_MEMBER,
+    PARQUET,
+    TAR,
+    Member,
+    NamedBytes,
+    Sample,
+    parquet_file,
+    parquet_groups,
+    parquet_samples,
+    shard_stem,
+    split_name,
+    tar_members,
+    tar_samples,
+)
+from vistoken.store import Location
+
+CHUNK_ROWS = 64  # of a parquet file: smaller row groups are done together
+
+Embedded = NamedBytes | Member
+
+
+@dataclass(frozen=True)
+class ShardRules:
+    """What is read from a shard: which text, as what, and which images."""
+
+    task: str = "generation"
+    text_field: str | None = None  # None: the first of `TEXT_FIELDS` that is there
+    image_field: str = "image"  # of parquet
+
+
+class ShardItem(NamedTuple):
+    """What an `Item` is of an annotation file, with its images."""
+
+    index: int
+    where: str
+    raw: bytes
+    value: Any
+    error: Failed | None
+    id: Any
+    attached: dict[str, Embedded]  # by the names in `images`; who takes one out owns it
+
+
+@dataclass(frozen=True)
+class ShardTable:
+    """A shard by chunks: what a `ChunkTable` is for an annotation file.
+
+    A tar file is one chunk, and nobody knows how many items it has before it is read: `items` is None. With `whole`
+    images are read with their items; without, only where they are opened, before the next item is asked for.
+    """
+
+    path: Location
+    rules: ShardRules
+    fingerprint: str  # changes with the content; a hash would have to read it all
+    items: int | None
+    rows: tuple[tuple[int, int, range], ...]  # first item, items and row groups of every chunk
+    whole: bool = True
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Chunk:
+        first, items, _ = self.rows[index]
+        return Chunk(index, first, items, 0, 0, 0)
+
+    def read(self, chunk: Chunk) -> Iterator[ShardItem]:
+        """The items of `chunk`, in order; those that are none have their error."""
+        if is_tar(self.path):
+            yield from self._tar_items()
+        else:
+            yield from self._parquet_items(*self.rows[chunk.index])
+
+    def _tar_items(self) -> Iterator[ShardItem]:
+        keys: set[str | None] = set()
+        for sample in tar_samples(self.path, self.whole):
+            if sample.error is None and sample.key in keys:  # an import would take its image for the first one's
+                twice = Failed("key occurs twice", f"{sample.key!r} stands for another sample earlier in {self.path}")
+                sample = sample._replace(error=twice)
+            keys.add(sample.key)
+            yield self._item(sample, sample.key, self._of_members)
+
+    def _parquet_items(self, first: int, rows: int, groups: range) -> Iterator[ShardItem]:
+        text = text_column(self.path, self.rules)
+        columns = [self.rules.image_field, text]
+        columns += ["id"] if "id" in parquet_file(self.path).schema_arrow.names else []
+        for sample in parquet_samples(self.path, columns, first, rows, groups):
+            values = dict(sample.parts)
+            item_id = values.get("id", f"{shard_stem(self.path.name)}/{sample.index}") if values else None
+            yield self._item(sample, item_id, self._of_row)
+
+    def _item(self, sample: Sample, item_id: Any, make) -> ShardItem:
+        value, raw, attached, error = None, b"", {}, sample.error
+        if error is None:
+            try:
+                value, attached = make(sample, item_id)
+                raw = item_line(value).removesuffix(b"\n")
+            except Failed as failed:
+                value, attached, error = None, {}, Failed(failed.reason, failed.detail)  # holds no frame of the reader
+        return ShardItem(sample.index, sample.where, raw, value, error, item_id, attached)
+
+    def _of_members(self, sample: Sample, key: str) -> tuple[dict[str, Any], dict[str, Embedded]]:
+        if ".." in key.split("/"):
+            raise Failed("image outside image_dir", f"{key!r} leaves the folder that its tar file is unpacked to")
+        pictures = [member for suffix, member in sample.parts if suffix.endswith(IMAGE_SUFFIXES)]
+        if len(pictures) != 1:
+            names = ", ".join(member.name for _, member in sample.parts)
+            raise Failed("several images" if pictures else "no image", f"expected one image, found {names}")
+        text = _text(sample, self.rules)
+        attached = self._named(f"{shard_stem(self.path.name)}/{key}", pictures[0])
+        return build_item(list(attached), text, self.rules.task, key), attached
+
+    def _of_row(self, sample: Sample, item_id: Any) -> tuple[dict[str, Any], dict[str, Embedded]]:
+        images, text, *_ = (value for _, value in sample.parts)
+        stem = f"{shard_stem(self.path.name)}/{sample.key}"
+        named = {f"{stem}_{i}": image for i, image in enumerate(images)} if isinstance(images, list) else {stem: images}
+        attached: dict[str, Embedded] = {}
+        for name, image in named.items():
+            attached |= self._named(name, NamedBytes(name, _image_bytes(image)))
+        return build_item(list(attached), text, self.rules.task, item_id), attached
+
+    def _named(self, stem: str, image: Embedded) -> dict[str, Embedded]:
+        if image.size > MAX_MEMBER:
+            raise Failed("member too large", f"{image}: {image.size:,} bytes, of at most {MAX_MEMBER:,}")
+        return {stem + SUFFIXES[embedded_format(image)]: image}
+
+
+def is_tar(path: Location) -> bool:
+    return path.name.lower().endswith(TAR)
+
+
+def shard_table(path: Location, rules: ShardRules, chunk_rows: int = CHUNK_ROWS, whole: bool = True) -> ShardTable:
+    """The table of a shard; of a tar file nothing is read for it, of parquet its footer.
+
+    Raises `UserError` for one that is missing, no shard, or a parquet file without the columns.
+    """
+    if not path.name.lower().endswith((*TAR, *PARQUET)):
+        raise UserError(f"{path}: not a shard. They end in {', '.join((*TAR, *PARQUET))}.")
+    try:
+        if isinstance(path, Path):
+            check_regular(path)
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the shard ({error.strerror})") from error
+    fingerprint = f"{stat.st_size} bytes, {stat.st_mtime_ns}"
+    if is_tar(path):
+        return ShardTable(path, rules, fingerprint, None, ((0, 0, range(0)),), whole)
+    text_column(path, rules)
+    rows = tuple(parquet_groups(path, chunk_rows))
+    return ShardTable(path, rules, fingerprint, sum(count for _, count, _ in rows), rows, whole)
+
+
+def text_column(path: Location, rules: ShardRules) -> str:
+    """The column of the text. Raises `UserError` where it, or that of the images, is not there."""
+    names = parquet_file(path).schema_arrow.names
+    wanted = (rules.text_field,) if rules.text_field else TEXT_FIELDS
+    found = [name for name in wanted if name in names]
+    if rules.image_field not in names or not found:
+        raise UserError(
+            f"{path}: expected an image column {rules.image_field!r} and a text column "
+            f"{' or '.join(map(repr, wanted))}, found {names}. Name yours as image_field and text_field."
+        )
+    return found[0]
+
+
+def _text(sample: Sample, rules: ShardRules) -> Any:
+    contents = dict(sample.parts)
+    try:
+        if ".txt" in contents:
+            return contents[".txt"].read().decode("utf-8-sig")
+        described = orjson.loads(contents[".json"].read()) if ".json" in contents else {}
+    except orjson.JSONDecodeError as error:
+        raise Failed("not JSON", f"{sample.key}.json: {error}") from error
+    except UnicodeDecodeError as error:
+        raise Failed("text unreadable", f"{sample.key}.txt: {error}") from error
+    names = (rules.text_field,) if rules.text_field else TEXT_FIELDS
+    return next((described[name] for name in names if isinstance(described, dict) and name in described), None)
+
+
+def _image_bytes(value: Any) -> bytes:
+    content = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(content, bytes):
+        return content
+    path = value.get("path") if isinstance(value, dict) else value
+    found = f"the bytes are not in the file, only {reprlib.repr(path)}" if path else "the image is null"
+    raise Failed("no image", found)
+
+
+def find_image(shards: Mapping[str, Location], rules: ShardRules, name: str) -> Embedded:
+    """The image that an item calls `name`, out of its shard among `shards` (by stem). Raises `Failed`."""
+    stem, _, inside = name.partition("/")
+    path = shards.get(stem)
+    if path is None:
+        raise Failed("image not found", f"{name}: no shard {stem}")
+    key = split_name(inside)[0]
+    try:
+        if not is_tar(path):
+            return NamedBytes(name, _row_image(path, rules.image_field, key))
+        for member in _members_of_keys(path).get(key, ()):
+            with path.open("rb", 1 << 16) as file:
+                return NamedBytes(name, member._replace(file=file).read())
+    except OSError as error:
+        raise Failed("image not found", f"{name}: {path}: {error.strerror or error}") from error
+    raise Failed("image not found", f"{name}: no image of that key in {path}")
+
+
+@lru_cache(maxsize=16)
+def _members_of_keys(path: Location) -> dict[str, list[Member]]:
+    found: dict[str, list[Member]] = {}
+    with suppress(Failed), path.open("rb", 1 << 16) as file:  # what lies before the damage can be found
+        for member in tar_members(file):
+            key, suffix = split_name(member.name)
+            if suffix.endswith(IMAGE_SUFFIXES):
+                found.setdefault(key, []).append(member)
+    return found
+
+
+def _row_image(path: Location, column: str, key: str) -> bytes:
+    row, _, number = key.partition("_")
+    for first, rows, groups in parquet_groups(path, 1):
+        if first <= int(row) < first + rows:
+            batch: Sequence = parquet_file(path).read_row_groups(list(groups), columns=[column])[column]
+            value = batch[int(row) - first].as_py()
+            return _image_bytes(value[int(number)] if number else value)
+    raise Failed("image not found", f"{path} has no row {row}")
