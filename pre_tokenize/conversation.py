@@ -74,9 +74,12 @@ def turn_values(turns: Any) -> list[str]:
 
 
 def learned_turns(values: Sequence[str]) -> tuple[bool, ...]:
-    """Of turns, human first, which are learned."""
+    """Of turns, human first, which are learned. Raises `Failed` where none is, or one is empty."""
     if len(values) < 2:
         raise Failed("nothing to predict", "no gpt turn in the conversation")
+    for turn, value in enumerate(values):
+        if turn % 2 and not value.strip():  # nothing but the mark at its end would be learned
+            raise Failed("empty answer", f"turn {turn}: the gpt turn says nothing")
     return tuple(turn % 2 == 1 for turn in range(len(values)))
 
 

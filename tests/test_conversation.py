@@ -42,6 +42,8 @@ def turns(*values):
         ({"conversations": [*turns("a"), {"from": "system", "value": "c"}]}, "role out of order", "gpt or assistant"),
         ({"conversations": [*turns("a"), {"from": ["gpt"], "value": "c"}]}, "role out of order", "found ['gpt']"),
         ({"conversations": turns("a")}, "nothing to predict", "no gpt turn"),
+        ({"conversations": turns("a", " \n")}, "empty answer", "turn 1"),
+        ({"conversations": turns("a", "b", "c", "")}, "empty answer", "turn 3"),
         ({"conversations": turns("<|image|>", "b")}, "image count", "1 <|image|> in the conversation, 0 in"),
         ({"conversations": turns("<|image|>", "b"), "image": ["a", "b"]}, "image count", "2 in"),
         ({"conversations": turns("<|image|>" * 2, "b"), "image": "a"}, "image count", "2 <|image|>"),

@@ -64,6 +64,7 @@ assert torch.backends.cudnn.conv.fp32_precision == "ieee"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has the old switches only")
 def test_the_number_format_can_be_set_after_somebody_used_the_newer_switches():
     subprocess.run([sys.executable, "-W", "error", "-c", NEW_SWITCHES], check=True, timeout=120)
@@ -91,6 +92,7 @@ with ThreadPoolExecutor(8) as pool:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 def test_a_decoding_worker_is_one_thread(golden):
     environment = {**os.environ, "OMP_NUM_THREADS": "4"}  # as on a machine of four cores where it is unset

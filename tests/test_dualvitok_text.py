@@ -102,7 +102,7 @@ def reference_ids(line, folder):
     return tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer
 
 
-@pytest.mark.parametrize("form", ["arrow", "pkl"])
+@pytest.mark.parametrize("form", ["arrow", pytest.param("pkl", marks=pytest.mark.slow)])
 def test_tokens_are_those_of_the_tokenizers_own_chat_template(tokenize, tmp_path, tokenizer_dir, form):
     lines = [*golden_lines(*ALL), made_line("hi there", "hello", "again", "yes", "and then")]
     assert tokenize(lines, "--format", form) == 0

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from pre_tokenize.token_file import TokenFiles
@@ -26,6 +27,7 @@ def test_encode_and_decode(tmp_path, tiny_dualvitok, golden):
         assert f"pixel codes: {again.height // 16} rows of {again.width // 16}" in said
 
 
+@pytest.mark.slow
 def test_llava_items(tmp_path, chameleon_folder, golden):
     asked = {"from": "human", "value": "<image>\nWho is this?"}
     turns = [{"from": "system", "value": "Be kind."}, asked, {"from": "gpt", "value": "An astronaut."}]

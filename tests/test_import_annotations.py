@@ -99,6 +99,7 @@ def test_llava_text_only(tmp_path, pictures):
 def test_coco_captions_of_an_image_stand_together(tmp_path, pictures):
     source = tmp_path / "captions_val.json"
     images = [{"id": 9, "file_name": "photo.jpg"}, {"id": 5, "file_name": "gray.png"}, {"id": 6, "file_name": "x.png"}]
+    images.append({"id": 7, "file_name": "palette.png"})  # nobody described it
     captions = [(100, 5, "A camera man. "), (101, 9, "A cup."), (102, 5, "A\ncoast"), (103, 77, "?"), (104, 6, "No")]
     annotations = [{"id": i, "image_id": image, "caption": caption} for i, image, caption in captions]
     source.write_text(json.dumps({"images": images, "annotations": [*annotations, {"id": 105, "image_id": 9}]}))
@@ -116,10 +117,11 @@ def test_coco_captions_of_an_image_stand_together(tmp_path, pictures):
         },
         {"from": "gpt", "value": "<image>"},
     ]
-    assert [(p["where"], p["reason"]) for p in problems] == [
-        ("annotations[5]", "no caption"),
-        ("annotations[4]", "image not found"),
-        ("annotations[3]", "unknown image_id"),
+    assert [(p["where"], p["kind"], p["reason"]) for p in problems] == [
+        ("annotations[5]", "failed", "no caption"),
+        ("annotations[4]", "failed", "image not found"),
+        ("images[3]", "rejected", "no caption"),
+        ("annotations[3]", "failed", "unknown image_id"),
     ]
     assert dataset.tokenizer_inference
 

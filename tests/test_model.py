@@ -27,6 +27,7 @@ def test_single_step(key):
     check_step(key, golden("training/single_step.json")[key], small_model())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", golden("training/more_single_step.json"))
 def test_single_step_with_masked_logits_and_z_weight(key):
     settings = {"masked": RELEASED_IMAGE_IDS} if "masked" in key else {"z_weight": 0.1}

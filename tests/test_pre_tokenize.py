@@ -391,6 +391,7 @@ def test_a_tokenizer_without_image_tokens_is_refused(tokenize, tmp_path):
         tokenize([ask("a")], "--text_tokenizer", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_loses_nothing(tokenize, tmp_path, chameleon_folder):
     """A file-size limit stands in for the full disk: the write fails in the same place. Then there is room again."""
     items = [ask(f"question {i} " * 50) for i in range(8)]

@@ -113,6 +113,7 @@ def test_originals_that_are_gone_are_said_to_be(previewed, tmp_path, golden):
     assert len(gone) == 2 and all("original not found" in text_of(pair) for pair in gone)
 
 
+@pytest.mark.slow
 def test_an_original_of_another_shape_is_shown_at_the_stored_anchor(previewed, tmp_path, golden):
     base, arguments = previewed[0].parent, previewed[1]
     images = shutil.copytree(golden / "images", tmp_path / "images")

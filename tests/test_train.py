@@ -116,6 +116,7 @@ def test_checkpoints_are_pruned_and_a_half_written_one_is_ignored(tmp_path, mode
     assert [line["step"] for line in again] == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named(tmp_path, model, text):
     train(model, text, tmp_path, **TEXT, max_steps=3)
     (data,) = tmp_path.glob("checkpoints/*/*.distcp")
@@ -146,6 +147,7 @@ def test_other_changed_settings_are_told_on_resume(tmp_path, model, text, capsys
     assert "step_00000003; changed since: lr 0.001 -> 0.0001, max_steps 3 -> 4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_weight_decay_is_this_runs_not_the_checkpoints(tmp_path, model, text):
     train(model, text, tmp_path / "same", **TEXT, max_steps=3)
     shutil.copytree(tmp_path / "same", tmp_path / "decayed")

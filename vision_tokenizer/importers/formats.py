@@ -20,7 +20,7 @@ import orjson
 from vision_tokenizer.codebook.annotations import check_conversations, image_names
 from vision_tokenizer.codebook.items import IMAGE_SUFFIXES, build_item
 from vision_tokenizer.importers.items import Record, existing_image
-from vistoken.errors import Failed, UserError
+from vistoken.errors import Failed, Rejected, UserError
 from vistoken.files import read_file
 from vistoken.jobs.chunks import Chunk, ChunkTable, chunk_table
 
@@ -119,7 +119,7 @@ class Coco(Format):
         if image is None:
             raise Failed("unknown image_id", f"image_id {annotation.get('image_id')!r} is not among the images")
         if not annotation:
-            raise Failed("no caption", f"no annotation has image_id {image['id']!r}")
+            raise Rejected("no caption", f"no annotation has image_id {image['id']!r}")
         if not isinstance(annotation.get("caption"), str):
             raise Failed("no caption", "the annotation has no caption; is this a captions_*.json file?")
         images = [existing_image(self.image_dir, image["file_name"])]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from vision_tokenizer.codebook.annotations import image_path
 from vision_tokenizer.codebook.items import item_line
-from vistoken.errors import Failed
+from vistoken.errors import Failed, ItemError
 from vistoken.files import check_regular
 from vistoken.jobs.files import write_bytes
 
@@ -17,14 +17,14 @@ class Record(NamedTuple):
     index: int  # among the records of its file, from 0
     where: str  # for messages: "line 18", "row 17", "member a/b.jpg"
     id: Any
-    line: bytes | Failed
+    line: bytes | ItemError
 
     @classmethod
     def of(cls, index: int, where: str, id: Any, make: Callable[..., dict[str, Any]], *given: Any) -> "Record":
-        """With the item that `make(*given)` returns, or the `Failed` that it raises."""
+        """With the item that `make(*given)` returns, or the error that it raises."""
         try:
             return cls(index, where, id, item_line(make(*given)))
-        except Failed as error:
+        except ItemError as error:
             return cls(index, where, id, error)
 
 

@@ -19,7 +19,7 @@ from vision_tokenizer.codebook.annotations import read_data_config
 from vision_tokenizer.importers.archives import Parquet, WebDataset
 from vision_tokenizer.importers.formats import Coco, Format, Llava, Pairs
 from vision_tokenizer.importers.items import Record
-from vistoken.errors import Failed, UserError
+from vistoken.errors import ItemError, UserError
 from vistoken.jobs.counts import SUMMARY, Counts, Problem, write_summary
 from vistoken.jobs.files import write_bytes
 from vistoken.jobs.manifest import read_manifest
@@ -69,7 +69,7 @@ def chunk_result(file: "SourceFile", index: int, records: Iterable[Record]) -> R
     """The lines of a chunk's records, and the records that do not become any."""
     lines, problems = [], []
     for record in records:
-        if isinstance(record.line, Failed):
+        if isinstance(record.line, ItemError):
             problems.append(Problem.of(record.line, file.path, record))
         else:
             lines.append(record.line)

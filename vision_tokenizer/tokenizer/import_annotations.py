@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     total = Counts()
     for of_file in counts.values():
         total.add(of_file)
-    if total.failed:
+    if total.rejected + total.failed:
         print(f"what was left out, and why: {args.root / 'import'}/*.rejected.jsonl")
     print(f"in {config}:\n{orjson.dumps({name: entry}, option=orjson.OPT_INDENT_2).decode()}")
     if total.failed_share > args.max_failed:
