@@ -319,10 +319,15 @@ def test_a_rerun_tries_what_failed_and_only_that(tokenize, picture, tmp_path, mo
     assert tokenize(items) == 1
     assert sorted(samples(tmp_path / "out")) == [0, 1, 2, 3, 5]
     (tmp_path / "away.png").rename(missing)
-    prepared, prepare = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda file, **more: prepared.append(Path(file.name)) or prepare(file, **more))
+    opened, open_image = [], Image.open
+
+    def noted(file, **options):
+        opened.append(Path(file.name).name)
+        return open_image(file, **options)
+
+    monkeypatch.setattr(Image, "open", noted)
     assert tokenize(items) == 0
-    assert prepared == [missing]
+    assert opened == [missing.name]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "complete")
 
 
