@@ -122,3 +122,14 @@ def test_the_table_is_cached_until_the_file_changes(tmp_path):
     path.unlink()
     with pytest.raises(UserError, match=r"a\.jsonl: cannot read the input"):
         second.read(second[0])
+
+
+def test_bytes_that_are_not_utf8_and_marks_in_the_middle(tmp_path):
+    """Files that were written elsewhere and appended to one another."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"a": 2}\n{"a": "caf\xe9"}\n\xef\xbb\xbf\n{"a": "\\ud800"}\n')
+    table = chunk_table(path, 10, tmp_path / "cache")
+    first, second, latin, half = table.read(table[0])
+    assert (first.value, second.value) == ({"a": 1}, {"a": 2})
+    assert latin.error.detail == "not UTF-8: 0xe9 at byte 11; save the file as UTF-8"
+    assert half.error.detail and "UTF-8" not in half.error.detail

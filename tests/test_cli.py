@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from vistoken.cli import EXIT_CODES, above_zero, at_least, run_command, share
+from vistoken.cli import EXIT_CODES, above_zero, at_least, folder_name, run_command, share
 from vistoken.errors import DataError, UserError
+from vistoken.files import read_yaml
 
 COMMAND = """
 import os, time
@@ -220,3 +221,29 @@ def test_a_command_of_pre_tokenize_finds_its_package_though_a_file_beside_it_has
     assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=60).returncode == 0
     source = (repo / "pre_tokenize" / f"{name}.py").read_text()
     assert "sys.path" not in source
+
+
+@pytest.mark.parametrize("text", ["/abs", "..", ".", "", "a/b", "a/../../b", "a\0b", "a\nb", "\udce9"])
+def test_a_flag_that_names_a_folder_takes_no_path(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="not a path"):
+        folder_name(text)
+    assert folder_name("DualViTok v1.0 \u4e2d") == "DualViTok v1.0 \u4e2d"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"a: [1, 2\nb: 3\n", r"c\.yaml, line 2, column 2: this config is not valid YAML: "),
+        (b"a: 1\n\tb: 2\n", r"c\.yaml, line 2, column 1: this config is not valid YAML: .*\\t"),
+        (b"a: \x00\n", r"c\.yaml: this config is not text \(special characters are not allowed, at position 3\)"),
+        (b"a: caf\xe9\n", r"c\.yaml: this config is not text"),
+        (b"a: 2024-99-99\n", r"c\.yaml: cannot read this config \(month must be in 1\.\.12"),
+        (b"[" * 5000, r"c\.yaml: brackets of this config are nested too deeply"),
+        (b"a: !!python/object:os.system x\n", r"c\.yaml, line 1, column 4: .*could not determine a constructor"),
+    ],
+)
+def test_a_yaml_that_cannot_be_read_says_where_on_one_line(tmp_path, content, message):
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=message) as told:
+        read_yaml(tmp_path / "c.yaml", "config")
+    assert "\n" not in str(told.value) and not str(told.value).endswith("^)")

@@ -287,3 +287,59 @@ def test_fields_and_formats_of_the_annotations_are_kept(tmp_path, photo, run):
     assert first["image_sizes"] == [[80, 96]] * 2
     assert first["image_embed_inds"] == second["image_embed_inds"] * 2
     assert [[len(grid), len(grid[0])] for grid in first["image_embed_inds"][0]] == [[2, 2], [4, 4]]
+
+
+def test_a_link_may_lead_out_of_image_dir_where_a_name_may_not(tmp_path, photo, run):
+    """The folder's owner has put the link there; a line of a data set may come from anybody."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    photo.save(elsewhere / "a.png")
+    lines = b'{"images": "link.png"}\n{"images": "folder/a.png"}\n{"images": "../elsewhere/a.png"}\n'
+    config = make_dataset(tmp_path, {}, lines)
+    (tmp_path / "images" / "link.png").symlink_to(elsewhere / "a.png")
+    (tmp_path / "images" / "folder").symlink_to(elsewhere)
+    assert run(config) == 1
+    assert [line["images"] for line in read_lines(output(tmp_path / "out"))] == ["link.png", "folder/a.png"]
+    (problem,) = read_lines(output(tmp_path / "out", "a.rejected.jsonl"))
+    assert problem["reason"] == "image outside image_dir"
+
+
+@pytest.mark.parametrize("flag", ["--tokenizer_version", "--output_dirname"])
+def test_output_folders_are_names_and_stay_in_the_root(tmp_path, photo, run, flag, capsys):
+    config = make_dataset(tmp_path, {"a.png": photo}, b'{"images": "a.png"}')
+    for path in (str(tmp_path / "abs"), "..", "x/y"):
+        with pytest.raises(SystemExit) as ended:
+            run(config, flag, path)
+        assert ended.value.code == 2 and f"{flag}: is the name of a folder, not a path" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "abs").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, code, told",
+    [
+        (("--resolution", "72"), 0, "--resolution 72: a language model has words for multiples of 64 only"),
+        (("--resolution", "1000000000"), 2, "must be at most 1024, what the model takes"),
+        (("--resolution", "15"), 2, "must be at least 16"),
+        (("--resolution_type", "fixed_anchors", "--resolution", "300"), 0, "--resolution 300 is ignored"),
+    ],
+)
+def test_a_resolution_that_will_not_do_is_told_at_the_start(tmp_path, photo, run, capsys, flags, code, told):
+    config = make_dataset(tmp_path, {}, b'{"id": 1}')
+    ended = 0
+    try:
+        run(config, "--max_failed", "1", *flags)
+    except SystemExit as end:
+        ended = end.code
+    assert ended == code and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["root", "image_dir", "annotation_dir", None])
+def test_half_a_surrogate_pair_in_the_config_is_told(tmp_path, photo, run, field):
+    config = make_dataset(tmp_path, {"a.png": photo}, b'{"images": "a.png"}')
+    content = json.loads(config.read_text())
+    if field:
+        content["birds"][field] += "\ud800"
+    config.write_text(json.dumps(content if field else {"bi\ud800rds": content["birds"]}))
+    told = rf"birds: {field} cannot be a path, with a NUL or half a surrogate pair" if field else "cannot be the name"
+    with pytest.raises(UserError, match=told):
+        run(config)

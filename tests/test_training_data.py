@@ -111,11 +111,11 @@ def test_starting_with_a_large_index_is_quick(tmp_path):
         ("META: [{path: r.jsonl, ratio: 0}]", "ratio"),
         ("META: [{path: r.jsonl}, {ratio: 1}]", "entry 1"),
         ("META: [{path: missing.jsonl}]", "no such record: .*missing.jsonl"),
-        ("META: [", "cannot read"),
+        ("META: [", "not valid YAML"),
         ("META: [{path: r.jsonl, ratio: .inf}]", "ratio must be"),
         ("META: [{path: r.jsonl, ratio: 1.0e+30}]", "ratio must be"),
         ("META: [{path: r.jsonl, image_dir: missing}]", "image_dir is no folder: .*missing"),
-        (b"META: \xff", "cannot read"),
+        (b"META: \xff", "is not text"),
     ],
 )
 def test_a_wrong_data_config_is_refused(tmp_path, content, message):

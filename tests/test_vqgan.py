@@ -87,7 +87,7 @@ def test_extra_training_weights_are_ignored_and_missing_ones_named(chameleon_fol
     [
         ("model: {params: {embed_dim: 4}}", "ddconfig"),
         ("- a list", "not the YAML of a VQGAN"),
-        ("model: [", "not the YAML of a VQGAN"),
+        ("model: [", "not valid YAML"),
     ],
 )
 def test_bad_configs(text, named, tmp_path):

@@ -12,6 +12,7 @@ import yaml
 
 from vistoken.cli import command_parser
 from vistoken.errors import UserError
+from vistoken.files import read_yaml
 
 STAGES = {
     "I": {"trainable_params": "vit,adapter", "lr": 1e-3, "vit_lr_scale": 1e-2},
@@ -184,10 +185,7 @@ def resolve(arguments: dict[str, Any]) -> TrainConfig:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot read this configuration ({error})") from error
+    content = read_yaml(path, "configuration")
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected fields such as `lr: 1.0e-5`, found {type(content).__name__}")
     if unknown := [name for name in content if name not in _FIELDS]:

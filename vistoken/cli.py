@@ -88,6 +88,13 @@ def above_zero(text: str) -> float:
     return value
 
 
+def folder_name(text: str) -> str:
+    """The type of a flag that names a folder inside another one: a name, not a path that could lead out of it."""
+    if text in ("", ".", "..") or "/" in text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"is the name of a folder, not a path: {text!r}")
+    return text
+
+
 Flags = argparse.ArgumentParser | argparse._ArgumentGroup
 
 

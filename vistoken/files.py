@@ -3,7 +3,9 @@
 import errno
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from vistoken.errors import UserError
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -28,6 +30,26 @@ def open_file(path: str | Path) -> BinaryIO:
     """`path` for reading. Raises `OSError` as `open` does, and where it is no regular file, before it is opened."""
     check_regular(path)
     return Path(path).open("rb")
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The content of a YAML file. Raises `UserError`, which calls it `what`, with the line that is wrong."""
+    import yaml
+
+    try:
+        return yaml.safe_load(read_file(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this {what} ({error.strerror})") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{path}{place}: this {what} is not valid YAML: {error.problem or error.context}") from error
+    except yaml.reader.ReaderError as error:
+        raise UserError(f"{path}: this {what} is not text ({error.reason}, at position {error.position})") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot read this {what} ({error})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: brackets of this {what} are nested too deeply") from error
 
 
 def read_file(path: str | Path) -> bytes:

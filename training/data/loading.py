@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pre_tokenize.token_file import IGNORE, TokenFiles, TokenSample
@@ -20,6 +19,7 @@ from training.data.sampler import RankBatches, Source
 from vision_tokenizer.images.files import read_image
 from vision_tokenizer.models.chameleon.vocabulary import RELEASED_IMAGE_IDS
 from vistoken.errors import DataError, Failed, UserError
+from vistoken.files import read_yaml
 
 MAX_RATIO = 1000  # times that a record is gone through in an epoch
 REPLACEMENTS = 16  # samples tried in the place of one that fails
@@ -29,10 +29,7 @@ SOURCE_KEYS = ("path", "ratio", "type", "image_dir")
 
 def read_data_config(path: Path) -> list[Source]:
     """The records of a data config, relative paths taken from its folder. Raises `UserError` naming the field."""
-    try:
-        content = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot read this data config ({error})") from error
+    content = read_yaml(path, "data config")
     if not isinstance(content, dict) or set(content) != {"META"} or not isinstance(content["META"], list):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path}: expected one key, META, with a list of path, ratio and type; found {found}")

@@ -18,6 +18,7 @@ from typing import Any
 
 from vistoken.cli import note
 from vistoken.errors import Failed, UserError
+from vistoken.files import read_file
 
 _FIELDS = {"root": str, "image_dir": str, "annotation_dir": str, "tokenizer_inference": bool}
 _SHARD_FIELDS = {"root": str, "shards": str, "tokenizer_inference": bool}
@@ -96,12 +97,14 @@ def read_data_config(path: Path, names: Sequence[str] | None = None) -> list[Dat
     Raises `UserError` naming the data set and field that is wrong, or the name that is not in it.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+        config = json.loads(read_file(path).decode("utf-8-sig"), object_pairs_hook=_unique)
     except OSError as error:
         raise UserError(f"{path}: cannot read the data config ({error.strerror})") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-    except (ValueError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start + 1}); save the data config as UTF-8") from error
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     except RecursionError as error:
         raise UserError(f"{path}: brackets are nested too deeply") from error
@@ -150,6 +153,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _dataset(path: Path, name: str, entry: Any) -> Dataset:
+    if not _can_be_path(name):
+        raise UserError(f"{path}: {_shown(name)} cannot be the name of a data set")
     where = f"{path}: data set {name}"
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expected an object with {', '.join(_FIELDS)}, found {_shown(entry)}")
@@ -165,8 +170,10 @@ def _dataset(path: Path, name: str, entry: Any) -> Dataset:
             raise UserError(f"{where}: the key {key!r} is missing")
         if key in entry and not isinstance(entry[key], kind):
             raise UserError(f"{where}: {key} must be {_KINDS[kind]}, found {_shown(entry[key])}")
-        if key in entry and kind is str and "\0" in entry[key]:
-            raise UserError(f"{where}: {key} cannot be a path: {_shown(entry[key])}")
+        if key in entry and kind is str and not _can_be_path(entry[key]):
+            raise UserError(
+                f"{where}: {key} cannot be a path, with a NUL or half a surrogate pair: {_shown(entry[key])}"
+            )
     if entry.get("task", _TASKS[0]) not in _TASKS:
         raise UserError(f"{where}: task must be {' or '.join(_TASKS)}, found {_shown(entry['task'])}")
     options = tuple((key, entry[key]) for key in _SHARD_OPTIONS if key in entry)
@@ -191,9 +198,17 @@ def _shards(base: Path, pattern: str | None) -> str | None:
     return pattern if pattern is None or "://" in pattern else str(base / pattern)
 
 
+def _can_be_path(text: str) -> bool:
+    """No NUL, and no half of a surrogate pair, which JSON can spell but no file system."""
+    with suppress(UnicodeEncodeError):
+        return "\0" not in text and text.encode() is not None
+    return False
+
+
 def _shown(value: Any) -> str:
     """A value as the config has it, cut short."""
-    return f"{json.dumps(value, ensure_ascii=False):.60}"
+    text = json.dumps(value, ensure_ascii=False)
+    return f"{text if text.isprintable() else json.dumps(value):.60}"
 
 
 def _resolve(value: str, config_folder: Path) -> Path:

@@ -1,11 +1,16 @@
 """The flags that several commands about codes have, declared once: which data, at which size, which tokenizer."""
 
 import argparse
+from math import isqrt
 from pathlib import Path
 
-from vision_tokenizer.images.anchors import RESOLUTION_TYPES
-from vistoken.cli import Flags, add_device, at_least, share
+from vision_tokenizer.images.anchors import MAX_AREA, RESOLUTION_TYPES, SIDE
+from vistoken.cli import Flags, add_device, at_least, folder_name, note, share
 
+ANCHORS_SIDE = 512  # the default, and what the document gives with fixed_anchors, whose area it is
+SIDES = range(
+    64, 1025, 64
+)  # that have a word, see models/dualvitok/vocabulary.py, which is not imported: NumPy is slow
 CHECKPOINT = ".bin, .pt, .safetensors, a folder or a hub id"
 
 
@@ -23,7 +28,26 @@ def add_resolution(flags: Flags) -> None:
         default="fixed_anchors",
         help="one size for all images, or the nearest of eleven shapes",
     )
-    flags.add_argument("--resolution", type=at_least(16), default=512, help="side in pixels, for `fixed`")
+    flags.add_argument("--resolution", type=_side, default=ANCHORS_SIDE, help="side in pixels, for `fixed`")
+
+
+def _side(text: str) -> int:
+    side = at_least(SIDE)(text)
+    if side * side > MAX_AREA:
+        raise argparse.ArgumentTypeError(f"must be at most {isqrt(MAX_AREA)}, what the model takes, not {side}")
+    return side
+
+
+def note_resolution(args: argparse.Namespace) -> None:
+    """Tell at the start what a resolution will not do."""
+    if args.resolution_type == "fixed_anchors" and args.resolution != ANCHORS_SIDE:
+        note(f"--resolution {args.resolution} is ignored: fixed_anchors has sizes of its own, of about 512 x 512")
+        args.resolution = ANCHORS_SIDE
+    elif args.resolution_type == "fixed" and args.resolution not in SIDES:
+        note(
+            f"--resolution {args.resolution}: a language model has words for multiples of {SIDES.step} only, so that "
+            "pre_tokenize.py will fail every item of these codes; they can be decoded, previewed and verified"
+        )
 
 
 def add_crop_threshold(flags: Flags) -> None:
@@ -36,8 +60,10 @@ def add_crop_threshold(flags: Flags) -> None:
 
 
 def add_output_names(flags: Flags) -> None:
-    flags.add_argument("--tokenizer_version", default="dualvitok", help="name of the output folder")
-    flags.add_argument("--output_dirname", default="jsonl_after_tokenizer", help="name of the folder around it")
+    flags.add_argument("--tokenizer_version", type=folder_name, default="dualvitok", help="name of the output folder")
+    flags.add_argument(
+        "--output_dirname", type=folder_name, default="jsonl_after_tokenizer", help="name of the folder around it"
+    )
 
 
 def add_tokenizer(parser: argparse.ArgumentParser, *, required: bool) -> Flags:

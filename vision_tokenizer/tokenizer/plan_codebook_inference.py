@@ -19,7 +19,13 @@ from pathlib import Path
 
 from vision_tokenizer.codebook.annotations import Dataset, needing_codes, note_left_out, read_data_config
 from vision_tokenizer.images.anchors import anchors
-from vision_tokenizer.tokenizer.flags import add_crop_threshold, add_datasets, add_output_names, add_resolution
+from vision_tokenizer.tokenizer.flags import (
+    add_crop_threshold,
+    add_datasets,
+    add_output_names,
+    add_resolution,
+    note_resolution,
+)
 from vistoken.cli import BAD_CALL, BAD_DATA, MAX_WORKERS, OK, above_zero, at_least, command_parser, run_command
 from vistoken.errors import UserError
 
@@ -42,6 +48,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    note_resolution(args)
     datasets = read_data_config(args.data_config, args.datasets)
     note_left_out(datasets)
     surveys, errors, refused = survey(args, datasets)

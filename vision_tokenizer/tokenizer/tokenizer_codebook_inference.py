@@ -20,6 +20,7 @@ from vision_tokenizer.tokenizer.flags import (
     add_output_names,
     add_resolution,
     add_tokenizer,
+    note_resolution,
 )
 from vistoken.cli import add_batches, add_dtype, add_max_failed, command_parser, note, run_command
 
@@ -44,6 +45,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    note_resolution(args)
     datasets = select_datasets(args.data_config, args.datasets)
     note_left_out(datasets)
 

@@ -1,6 +1,6 @@
 """An input file as ranges of items, the same however many processes share the work.
 
-`.jsonl`: one object a line; blank lines, a byte-order mark and CRLF are allowed. `.json`: one list. Neither is
+`.jsonl`: one object a line; blank lines, byte-order marks and CRLF are allowed. `.json`: one list. Neither is
 ever held in memory: one pass finds where every chunk begins, and a chunk is read by its byte range.
 """
 
@@ -137,7 +137,7 @@ def _chunk_rows(spans: Iterator[tuple[int, int, int]], chunk_items: int) -> Iter
 def _line_spans(file: "_Hashing", path: Path) -> Iterator[tuple[int, int, int]]:
     position = 0
     for number, line in enumerate(file.lines(), start=1):
-        content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        content = line.removeprefix(codecs.BOM_UTF8)  # on any line: files that were appended to one another have more
         if number == 1 and content[:1] == b"[" and content.rstrip()[-1:] in b"[{,":
             raise UserError(f"{path}, line 1: a JSON list that goes on over several lines. Name the file .json.")
         if not content.isspace() and content:
@@ -148,7 +148,7 @@ def _line_spans(file: "_Hashing", path: Path) -> Iterator[tuple[int, int, int]]:
 def _line_items(chunk: Chunk, content: bytes) -> Iterator[Item]:
     index = chunk.first_item
     for number, line in enumerate(content.split(b"\n"), start=chunk.first_line):
-        raw = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
+        raw = line.removeprefix(codecs.BOM_UTF8).strip()
         if not raw:
             continue
         yield _item(index, f"line {number}", raw)
@@ -160,6 +160,11 @@ def _item(index: int, where: str, raw: bytes) -> Item:
     try:
         return Item(index, where, raw, orjson.loads(raw))
     except orjson.JSONDecodeError as error:
+        try:
+            raw.decode()
+        except UnicodeDecodeError as wrong:
+            found = f"{raw[wrong.start]:#04x} at byte {wrong.start + 1}"
+            return Item(index, where, raw, None, Failed("not JSON", f"not UTF-8: {found}; save the file as UTF-8"))
         return Item(index, where, raw, None, Failed("not JSON", f"{error.msg} (column {error.colno})"))
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
 from vision_tokenizer.models.layers import ConvSizes, Decoder, Encoder, GroupNorm
 from vision_tokenizer.models.nearest import nearest_codes
 from vistoken.device import choose_dtype, float32_products, keep_freed_memory, local_device
 from vistoken.errors import UserError
+from vistoken.files import read_yaml
 from vistoken.weights import fingerprint, load_strict, read_state_dict
 
 ENCODING = ("encoder.", "quant_conv.", "quantize.")
@@ -139,8 +139,11 @@ class ChameleonVQGAN(nn.Module):
 
 def read_sizes(path: Path) -> VqganSizes:
     """Sizes from a `vqgan.yaml`. Raises `UserError`, which names the file and the field."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; its folder must hold vqgan.yaml and vqgan.ckpt")
+    content = read_yaml(path, "VQGAN config")
     try:
-        params = yaml.safe_load(path.read_text())["model"]["params"]
+        params = content["model"]["params"]
         conv = params["ddconfig"]
         resolution, mults = int(conv["resolution"]), tuple(int(mult) for mult in conv["ch_mult"])
         by_resolution = {resolution // 2**i: i for i in range(len(mults))}  # attention is listed by resolution
@@ -153,11 +156,9 @@ def read_sizes(path: Path) -> VqganSizes:
         )
         _require_plain(path, conv)
         return VqganSizes(sizes, n_embed=int(params["n_embed"]), embed_dim=int(params["embed_dim"]))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; its folder must hold vqgan.yaml and vqgan.ckpt") from error
     except KeyError as error:
         raise UserError(f"{path}: has no {error} under model.params; it is no VQGAN config") from error
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not the YAML of a VQGAN: {error}") from error
 
 
