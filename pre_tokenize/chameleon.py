@@ -90,6 +90,10 @@ class ChameleonFormat:
         tokens, loss_mask = join(draft.marked, learned, blocks, [self.vocabulary.begin], ends)
         return TokenSample(draft.item, tokens, loss_mask, draft.parsed.images)
 
+    def unconditional(self, prompt: np.ndarray, head: Sequence[int]) -> Sequence[int]:
+        """The image alone: as published, no text and no earlier image, not even the start."""
+        return head
+
     def blocks(self, tokens: np.ndarray) -> list[Block]:
         found = []
         for start, end in self.vocabulary.image_spans(tokens):

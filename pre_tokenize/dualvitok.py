@@ -20,7 +20,7 @@ from pre_tokenize.conversation import END_MARK, IMAGE_MARK, Conversation, learne
 from pre_tokenize.dualvitok_text import read_item, spell
 from pre_tokenize.output import common_manifest
 from pre_tokenize.sequences import Block, Draft, Images, ProcessItem, as_it_is, join, pairs, tokenize_items
-from pre_tokenize.text import TextTokenizer
+from pre_tokenize.text import IMAGE, TextTokenizer
 from pre_tokenize.token_file import TokenSample
 from vision_tokenizer.models.dualvitok.model import grid_sizes
 from vision_tokenizer.models.dualvitok.vocabulary import DualViTokVocabulary, code_place
@@ -30,6 +30,8 @@ from vistoken.jobs.counts import SUMMARY
 from vistoken.jobs.manifest import MANIFEST, read_manifest
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+RANDOM = f"user\nGenerate a random image of {IMAGE_MARK}\n"  # IMAGE_MARK: the size, or the image with its size
+RECONSTRUCT = f"user\n{IMAGE_MARK}\nReconstruct the image according to the given image\n"
 
 
 class DualViTokFormat:
@@ -81,6 +83,15 @@ class DualViTokFormat:
         ends = [self._to_question if learned else self._to_answer for learned in parsed.learned[:-1]]
         tokens, loss_mask = join(draft.marked, parsed.learned, blocks, self._begin, [*ends, self._last])
         return TokenSample(draft.item, tokens, loss_mask, parsed.images)
+
+    def unconditional(self, prompt: np.ndarray, head: Sequence[int]) -> Sequence[int]:
+        """The published messages: a random image of the size, or the image to edit as it is."""
+        first_turn = prompt[: int(np.argmax(prompt == self.turn_end))]
+        given = [prompt[block.start : block.end] for block in self.blocks(first_turn)]
+        [marked] = self._text.encode_batch([(RECONSTRUCT if given else RANDOM) + END_MARK])
+        image = np.concatenate(given) if given else np.asarray(head[:2])  # ids of a size
+        place = int(np.argmax(marked == IMAGE))
+        return [*self._begin, *marked[:place], *image, *marked[place + 1 : -1], *self._to_answer, *head]
 
     def blocks(self, tokens: np.ndarray) -> list[Block]:
         marks = pairs(tokens, self.vocabulary.image_start, self.vocabulary.image_end, "image")

@@ -19,7 +19,7 @@ Parse = Callable[[dict[str, Any]], Conversation]
 Images = Mapping[Path, Encoded | ItemError]
 
 # what code that takes an item apart raises when the item is not as it expects
-_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, AssertionError)
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,13 @@ class SequenceFormat(Protocol):
 
     def sample(self, draft: Draft, images: Images) -> TokenSample:
         """The finished sequence and its loss mask. Raises the error of the first image that has one."""
+        ...
+
+    def unconditional(self, prompt: np.ndarray, head: Sequence[int]) -> Sequence[int]:
+        """What guidance compares a prompt with: the ids up to an image in its answer, without what was asked for.
+
+        `head` are the image's own first ids, which come last.
+        """
         ...
 
     def blocks(self, tokens: np.ndarray) -> list[Block]:
@@ -113,7 +120,7 @@ def _parsed(item: Item, parse: Parse) -> Conversation | ItemError:
         return parse(item.value)
     except ItemError as error:
         return error
-    except _MALFORMED as error:
+    except MALFORMED as error:
         return Failed("process_item", f"{type(error).__name__}: {error}")
 
 

@@ -6,18 +6,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import synthetic_tensor
+from lm_small import extended_tokenizer, made_line
+from lm_small import write_model as write_lm
 from PIL import Image
 from unitoken_small import IMAGES, LLM, VISION, golden, small_model
 
 from pre_tokenize.chameleon import ChameleonFormat
+from pre_tokenize.dualvitok import DualViTokFormat
+from pre_tokenize.sequences import as_it_is
 from pre_tokenize.text import TextTokenizer
 from training.data.anyres import image_input
+from training.data.loading import ImageReader
 from training.data.packing import interleave, pack
-from training.generation.cache import CachedUniToken, Recomputing
+from training.generation.cache import CachedLM, CachedUniToken, Recomputing
 from training.generation.decode import Decoder, Prompt, Settings
-from training.generation.grammar import ChameleonRules, DualViTokRules, Grammar
+from training.generation.grammar import ChameleonRules, DualViTokRules, Grammar, Kind
+from training.generation.interpreter import UniTokenInterpreter, Wishes
 from training.generation.sampling import Sampling, guide, restrict
+from training.models.causal_lm import load_causal_lm
+from vision_tokenizer.models.chameleon.vqgan import load_chameleon
 from vision_tokenizer.models.dualvitok.vocabulary import DualViTokVocabulary, added_names
+from vistoken.jobs.chunks import Item
 
 GREEDY = golden("generation/unitoken_greedy.json")
 CASES = {case["name"]: case for case in GREEDY["cases"]}
@@ -70,18 +79,11 @@ def start_of(case):
     return tuple(case["answer_start"]) + ((8820, 8820) if case["answer_start"] == [8197] else ())
 
 
-def settings_of(case, tokens, **changes):
+def settings_of(case):
     text = GREEDY["caption_published_text_top_k"] if "published" in case["name"] else GREEDY["text_top_k"]
     if case["name"] == "text" or case["name"].endswith("text_only"):
         text = 0
-    found = {
-        "text": Sampling(top_k=text),
-        "levels": (Sampling(top_k=GREEDY["image_top_k"]),),
-        "guidance": case["guidance"],
-        "greedy": True,
-        "max_new_tokens": tokens,
-    }
-    return Settings(**(found | changes))
+    return Settings(Sampling(top_k=text), (Sampling(top_k=GREEDY["image_top_k"]),), case["guidance"], greedy=True)
 
 
 def rules_of(case, chameleon):
@@ -95,10 +97,10 @@ def test_greedy_answers_are_the_published_ones(model, chameleon, name):
     rules, images = rules_of(case, chameleon)
     start, after = start_of(case), case.get("after_image_published", [])
     expected = [*start, *case["tokens"][len(start) - len(case["answer_start"]) :], *after]
-    settings = settings_of(case, len(expected))
+    settings = settings_of(case)
     recorded = Recorded(model)
     inputs = prompt_inputs(model, case["item"], case["image"], case["variant"])
-    prompt = Prompt(inputs, np.random.default_rng(0), start, images)
+    prompt = Prompt(inputs, np.random.default_rng(0), start, images, limit=len(expected))
     [answer] = Decoder(recorded, rules, settings).answer([prompt])
     assert answer.tokens == expected
 
@@ -130,8 +132,8 @@ def test_cached_answers_are_those_of_full_forward_passes(model, chameleon, name)
     for kind in (model, Recomputing(model)):
         recorded = Recorded(kind)
         inputs = prompt_inputs(model, case["item"], case["image"], case["variant"])
-        prompt = Prompt(inputs, np.random.default_rng(0), start_of(case), images)
-        [answer] = Decoder(recorded, rules, settings_of(case, 28)).answer([prompt])
+        prompt = Prompt(inputs, np.random.default_rng(0), start_of(case), images, limit=28)
+        [answer] = Decoder(recorded, rules, settings_of(case)).answer([prompt])
         said[kind] = answer.tokens, recorded.steps
     (cached, steps), (recomputed, others) = said.values()
     assert cached == recomputed
@@ -147,7 +149,9 @@ def mixed(model):
     inputs = {name: prompt_inputs(model, *which) for name, which in made.items()}
     starts = {"t2i": (8197, 8806, 8807), "edit": (8197, 8805, 8805)}
     return [
-        Prompt(inputs[name], np.random.default_rng([7, number]), starts.get(name, ()), name in starts, name in starts)
+        Prompt(
+            inputs[name], np.random.default_rng([7, number]), starts.get(name, ()), name in starts, name in starts, 40
+        )
         for number, name in enumerate(made)
     ]
 
@@ -155,7 +159,7 @@ def mixed(model):
 @pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
 def test_answers_do_not_depend_on_their_neighbours(model, chameleon, greedy):
     rules = ChameleonRules(chameleon, LLM.vocab_size)
-    settings = Settings(Sampling(0.9, 50, 0.9), (Sampling(1.0, 2000),), 3.0, greedy, max_new_tokens=40)
+    settings = Settings(Sampling(0.9, 50, 0.9), (Sampling(1.0, 2000),), 3.0, greedy)
     decoder = Decoder(model, rules, settings)
     together = [answer.tokens for answer in decoder.answer(mixed(model))]
     alone = [decoder.answer([prompt])[0].tokens for prompt in mixed(model)]
@@ -244,3 +248,100 @@ def test_images_of_two_levels_follow_the_published_rules(case):
             kept = left.isfinite().nonzero().squeeze(1)
             assert (len(kept), int(kept.sum())) == (step["allowed"], step["sum_of_allowed_ids"])
             assert left.softmax(-1)[step["token"]].item() == pytest.approx(step["probability_of_token"], abs=2e-6)
+
+
+@pytest.mark.parametrize("variant", ["base", "anyres"])
+def test_what_follows_a_picture_is_said_as_in_training(model, chameleon, chameleon_folder, variant):
+    """Separator and continuous tokens of the decoded picture come before its end: the layout of a training sample,
+    whose full forward pass has every greedy token as the greatest of those that are allowed.
+    """
+    vqgan = load_chameleon(chameleon_folder, device="cpu", decoder=True)
+    reader = ImageReader(VISION.image_size, VISION.grid, variant == "anyres")
+    interpreter = UniTokenInterpreter(model, chameleon, as_it_is, vqgan, reader, [(64, 64)], Wishes())
+    ids = np.array(SQUARE["3"]["token"])[:20]
+    prompt = Prompt(model.embed(ids), np.random.default_rng(0), (8197, 8806, 8806), limit=40)
+    settings = Settings(Sampling(), (Sampling(),), guidance=1.0, greedy=True)
+    [answer] = Decoder(model, interpreter.rules, settings, interpreter.close_image).answer([prompt])
+    [block] = chameleon.blocks(np.array(answer.tokens))
+    assert block.end < len(answer.tokens) == 40
+
+    picture = interpreter.picture(block.grids)
+    whole = np.concatenate([ids, answer.tokens])
+    sample = interleave("", whole, whole, [image_input(picture, reader.side, reader.grid, reader.anyres)])
+    batch = pack([sample], VISION.image_size)
+    with torch.no_grad():
+        logits = model.model.lm_head(model.model.model(model.model.embed(batch), batch.positions, batch.lengths))
+    places = np.flatnonzero((sample.features < 0) & ~between(sample.tokens))  # of the discrete tokens
+    assert sample.tokens[places].tolist() == whole.tolist()
+    grammar = Grammar(interpreter.rules)
+    for number, token in enumerate(answer.tokens):
+        kind = grammar.next()
+        grammar.push(token)
+        if number >= 3 and not isinstance(kind, int):
+            allowed = torch.from_numpy(interpreter.rules.allowed(kind, images=True))
+            scores = logits[places[len(ids) + number] - 1].masked_fill(~allowed, -torch.inf)
+            assert scores.argmax().item() == token
+
+
+def between(tokens):
+    """Where the separator and the marks among continuous tokens are."""
+    inside = np.zeros(len(tokens), bool)
+    for start in np.flatnonzero(tokens == 8198):
+        inside[start : start + int(np.argmax(tokens[start:] == 8196))] = True
+    return inside
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    folder = extended_tokenizer(tmp_path_factory.mktemp("lm"))
+    text = TextTokenizer(folder)
+    write_lm(folder, vocab_size=text.size)
+    return CachedLM(load_causal_lm(folder)[0]), DualViTokFormat(text)
+
+
+def test_a_transformers_model_with_its_cache_says_what_full_forward_passes_say(lm):
+    """Prompts of different lengths, one of them a text, with and without guidance, greedy."""
+    model, format = lm
+    rules = DualViTokRules(format, model.vocab_size, ((256, 256), (384, 512)))
+    prompts = [np.arange(20, 29), np.arange(40, 43), np.arange(60, 80)]
+    starts = [rules.head((384, 512)), rules.head((256, 256)), ()]
+    settings = Settings(Sampling(), (Sampling(), Sampling()), 2.0, greedy=True)
+    asked = [
+        Prompt(model.embed(ids), np.random.default_rng(0), start, bool(start), bool(start), 40, lambda head: [7, *head])
+        for ids, start in zip(prompts, starts, strict=True)
+    ]
+    said = []
+    for kind in (model, Recomputing(model)):
+        recorded = Recorded(kind)
+        said.append(([answer.tokens for answer in Decoder(recorded, rules, settings).answer(asked)], recorded.steps))
+    assert said[0][0] == said[1][0]
+    assert said[0][0] == [Decoder(model, rules, settings).answer([prompt])[0].tokens for prompt in asked]
+    for step, other in zip(said[0][1], said[1][1], strict=True):
+        for row in step:
+            torch.testing.assert_close(step[row], other[row], atol=1e-5, rtol=1e-5)
+    for ids, tokens in zip(prompts[2:], said[0][0][2:], strict=True):  # the text, by transformers alone
+        whole = torch.tensor([[*ids, *tokens]])
+        with torch.no_grad():
+            logits = model.lm(input_ids=whole).logits[0, len(ids) - 1 : -1]
+        allowed = torch.from_numpy(rules.allowed(Kind("text", False), images=False))
+        assert logits.masked_fill(~allowed, -torch.inf).argmax(-1).tolist() == tokens
+
+
+def test_the_unconditional_prompt_keeps_the_size_or_the_image_to_edit(lm):
+    _, format = lm
+    spell = format.vocabulary.spell
+    head = spell(["<height_256>", "<width_512>", "<start_of_image>"]).tolist()
+    line = made_line("Draw <image>, but blue\n", "yes", anchors=[(256, 256)])
+    [draft] = format.drafts([Item(0, "", b"", line)])
+    sample = format.sample(draft, {})
+    [block] = format.blocks(sample.tokens)
+    ids = np.array(format.unconditional(sample.tokens, head))
+    [kept] = format.blocks(ids[:-3])
+    np.testing.assert_array_equal(ids[kept.start : kept.end], sample.tokens[block.start : block.end])
+    words = format.text(ids[: kept.start]) + "IMAGE" + format.text(ids[kept.end : -3])
+    answer = "<|im_end|>\n<|im_start|>assistant\n"
+    assert words == f"<|im_start|>user\nIMAGE\nReconstruct the image according to the given image\n{answer}"
+    assert ids[-3:].tolist() == head
+    drawn = format.text(np.array(format.unconditional(np.array([format.turn_end]), head)))
+    size = "<height_256><width_512>"
+    assert drawn == f"<|im_start|>user\nGenerate a random image of {size}\n{answer}{size}<start_of_image>"

@@ -26,7 +26,6 @@ class Settings:
     levels: tuple[Sampling, ...]  # of codes, by level; sizes are drawn as level 0
     guidance: float = 1.0  # scale; 1 is off
     greedy: bool = False
-    max_new_tokens: int = 1536
 
     def sampling(self, kind: Kind) -> Sampling:
         if kind.name == "text":
@@ -43,6 +42,7 @@ class Prompt:
     start: tuple[int, ...] = ()  # ids that the answer begins with, whatever the model says
     images: bool = True  # may images be opened
     only_image: bool = False  # stop after the first
+    limit: int = 1536  # ids of the answer, `start` included
     unconditional: Callable[[tuple[int, ...]], Sequence[int]] = tuple  # head of an image -> ids up to and with it
 
 
@@ -154,7 +154,7 @@ class Decoder:
             answer.finish = "image"
         elif not answer.grammar.inside and token == self.rules.format.turn_end:
             answer.finish = "end"
-        elif len(answer.tokens) >= self.settings.max_new_tokens:
+        elif len(answer.tokens) >= answer.prompt.limit:
             answer.finish = "length"
 
     def _embedded(self, feeds: Mapping[int, Tensor | list[int]]) -> dict[int, Tensor]:

@@ -6,6 +6,7 @@ Legend: T packed tokens, B samples, L the longest of them, C hidden size.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,8 +59,8 @@ class CausalLM(nn.Module):
         return lm.get_output_embeddings()(hidden[batch.learned], batch.targets, self.z_weight)
 
 
-def open_causal_lm(settings: TrainConfig) -> tuple[CausalLM, ModelFolder]:
-    """The model, loaded on the CPU, with room for all words of its tokenizer or of `tokenizer_from`.
+def load_causal_lm(folder: Path) -> tuple[nn.Module, Path, dict[str, Any]]:
+    """transformers' model on the CPU, the folder that holds it, and its config.json.
 
     Raises `UserError` for a folder that is no model or lacks weights.
     """
@@ -67,7 +68,7 @@ def open_causal_lm(settings: TrainConfig) -> tuple[CausalLM, ModelFolder]:
         import transformers
     except ImportError as error:
         raise UserError("--variant lm needs transformers: pip install 'vistoken[train]'") from error
-    path, config = read_config(Path(settings.init_from))
+    path, config = read_config(folder)
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is checked here
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -80,6 +81,12 @@ def open_causal_lm(settings: TrainConfig) -> tuple[CausalLM, ModelFolder]:
             raise UserError(f"{path}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:4]))}")
     if lm.get_output_embeddings().bias is not None or any(config.get(name) for name in RESHAPED_LOGITS):
         raise UserError(f"{path}: logits with a bias, a cap or a scale are not supported")
+    return lm, path, config
+
+
+def open_causal_lm(settings: TrainConfig) -> tuple[CausalLM, ModelFolder]:
+    """The model, loaded on the CPU, with room for all words of its tokenizer or of `tokenizer_from`."""
+    lm, path, config = load_causal_lm(Path(settings.init_from))
     tokenizer = Path(settings.tokenizer_from or path)
     if settings.tokenizer_from or any((path / name).is_file() for name in TOKENIZER_FILES):
         grow(lm, TextTokenizer(tokenizer).size, settings.seed)

@@ -21,6 +21,7 @@ from training.models.siglip import VisionConfig
 from vistoken.errors import UserError
 from vistoken.weights import read_state_dict
 
+TRAINED_WITH = "vistoken"  # in a config.json: what generation must know of the training
 FINAL = "final"  # where a finished run leaves its model, inside its output folder
 SHARD_BYTES = 5 * 2**30
 SUPPORTED = {

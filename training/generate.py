@@ -1,0 +1,239 @@
+"""Ask a trained model: text to pictures, pictures and text to text, pictures to pictures.
+
+One picture of a UniToken model, on a GPU if there is one (`--device cpu --precision fp32` without):
+    python training/generate.py --model output/UniToken-AnyRes-stage2/final --tokenizer_dir ckpts/chameleon/tokenizer \\
+        --prompt "Generate an image of a red barn." --out pictures/
+A question about an image, or an edit of it (`--answer image`):
+    python training/generate.py ... --image cat.png --prompt "<|image|> What is this?" --out answers/
+Many prompts, in the input format of pre_tokenize.py; the last gpt turn is what is asked for. On several GPUs:
+    torchrun --nproc_per_node 8 training/generate.py ... --prompts prompts.jsonl --n 4 --out answers/
+A language model with DualViTok's words; the decoder of pictures is DualViTok's:
+    python training/generate.py --variant lm --model output/ILLUME-lm/final --model_config dualvitok_anyres_max512.py \\
+        --tokenizer_checkpoint ckpts/DualViTok/pytorch_model.bin --out pictures/ \\
+        --prompt "Generate an image of {resolution_tag}, the content of image is a red barn."
+
+Writes answers.jsonl (a line an answer: text, tokens, codes, files, settings), images/*.png and report.html. Stop it
+whenever you like: the same command goes on from there. Images can only be what the sequence format allows, so every
+picture decodes. `--seed`, the number of the prompt and that of the sample decide an answer's noise, whatever else is in
+the batch.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vistoken.cli import (
+    BAD_DATA,
+    DTYPES,
+    OK,
+    above_zero,
+    add_device,
+    add_max_failed,
+    at_least,
+    command_parser,
+    note,
+    run_command,
+    share,
+)
+from vistoken.errors import UserError
+
+# temperature, top-k of codes and text, guidance: as published
+DEFAULTS = {
+    "unitoken": {"image_top_k": 4000, "text_top_k": 5, "guidance": 3.0},
+    "lm": {"image_top_k": 2048, "text_top_k": 128, "guidance": 2.0},
+}
+PIXEL_TOP_K = 3  # times as many pixel codes as semantic ones are left to draw from
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    model = parser.add_argument_group("model").add_argument
+    model("--model", type=Path, required=True, help="model folder, or the output folder of a finished run")
+    model("--variant", choices=("base", "anyres", "lm"), help="as it was trained (default: what its config.json says)")
+    model("--tokenizer_dir", help="text_tokenizer.json, vqgan.yaml, vqgan.ckpt (default: ckpts/chameleon/tokenizer); "
+          "with lm a folder with tokenizer.json (default: the model's)")  # fmt: skip
+    model("--text_tokenizer", help="another folder, file or hub id for the text (default: --tokenizer_dir)")
+    model("--model_config", type=Path, help="with lm: DualViTok's .py config (code: it is run)")
+    model("--tokenizer_checkpoint", help="with lm: DualViTok's .bin, .pt, .safetensors, a folder or a hub id")
+    asked = parser.add_argument_group("what is asked").add_argument
+    asked("--prompt", help="text of the human turn; images stand where its marks are, or come first")
+    asked("--image", action="append", default=[], help="an image for --prompt; may be given several times")
+    asked("--prompts", type=Path, help="conversations, .json or .jsonl, instead of --prompt")
+    asked("--image_dir", type=Path, help="where relative image paths begin (default: the current folder)")
+    asked("--item_processor", metavar="FILE.py:Class", help="as for pre_tokenize.py")
+    asked("--answer", choices=("image", "text", "free"), help="default: what the last gpt turn has; without one an "
+          "image where none is given, else text")  # fmt: skip
+    asked("--height", type=at_least(32), help="of pictures, in pixels (default: an input image's, or 512)")
+    asked("--width", type=at_least(32))
+    asked("--ratio", help="W:H, instead of them: the nearest of the sizes that models are trained on")
+    asked("--n", type=at_least(1), default=1, help="answers to each prompt")
+    asked("--before_image", type=at_least(0), nargs="*", default=[], help="ids between the prompt and the picture; "
+          "the released UniToken writes 16853")  # fmt: skip
+    asked("--target_size", type=at_least(32), default=512, help="input images: as for pre_tokenize.py")
+    asked("--crop", choices=("square", "variable"), default="square", help="input images: as for pre_tokenize.py")
+    draw = parser.add_argument_group("how it is drawn").add_argument
+    draw("--greedy", action="store_true", help="always the most probable token")
+    draw("--guidance", type=above_zero, help="scale of classifier-free guidance, 1 is off (default: 3, with lm 2)")
+    draw("--temperature", type=above_zero, default=1.0, help="of codes")
+    draw("--image_top_k", type=at_least(0), help="codes to draw from (default: 4000; with lm 2048, pixel codes thrice)")
+    draw("--image_top_p", type=share, default=1.0)
+    draw("--text_temperature", type=above_zero, default=1.0)
+    draw("--text_top_k", type=at_least(0), help="words to draw from, 0 is all (default: 5; with lm 128)")
+    draw("--text_top_p", type=share, default=1.0)
+    draw("--max_new_tokens", type=at_least(1), default=1024, help="of text; a picture has as many as its size needs")
+    draw("--seed", type=at_least(0), default=0)
+    draw("--published", action="store_true", help="UniToken's own rules: nothing is barred outside of images, and no "
+         "continuous tokens follow generated ones")  # fmt: skip
+    job = parser.add_argument_group("job")
+    job.add_argument("--out", type=Path, required=True, help="folder of the answers")
+    job.add_argument("--batch_size", type=at_least(1), default=8, help="answers at a time; guidance doubles the rows")
+    job.add_argument("--precision", choices=DTYPES, default="bf16", help="of the model")
+    job.add_argument("--no_cache", action="store_true", help="go through the whole sequence for every token: slow")
+    add_device(job)
+    add_max_failed(job, of="prompts")
+    job.add_argument("--overwrite", action="store_true", help="delete what is in --out and begin anew")
+    args = parser.parse_args(argv)
+    if (args.prompt is None) == (args.prompts is None):
+        parser.error("name either --prompt or --prompts")
+    if args.image and args.prompts:
+        parser.error("--image goes with --prompt; in --prompts, images are in the lines")
+    if (args.height is None) != (args.width is None) or (args.height and args.ratio):
+        parser.error("--height and --width belong together, and --ratio stands for both")
+    if (args.model_config is None) != (args.tokenizer_checkpoint is None):
+        parser.error("--model_config and --tokenizer_checkpoint belong together")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+
+    from pre_tokenize.pre_tokenize import load_item_processor
+    from training.generation.cache import Recomputing
+    from training.generation.decode import Settings
+    from training.generation.interpreter import Wishes
+    from training.generation.job import AnswerOutput, run_generation, summary
+    from training.generation.load import model_digest, open_lm_for_answers, open_unitoken_for_answers, trained_with
+    from training.generation.sampling import Sampling
+    from vistoken.device import float32_products, local_device
+    from vistoken.jobs.workers import launched_workers
+
+    processor, processor_hash = load_item_processor(args.item_processor)
+    trained = trained_with(args.model)
+    variant = args.variant or trained.get("variant")
+    if variant is None:
+        raise UserError(f"{args.model}/config.json does not say how it was trained: add --variant base, anyres or lm")
+    lm = variant == "lm"
+    given = {name: getattr(args, name) for name in ("guidance", "image_top_k", "text_top_k")}
+    chosen = DEFAULTS["lm" if lm else "unitoken"] | {name: value for name, value in given.items() if value is not None}
+    size = wanted_size(args, lm)
+    if chosen["guidance"] != 1 and not trained.get("condition_dropout"):
+        note(
+            f"note: --guidance {chosen['guidance']:g} compares with images without a prompt, which a model trained "
+            "without --condition_dropout has not seen; --guidance 1 is off"
+        )
+    limit = trained.get("max_seq_len")
+    if limit:
+        note(f"a prompt and its answer end at {limit:,} ids, the length that the model was trained on")
+    before = tuple(args.before_image)
+    wishes = Wishes(args.answer, size, before, args.max_new_tokens, limit, args.seed)
+    code = Sampling(args.temperature, chosen["image_top_k"], args.image_top_p)
+    levels = (code, Sampling(args.temperature, PIXEL_TOP_K * chosen["image_top_k"], args.image_top_p))
+    words = Sampling(args.text_temperature, chosen["text_top_k"], args.text_top_p)
+    settings = Settings(words, levels[: 2 if lm else 1], chosen["guidance"], args.greedy)
+
+    device = local_device(args.device)
+    options = {name: getattr(args, name) for name in ("precision", "target_size", "crop", "published")}
+    options |= {name: getattr(args, name) for name in ("model_config", "tokenizer_checkpoint")}
+    options |= {"variant": variant, "device": device, "wishes": wishes}
+    image_dir = args.image_dir or Path()
+    if lm:
+        interpreter = open_lm_for_answers(args.model, args.tokenizer_dir, processor.process_item, image_dir, options)
+    else:
+        folder = args.tokenizer_dir or "ckpts/chameleon/tokenizer"
+        interpreter = open_unitoken_for_answers(
+            args.model, folder, args.text_tokenizer, processor.process_item, image_dir, options
+        )
+    if args.no_cache:
+        interpreter.model = Recomputing(interpreter.model)
+    prompts = args.prompts or write_prompt(args, interpreter.symbol, "images" if lm else "image")
+    told = ("n", "greedy", "temperature", "image_top_p", "text_temperature", "text_top_p", "max_new_tokens", "seed")
+    told += ("answer", "ratio", "before_image", "target_size", "crop", "published", "batch_size", "precision")
+    manifest = {
+        "format": "vistoken-answers-1",
+        "model": {"path": str(args.model), "digest": model_digest(args.model), "variant": variant},
+        "settings": {
+            **{name: getattr(args, name) for name in told},
+            **{name: chosen[name] for name in given},
+            "size": list(size) if size else None,
+        },
+        "item_processor": processor_hash,
+        "device": device.type,
+    }
+    output = AnswerOutput(args.out, manifest, prompts, chunk_items=max(args.batch_size // args.n, 1))
+    with float32_products(tf32=args.precision != "fp32"):
+        counts = run_generation(
+            output, interpreter, settings, wishes, args.n, args.batch_size, launched_workers(), overwrite=args.overwrite
+        )
+    if counts is None:
+        return OK
+    print(summary(output, counts))
+    if counts.failed_share > args.max_failed:
+        print(f"more than --max_failed {args.max_failed:g} of the prompts failed", file=sys.stderr)
+        return BAD_DATA
+    return OK
+
+
+def wanted_size(args: argparse.Namespace, lm: bool) -> tuple[int, int] | None:
+    """(height, width) of pictures, if the flags say so. Raises `UserError` for one that no model has words for."""
+    from training.generation.load import LM_SIZES
+    from vision_tokenizer.images.anchors import match_anchor
+    from vision_tokenizer.images.chameleon import best_crop, crop_sizes
+    from vision_tokenizer.models.chameleon.vocabulary import MAX_GRIDS, PIXELS_PER_GRID
+
+    if args.ratio:
+        width, colon, height = args.ratio.partition(":")
+        if not (colon and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+            raise UserError(f"--ratio {args.ratio}: expected width and height, such as 16:9")
+        if lm:
+            return match_anchor(int(height) * 64, int(width) * 64, LM_SIZES)
+        return best_crop(int(width) * 64, int(height) * 64, crop_sizes(512, "variable"))[::-1]
+    if args.height is None:
+        return None
+    size = (args.height, args.width)
+    if lm and size not in LM_SIZES:
+        known = ", ".join(f"{h}x{w}" for h, w in LM_SIZES)
+        raise UserError(f"--height {size[0]} --width {size[1]}: no anchor has this size; they are {known}")
+    largest = MAX_GRIDS * PIXELS_PER_GRID
+    if not lm and (any(side % PIXELS_PER_GRID for side in size) or max(size) > largest):
+        raise UserError(
+            f"--height {size[0]} --width {size[1]}: the vocabulary has names for multiples of {PIXELS_PER_GRID} up to "
+            f"{largest}"
+        )
+    if not lm and size[::-1] not in crop_sizes(512, "variable"):
+        note(f"note: {size[0]} x {size[1]} is none of the sizes that models for 512 x 512 are trained on")
+    return size
+
+
+def write_prompt(args: argparse.Namespace, symbol: str, column: str) -> Path:
+    """The prompt of the command line as a file like --prompts."""
+    text = args.prompt
+    if args.image and symbol not in text and column == "images":
+        text = symbol * len(args.image) + "\n" + text
+    item: dict[str, Any] = {"conversations": [{"from": "human", "value": text}]}
+    if args.image:
+        item[column] = [str((args.image_dir or Path()) / image) for image in map(Path, args.image)]
+        item[column] = [str(Path(name).absolute()) for name in item[column]]
+    path, content = args.out / "prompt.jsonl", json.dumps(item, ensure_ascii=False) + "\n"
+    if path.exists() and path.read_text() != content and not args.overwrite:
+        raise UserError(f"{args.out}: holds the answers to another prompt. Choose another --out, or add --overwrite.")
+
+    from vistoken.jobs.files import write_bytes
+
+    write_bytes(path, content.encode())
+    return path
+
+
+if __name__ == "__main__":
+    run_command(main, resumes=True)

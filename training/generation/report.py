@@ -1,0 +1,66 @@
+"""Answers to look at: one HTML file, in the style of the other reports."""
+
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import orjson
+from PIL import Image
+
+from vision_tokenizer.images.files import read_image
+from vision_tokenizer.review.html import render
+from vistoken.errors import ItemError
+from vistoken.jobs.files import write_bytes
+
+TEMPLATE = Path(__file__).with_name("answers.html")
+SHOWN = 100  # answers in the report
+LONGEST_SIDE = 512  # of a picture in it, in pixels
+
+
+def write_report(folder: Path, answers: Path, manifest: Mapping[str, Any]) -> None:
+    """`report.html` of the answers in `answers`, whose pictures lie in `folder`."""
+    with answers.open("rb") as lines:
+        shown = [_card(orjson.loads(line), folder) for line in islice(lines, SHOWN)]
+        more = sum(1 for _ in lines)
+    settings = " · ".join(f"{name} {value}" for name, value in sorted(manifest["settings"].items()))
+    page = render(
+        TEMPLATE,
+        title="Answers",
+        subtitle=f"{manifest['model']['path']} · {settings}",
+        note=f"The first {SHOWN} of {SHOWN + more:,} answers." if more else "",
+        warning="",
+        facts=[
+            (f"{len(shown) + more:,}", "answers"),
+            (f"{sum(len(card['pictures']) for card in shown):,}", "pictures shown"),
+            (f"{sum(card['tokens'] for card in shown):,}", "tokens of the answers shown"),
+        ],
+        cards=shown,
+    )
+    write_bytes(folder / "report.html", page.encode())
+
+
+def _card(line: dict[str, Any], folder: Path) -> dict[str, Any]:
+    settings = line["settings"]
+    pictures = [_small(Image.open(folder / name)) for name in line["files"]]
+    return {
+        "title": f"{line['id']}, answer {line['sample'] + 1} · seed {settings['seed']} · {len(line['tokens']):,} tokens"
+        + (" · cut off" if line["finish"] == "length" else ""),
+        "turns": line["prompt"],
+        "inputs": [(Path(name).name, _opened(Path(name))) for name in line["images"]],
+        "text": line["text"],
+        "pictures": pictures,
+        "tokens": len(line["tokens"]),
+    }
+
+
+def _opened(path: Path) -> Image.Image | None:
+    try:
+        return _small(read_image(path).convert("RGB"))
+    except ItemError:
+        return None
+
+
+def _small(image: Image.Image) -> Image.Image:
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    return image
