@@ -1,12 +1,12 @@
-"""Look at token files: conversations in order, the learned part coloured, images decoded in place.
+"""Look at token files: the conversations as the model reads them, the learned part coloured, images decoded in place.
 
     python -u pre_tokenize/preview_tokens.py --record tokens/record.json --tokenizer_dir ckpts/chameleon/tokenizer \\
         --sample 12 --out_dir preview
 
 Writes `report.html`, one file that needs no network, and `contact_sheet.png` for terminals that show pictures:
-conversations, image sizes, codebook use, lengths. Images of Chameleon tokens are decoded by the VQGAN of
-`--tokenizer_dir`; those of DualViTok tokens need `--model_config` and `--tokenizer_checkpoint`, else they are named
-only. One process, on a GPU if there is one (`--device cpu` if not).
+conversations, image sizes, codebook use, lengths. The VQGAN in `--tokenizer_dir` decodes
+the images of Chameleon tokens. Those of DualViTok tokens need `--model_config` and `--tokenizer_checkpoint`; without
+them, images are only named. One process, on a GPU if there is one (`--device cpu` if not).
 """
 
 import argparse

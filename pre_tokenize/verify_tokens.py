@@ -3,12 +3,12 @@
     python -u pre_tokenize/verify_tokens.py --record tokens/record.json --tokenizer_dir ckpts/chameleon/tokenizer \\
         --in_filename data.json --sample 100
 
-Checks that the record has every item of the input once or says why not; that every token file holds what the record
-says; and of every sequence that its ids exist, its turns and image blocks are well formed, and its loss mask is what
-the turns say. With `--in_filename`, `--sample` items are tokenised again, their images one at a time in fp32: text must
-be the same, and where a code differs it is told how near the tie was.
+Every item of the input must be in the record once, or among the rejected with its reason. Every token file must hold
+what the record says. In every sequence the ids must exist, turns and image blocks must be well formed, and the loss
+mask must follow the turns. With `--in_filename`, `--sample` items are tokenised again, their images one at a time in fp32:
+the text must be the same, and where a code differs, the report says how near the tie was.
 
-Reads only, in one process, on a GPU if there is one (`--device cpu` if not). Published token files (pickles) are read,
+Writes nothing. One process, on a GPU if there is one (`--device cpu` if not). Published token files (pickles) are read,
 too; they have no manifest, so nothing is tokenised again.
 """
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -84,10 +84,6 @@ def fonts() -> tuple[str, ...]:
     if sys.platform == "win32":
         folders = [Path(os.environ.get("WINDIR", "C:/Windows"), "Fonts")]
     folders += [Path(data, "fonts")] if data else []
-    return tuple(sorted(map(str, _font_files(folders)), key=lambda path: ("regular" not in path.lower(), path)))
-
-
-def _font_files(folders: Sequence[Path]) -> Iterator[Path]:
-    for folder in folders:
-        for suffix in ("ttf", "ttc", "otf"):
-            yield from folder.rglob(f"*.{suffix}")
+    suffixes = ("ttf", "ttc", "otf")
+    files = [str(path) for folder in folders for suffix in suffixes for path in folder.rglob(f"*.{suffix}")]
+    return tuple(sorted(files, key=lambda path: ("regular" not in path.lower(), path)))

@@ -9,7 +9,7 @@ import hashlib
 import os
 import tempfile
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 from itertools import islice
 from math import log2
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -32,7 +32,9 @@ THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # at which the report 
 BINS_PER_OCTAVE, MAX_OCTAVES = 12, 4  # of the histogram of width / height
 CHUNK_ITEMS = 64  # that a worker surveys at a time
 _SAMPLE = 4096  # bytes from each end of a file that tell copies apart
-_WINDOW = 4  # chunks per worker handed out at a time
+WINDOW = 4  # chunks per worker handed out at a time
+
+T, R = TypeVar("T"), TypeVar("R")
 
 
 class Header(NamedTuple):
@@ -105,7 +107,7 @@ def survey_dataset(
     Raises `UserError` where the data set has no files at all.
     """
     total, errors = Survey(), []
-    with tempfile.TemporaryDirectory() as cache, _Pool(num_workers) as run:
+    with tempfile.TemporaryDirectory() as cache:
         tables = []
         for file in rules.dataset.annotation_files():
             try:
@@ -113,7 +115,7 @@ def survey_dataset(
             except UserError as error:
                 errors.append(str(error))
         chunks = ((table, index) for table in tables for index in range(len(table)))
-        for found in run(partial(_survey_chunk, rules), chunks):
+        for found in _in_order(partial(_survey_chunk, rules), chunks, num_workers):
             total.add(found)
             for problem in found.problems:
                 on_problem(problem)
@@ -121,25 +123,19 @@ def survey_dataset(
     return total, errors
 
 
-class _Pool:
-    """`run(function, arguments)` over processes, results in order and only a few chunks under way."""
-
-    def __init__(self, num_workers: int):
-        self._executor = ProcessPoolExecutor(num_workers) if num_workers > 1 else None
-        self._window = _WINDOW * num_workers
-
-    def __enter__(self) -> Callable[..., Iterator[Any]]:
-        return self._run if self._executor else map
-
-    def _run(self, function: Callable, arguments: Iterator) -> Iterator[Any]:
-        waiting = [self._executor.submit(function, each) for each in islice(arguments, self._window)]
+def _in_order(function: Callable[[T], R], arguments: Iterator[T], num_workers: int) -> Iterator[R]:
+    """`function` of each argument, computed by processes: results in order, and only a few under way."""
+    if num_workers == 1:
+        yield from map(function, arguments)
+        return
+    pool = ProcessPoolExecutor(num_workers)
+    try:
+        waiting = deque(pool.submit(function, each) for each in islice(arguments, WINDOW * num_workers))
         while waiting:
-            yield waiting.pop(0).result()
-            waiting += [self._executor.submit(function, each) for each in islice(arguments, 1)]
-
-    def __exit__(self, *exception) -> None:
-        if self._executor:
-            self._executor.shutdown(cancel_futures=True)
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(function, each) for each in islice(arguments, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _survey_chunk(rules: Rules, chunk: tuple[ChunkTable, int]) -> Survey:

@@ -40,15 +40,10 @@ class Estimate:
         added = sum(n * image_bytes(anchor, codebook_sizes) for anchor, n in survey.anchors.items())
         return cls(
             images=images,
-            tokens=sum(n * image_tokens(anchor) for anchor, n in survey.anchors.items()),
+            tokens=sum(n * h * w for anchor, n in survey.anchors.items() for h, w in grid_sizes(*model_size(*anchor))),
             bytes=survey.source_bytes + added + items * item_bytes,
             hours=images / images_per_second / 3600 if images_per_second else None,
         )
-
-
-def image_tokens(anchor: tuple[int, int]) -> int:
-    """Codes of both branches for an image at `anchor`."""
-    return sum(h * w for h, w in grid_sizes(*model_size(*anchor)))
 
 
 def image_bytes(anchor: tuple[int, int], codebook_sizes: Sequence[int]) -> int:

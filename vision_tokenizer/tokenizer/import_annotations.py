@@ -1,21 +1,21 @@
-"""Turn a data set of a common format into the annotations and image folder that codebook inference reads.
+"""Turn a data set in a common format into the annotations and image folder that codebook inference reads.
 
     python vision_tokenizer/tokenizer/import_annotations.py --format coco --source captions_train2017.json \\
         --image_source train2017 --root datasets/coco --task generation --data_config configs/my_data.json
 
-Formats (`--source` is a file or a folder, as said):
+Formats, and what `--source` is:
     llava       a .json list or .jsonl of {"id", "image", "conversations"}     images in the folder --image_source
     coco        a captions_*.json                                              images in the folder --image_source
     pairs       a folder of images, each with a .txt of the same name          images stay in that folder
     webdataset  a .tar file or a folder of them, images with .txt or .json     images are written to {root}/images
     parquet     a .parquet file or a folder of them, the image bytes inside    images are written to {root}/images
 
-Captions become conversations: to describe the image (`--task understanding`) or to generate it (`--task generation`,
-whose data sets codebook inference encodes). Conversations that are there already are kept as they are.
+Captions become conversations that ask to describe the image (`--task understanding`) or to generate it (`--task
+generation`; codebook inference encodes these data sets). Conversations stay as they are.
 
 Every record ends in {root}/annotations/*.jsonl or, with its reason, in {root}/import/*.rejected.jsonl. The same
-command goes on where it was interrupted and tries again what failed; where the source has changed since, `--overwrite`
-begins anew. Under torchrun, ranks share the work.
+command goes on where it was interrupted and tries again what failed. If the source has changed, `--overwrite` begins
+anew. Under torchrun, ranks share the work.
 """
 
 import argparse

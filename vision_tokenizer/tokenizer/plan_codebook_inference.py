@@ -1,16 +1,16 @@
-"""Before codebook inference: what it will make of the data sets, how long, how much disk, and what is wrong with them.
+"""Before codebook inference: what it will write, how long it will take, and what is wrong with the data.
 
     python vision_tokenizer/tokenizer/plan_codebook_inference.py --data_config meta.json \\
         --resolution_type fixed_anchors --images_per_second 40
 
-Reads annotations and image headers only, by the job's own rules; neither a checkpoint nor a GPU is needed. Checks the
-metadata config and every annotation line, those of data sets that need no codes too. Writes into --out_dir:
-`plan.json`, `plan.png` (with `pip install 'vistoken[plot]'`) and `problems.jsonl`, a line for each thing that is wrong.
+Reads annotations and image headers only, with the job's own rules, and needs neither a checkpoint nor a GPU. Checks the
+metadata config and every annotation line, also of data sets that need no codes. Writes into --out_dir: `plan.json`,
+`plan.png` (with `pip install 'vistoken[plot]'`) and `problems.jsonl`, a line for each thing that is wrong.
 
-The exit code is 0 only if the run would be clean: every file and line read, every image there, every conversation by
-the rules (1 if not), at least one data set to encode, none written over another or into a folder that cannot be written
-(2 if not). Items that the crop threshold rejects are counted, not held against it; the last lines say how many other
-thresholds would reject. Truncated JPEG and PNG files are found; what else only decoding the pixels can show is not.
+The exit code is 0 only if the run would be clean. It is 1 if a file or line cannot be read, an image is missing, or a
+conversation breaks the rules; 2 if no data set needs codes, two would be written to one place, or the place cannot be
+written to. Items that the crop threshold rejects do not count as wrong; the last lines say how many other thresholds
+would reject. A truncated JPEG or PNG file is found; other damage to the pixels shows only in the run.
 """
 
 import argparse

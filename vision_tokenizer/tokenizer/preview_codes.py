@@ -1,11 +1,11 @@
-"""Look at the output of codebook inference: images beside what their codes decode to, and how the codes are spread.
+"""Look at the output of codebook inference: images beside what their codes decode to, and how the codes are used.
 
     python vision_tokenizer/tokenizer/preview_codes.py --data_config meta.json --resolution_type fixed_anchors \\
         --model_config C.py --tokenizer_checkpoint pytorch_model.bin --sample 24 --out_dir preview
 
-Writes `report.html`, one file that needs no network, and `contact_sheet.png` for terminals that show pictures. All
-lines are tallied; `--sample` images, drawn over all data sets, are decoded, one at a time in fp32. One process, on a
-GPU if there is one (`--device cpu` if not).
+Writes `report.html`, one file that needs no network, and `contact_sheet.png` for terminals that show pictures. It
+counts all lines, and decodes `--sample` images, drawn from all data sets, one at a time in fp32. One process, on a GPU
+if there is one (`--device cpu` if not).
 """
 
 import argparse

@@ -4,11 +4,11 @@
         --model_config C.py --tokenizer_checkpoint pytorch_model.bin --sample 100
 
 Every annotation must have its line or its entry in `*.rejected.jsonl`; shapes, code ranges, anchors, statistics,
-summary and manifest must agree. Then `--sample` images are drawn, over all data sets, and encoded again, one at a time
-in fp32: told are the share of equal codes per branch and, for the others, how near the tie was. Without
-`--tokenizer_checkpoint` only the first part is done.
+summary and manifest must agree. Then `--sample` images, drawn from all data sets, are encoded again, one at a time in
+fp32. The report says which share of the codes is equal and, where one differs, how near the tie was. Without
+`--tokenizer_checkpoint` no image is encoded.
 
-Reads only; runs on one process, on a GPU if there is one (`--device cpu` if not).
+Writes nothing. One process, on a GPU if there is one (`--device cpu` if not).
 """
 
 import argparse
