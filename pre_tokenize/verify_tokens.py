@@ -5,8 +5,8 @@
 
 Every item of the input must be in the record once, or among the rejected with its reason. Every token file must hold
 what the record says. In every sequence the ids must exist, turns and image blocks must be well formed, and the loss
-mask must follow the turns. With `--in_filename`, `--sample` items are tokenised again, their images one at a time in fp32:
-the text must be the same, and where a code differs, the report says how near the tie was.
+mask must follow the turns. With `--in_filename`, `--sample` items are tokenised again, their images one at a time in
+fp32: the text must be the same, and where a code differs, the report says how near the tie was.
 
 Writes nothing. One process, on a GPU if there is one (`--device cpu` if not). Published token files (pickles) are read,
 too; they have no manifest, so nothing is tokenised again.
