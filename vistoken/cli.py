@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -128,12 +129,18 @@ def add_sample(flags: Flags, what: str, default: int, low: int = 1) -> None:
 def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = sys.exit, resumes: bool = False) -> None:
     """Run `main` and `leave` with its exit code; what a user can mend ends in a message, see `EXIT_CODES`.
 
-    Anything else that escapes is a defect of ours and keeps its traceback. `resumes`: the same command goes on from
+    Anything else that escapes is a defect of ours: it keeps its traceback, and the process then leaves in its own way,
+    too, or it would wait for others that wait for it. `resumes`: the same command goes on from
     where it was interrupted.
     """
     warnings.filterwarnings("ignore", module="PIL")  # remarks on single images; bad ones are counted
-    if leave is not sys.exit:  # a defect, too, prints its traceback and then leaves in this way
-        sys.excepthook = lambda *error: (sys.__excepthook__(*error), leave(BAD_DATA))
+    if leave is not sys.exit:
+
+        def hook(kind, error, trace) -> None:  # torch.distributed hands over a stand-in for sys.stderr
+            traceback.print_exception(kind, error, trace, file=sys.__stderr__)
+            leave(BAD_DATA)
+
+        sys.excepthook = hook
     try:
         code = main() or OK
         sys.stdout.flush()  # a pipe that nobody reads any more, or a full disk, shows here at the latest

@@ -6,7 +6,9 @@ fused kernels a sample, or a single one where all samples are equally long. No (
 Legend: T packed tokens, H heads, K key/value heads, D head size.
 """
 
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -23,10 +25,10 @@ class Spans(NamedTuple):
     longest: int
 
     @classmethod
-    def of(cls, lengths: torch.Tensor, device: torch.device) -> "Spans":
-        """`lengths` (samples,) is a CPU tensor, so that nothing here waits for the device."""
-        bounds = F.pad(lengths.cumsum(0), (1, 0)).int()
-        return cls(bounds, bounds.to(device, non_blocking=True), int(lengths.max()))
+    def of(cls, sizes: Sequence[int], device: torch.device) -> "Spans":
+        """For samples of these sizes. Nothing here waits for the device."""
+        bounds = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
+        return cls(bounds, bounds.to(device, non_blocking=True), max(sizes))
 
 
 def packed_attention(
@@ -34,16 +36,20 @@ def packed_attention(
 ) -> torch.Tensor:
     """q is (T, H, D), k and v are (T, K, D). Returns (T, H, D)."""
     if VARLEN and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
-
         if q.shape[1] != k.shape[1]:  # the flag for fewer key/value heads is younger than the function
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         window = (-1, 0 if causal else -1)
         bounds, longest = spans.on_device, spans.longest
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window)
+        return varlen_attention()(q, k, v, bounds, bounds, longest, longest, window_size=window)
     if torch.compiler.is_compiling():  # the number of samples changes with every batch: the loop stays out of the graph
         return _opaque_attention(q, k, v, spans.bounds, causal)
     return _attention_by_sample(q, k, v, spans.bounds, causal)
+
+
+def varlen_attention() -> Callable:
+    from torch.nn.attention.varlen import varlen_attn  # what an older PyTorch does not have
+
+    return varlen_attn
 
 
 def _attention_by_sample(

@@ -125,7 +125,7 @@ def grow(lm: nn.Module, vocab_size: int, seed: int, *, drawn: bool = True) -> No
 def draw_words(known: torch.Tensor, generator: torch.Generator, out: torch.Tensor) -> None:
     """Fill `out` (n, C) with draws from the normal distribution of the rows of `known` (V, C), narrowed."""
     mean = known.float().mean(0)
-    centred = known.float().sub_(mean)
+    centred = known.float() - mean
     root, failed = torch.linalg.cholesky_ex(NARROW * (centred.T @ centred / len(known)))
     if failed:  # fewer words than dimensions: all new ones get the mean
         out.copy_(mean.expand_as(out))

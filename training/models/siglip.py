@@ -88,7 +88,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: torch.Tensor, images: int) -> torch.Tensor:
         """(N * P, C) -> (N * P, C): images follow one another as samples do in the language model."""
-        spans = Spans.of(torch.full((images,), len(x) // images), x.device)
+        spans = Spans.of([len(x) // images] * images, x.device)
         for layer in self.layers:
             x = layer(x, spans)
         return x

@@ -1,0 +1,261 @@
+"""What eight GPUs would meet, without one: collectives are counted in a process group of eight that is not there,
+CUDA's device rules are checked on tensors without memory, and compiled layers with a backend that only traces.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from train_small import flags, text_samples, write_data_config, write_model, write_record
+
+import training.models.attention as attention
+from training.assemble import freeze
+from training.config import STAGES
+from training.data.packing import Sample, pack
+from training.models.causal_lm import draw_words
+from training.models.llm import LLMConfig
+from training.models.siglip import VisionConfig
+from training.models.unitoken import UniToken
+from training.models.units import compile_unit, recompute
+from training.parallel import shard, synchronise_gradients
+
+LAYERS = 2
+LLM = LLMConfig(9100, 64, 128, LAYERS, 4, 2)
+TOWER = VisionConfig(32, 64, LAYERS, 2, image_size=28)  # four continuous tokens a tile
+
+
+def batch(length, samples, tiles):
+    """`samples` samples of `length` tokens and more, each with `tiles` tiles."""
+    made = []
+    for number in range(samples):
+        ids = np.random.default_rng(number).integers(8900, 9100, length + number)
+        features = np.full(len(ids), -1)
+        features[:4] = np.arange(4)
+        images = [np.zeros((tiles, 3, 28, 28), np.uint8)] if tiles else []
+        made.append(Sample(str(number), ids, ids, features if tiles else np.full(len(ids), -1), images, 4 * tiles))
+    return pack(made, 28)
+
+
+def unitoken(stage, **settings):
+    torch.manual_seed(0)
+    model = UniToken(LLM, TOWER, z_weight=1e-5, **settings)
+    freeze(model, STAGES[stage]["trainable_params"])
+    return model
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def eight_processes():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+def collectives_of_a_step(model, batches, whole):
+    """Operation -> calls in an optimizer step of so many batches."""
+    with CommDebugMode() as counted:
+        for number in range(1, batches + 1):
+            synchronise_gradients(model, last=number == batches, whole=whole)
+            loss, _ = model(batch(20, 2, 1))
+            loss.backward()
+    return {str(operation).rpartition(".")[2]: calls for operation, calls in counted.get_comm_counts().items()}
+
+
+@pytest.mark.parametrize(("stage", "trained"), [("I", LAYERS + 1), ("II", 2 * LAYERS + 3)])
+@pytest.mark.parametrize("whole", [False, True])
+def test_gradients_are_sent_once_a_step_where_whole_ones_fit(eight_processes, stage, trained, whole):
+    """One message for each unit that is trained: the layers, the embeddings, the head, and the rest."""
+    model = unitoken(stage)
+    shard(model, torch.device("cpu"), "bf16", reshard=True)
+    found = collectives_of_a_step(model, 4, whole)
+    assert found["reduce_scatter_tensor_coalesced" if False else "_reduce_scatter_base_"] == trained * (
+        1 if whole else 4
+    )
+
+
+def test_copies_of_the_model_add_up_once_a_step(eight_processes):
+    """Four processes share a copy: sums inside it after each batch, over copies after the last."""
+    model = unitoken("II")
+    shard(model, torch.device("cpu"), "bf16", reshard=True, over=4)
+    found = collectives_of_a_step(model, 4, whole=False)
+    assert found["_reduce_scatter_base_"] == 4 * (2 * LAYERS + 3) and found["allreduce_"] == 2 * LAYERS + 3
+
+
+def test_weights_come_layer_by_layer_and_never_all_at_once(eight_processes):
+    model = unitoken("II")
+    shard(model, torch.device("cpu"), "bf16", reshard=True)
+    found = collectives_of_a_step(model, 1, whole=False)
+    assert found["_allgather_base_"] == 2 * 2 * LAYERS + 3  # layers twice; embeddings, head and rest stay
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "selective"), [("I", False), ("II", False), ("II", True)])
+def test_compiled_layers_are_made_once_for_all_sizes_and_give_the_same(one_process, stage, selective):
+    """Tiles, samples and lengths of any number, among them one, and the hidden size: a graph a kind of layer."""
+    torch._dynamo.reset()
+    counters.clear()
+    sizes = [(40, 4, 1), (50, 3, 2), (64, 1, 1), (33, 1, 5), (90, 1, 1), (20, 6, 1), (64, 2, 0)]
+    found = {}
+    for compiled in (False, True):
+        model = unitoken(stage, dropout=0.0)
+        for unit in model.units():
+            recompute(unit, selective=selective)
+        shard(model, torch.device("cpu"), "fp32", reshard=True)
+        for unit in model.units() if compiled else ():
+            compile_unit(unit, "aot_eager")
+        losses, graphs = [], []
+        for size in sizes:
+            loss, _ = model(batch(*size))
+            loss.backward()
+            losses.append(loss.item())
+            graphs.append(counters["stats"]["unique_graphs"])
+        norms = [p.grad.full_tensor().norm().item() for p in model.parameters() if p.grad is not None]
+        found[compiled] = losses + norms
+    assert found[True] == pytest.approx(found[False], rel=1e-5, abs=1e-6)
+    assert not counters["graph_break"]
+    assert graphs[0] == graphs[-1] <= 3  # the tower's first layer, whose input is not trained, the others, the decoder
+
+
+class Log(TorchDispatchMode):
+    """What runs: kernels, and operations that put tensors of two devices together or ask the device for a number."""
+
+    VIEWS = (
+        "view _unsafe_view t transpose permute unsqueeze squeeze expand select slice unbind split split_with_sizes "
+        "detach alias as_strided unflatten reshape _reshape_alias empty empty_strided new_empty lift_fresh device"
+    )
+    WAITS = frozenset(("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"))
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.mixed, self.waits = [], [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        tensors = [leaf for leaf in tree_leaves([args, kwargs, result]) if isinstance(leaf, torch.Tensor)]
+        on_gpu = [tensor for tensor in tensors if tensor.device.type == "cuda"]
+        if on_gpu and name not in self.VIEWS.split():
+            self.kernels.append(name)
+        if on_gpu and name in self.WAITS:
+            self.waits.append(name)
+        elsewhere = [tensor for tensor in tensors if tensor.device.type != "cuda" and tensor.dim()]
+        if on_gpu and elsewhere and name not in ("_to_copy", "copy_"):
+            self.mixed.append(name)
+        return result
+
+
+@pytest.mark.parametrize("tiles", [1, 5])
+def test_the_forward_pass_on_cuda_mixes_no_devices_and_never_waits(monkeypatch, tiles):
+    """On tensors that say they are on a GPU. Attention stands in for the kernel that CUDA has."""
+    seen = []
+
+    def varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, window_size):
+        seen.append((q.device.type, bounds_q.device.type, bounds_q.dtype, longest_q, window_size))
+        return q + k + v
+
+    monkeypatch.setattr(attention, "varlen_attention", lambda: varlen)
+    monkeypatch.setattr(
+        torch._C, "_conv_determine_backend_memory_format", lambda *_: torch.contiguous_format
+    )  # asks for a cuDNN
+    model = UniToken(LLM, TOWER, z_weight=1e-5, masked=range(4, 8196), dropout=0.05)
+    on_cpu = batch(40, 3, tiles)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    empty = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
+                    module._parameters[name] = torch.nn.Parameter(empty)
+        tensors = {f.name: getattr(on_cpu, f.name) for f in fields(on_cpu)}
+        moved = {
+            name: mode.from_tensor(tensor).to("cuda")
+            for name, tensor in tensors.items()
+            if isinstance(tensor, torch.Tensor) and name != "lengths"
+        }
+        with Log() as log:
+            loss, _ = model(replace(on_cpu, **moved))  # its gradients begin here, too
+    assert loss.device.type == "cuda"
+    assert not log.mixed and not log.waits
+    assert len(log.kernels) <= 150, "a budget for two layers of each kind"
+    tower, decoder = seen[0], seen[-1]
+    assert tower == ("cuda", "cuda", torch.int32, 4, (-1, -1))
+    assert decoder == ("cuda", "cuda", torch.int32, 42, (-1, 0))
+
+
+def test_new_words_are_drawn_as_transformers_draws_them():
+    """From the same noise the same words; no distribution is asked for one word at a time."""
+    torch.manual_seed(0)
+    known = torch.randn(500, 24) @ torch.randn(24, 24)
+    mean, centred = known.mean(0), known - known.mean(0)
+    covariance = 1e-9 * (centred.T @ centred / len(known))
+    torch.manual_seed(3)
+    expected = torch.distributions.MultivariateNormal(mean, covariance).sample((70,))
+    found = torch.empty(70, 24)
+    draw_words(known, torch.Generator().manual_seed(3), out=found)
+    torch.testing.assert_close(found - mean, expected - mean, rtol=1e-3, atol=1e-7)
+    assert (found - mean).abs().max() > 1e-6
+    few = torch.empty(3, 24)
+    draw_words(known[:5], torch.Generator().manual_seed(3), out=few)  # their covariance has no root
+    torch.testing.assert_close(few, known[:5].mean(0).expand(3, 24))
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    record = write_record(folder / "tokens", text_samples(20))
+    return write_model(folder / "model"), write_data_config(folder / "data.yaml", record)
+
+
+FAILING = """
+import os, sys
+import torch
+import training.loop
+step = training.loop.train_step
+def fails(*args):
+    if os.environ["RANK"] == "1":
+        raise {error}
+    return step(*args)
+training.loop.train_step = fails
+from training.train import main
+from vistoken.cli import leave_at_once, run_command
+run_command(main, leave_at_once)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "told"), [("ValueError('a defect')", "ValueError: a defect"), ("MemoryError()", "out of memory")]
+)
+def test_an_error_on_one_process_ends_all_at_once(tmp_path, text_run, error, told):
+    """The other one waits in a collective, and the one that failed must not wait for it."""
+    (tmp_path / "failing.py").write_text(FAILING.format(error=error))
+    model, data = text_run
+    arguments = flags(model, data, tmp_path / "output", batch_size=1, epochs=1)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "failing.py")]
+    process = subprocess.run(
+        [sys.executable, *launcher, *arguments],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,  # it used to take thirty minutes
+    )
+    assert process.returncode and told in process.stderr + process.stdout, process.stderr
