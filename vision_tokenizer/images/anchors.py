@@ -87,13 +87,13 @@ def place(height: int, width: int, choices: tuple[tuple[int, int], ...]) -> Plac
     return Placement(anchor, resized, offset, crop_share(height, width, anchor))
 
 
-def model_size(height: int, width: int) -> tuple[int, int]:
+def model_size(height: int, width: int, min_area: int = MIN_AREA, max_area: int = MAX_AREA) -> tuple[int, int]:
     """The size that pixels of a free size are encoded at: sides in multiples of 16, area within the model's range."""
     h, w = max(round(height / SIDE), 1) * SIDE, max(round(width / SIDE), 1) * SIDE
-    if h * w > MAX_AREA:
-        beta = math.sqrt(height * width / MAX_AREA)
+    if h * w > max_area:
+        beta = math.sqrt(height * width / max_area)
         h, w = (max(math.floor(side / beta / SIDE), 1) * SIDE for side in (height, width))
-    elif h * w < MIN_AREA:
-        beta = math.sqrt(MIN_AREA / (height * width))
+    elif h * w < min_area:
+        beta = math.sqrt(min_area / (height * width))
         h, w = (math.ceil(side * beta / SIDE) * SIDE for side in (height, width))
     return h, w

@@ -144,6 +144,14 @@ def read_sizes(path: Path) -> VqganSizes:
     content = read_yaml(path, "VQGAN config")
     try:
         params = content["model"]["params"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the YAML of a VQGAN: it has no model.params") from error
+    return sizes_of(params, path)
+
+
+def sizes_of(params: Any, source: str | Path) -> VqganSizes:
+    """Sizes from what a `vqgan.yaml` has under model.params. Raises `UserError`, which blames `source`."""
+    try:
         conv = params["ddconfig"]
         resolution, mults = int(conv["resolution"]), tuple(int(mult) for mult in conv["ch_mult"])
         by_resolution = {resolution // 2**i: i for i in range(len(mults))}  # attention is listed by resolution
@@ -154,15 +162,15 @@ def read_sizes(path: Path) -> VqganSizes:
             attn_levels=tuple(by_resolution[r] for r in conv["attn_resolutions"] if r in by_resolution),
             z_channels=int(conv["z_channels"]),
         )
-        _require_plain(path, conv)
+        _require_plain(source, conv)
         return VqganSizes(sizes, n_embed=int(params["n_embed"]), embed_dim=int(params["embed_dim"]))
     except KeyError as error:
-        raise UserError(f"{path}: has no {error} under model.params; it is no VQGAN config") from error
+        raise UserError(f"{source}: has no {error} under model.params; it is no VQGAN config") from error
     except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: not the YAML of a VQGAN: {error}") from error
+        raise UserError(f"{source}: not the YAML of a VQGAN: {error}") from error
 
 
-def _require_plain(path: Path, conv: Mapping[str, Any]) -> None:
+def _require_plain(path: str | Path, conv: Mapping[str, Any]) -> None:
     for key, only in (("double_z", False), ("in_channels", 3), ("out_ch", 3)):
         if conv.get(key, only) != only:
             raise UserError(f"{path}: model.params.ddconfig.{key} must be {only}, found {conv[key]!r}")

@@ -6,6 +6,7 @@ and so are settings of a part that do not matter at inference. A size left out i
 """
 
 import runpy
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,8 @@ class _Part:
         return value
 
 
-def read_config(path: str | Path) -> DualViTokSizes:
-    """Execute a config file and read its `vq_model`. Raises `UserError`, which names the file and the key."""
+def run_config(path: str | Path) -> dict[str, Any]:
+    """Execute a config file; the names it defines. Raises `UserError`."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{path}: no such config; the shipped ones are in configs/example/dualvitok/")
@@ -77,10 +78,21 @@ def read_config(path: str | Path) -> DualViTokSizes:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # it is somebody else's program
         raise UserError(f"{path}: this config does not run: {type(error).__name__}: {error}") from error
+    imported = (types.ModuleType, types.FunctionType, type)
+    names = {n: value for n, value in names.items() if not n.startswith("_") and not isinstance(value, imported)}
     if "vq_model" not in names:
-        found = ", ".join(name for name in names if not name.startswith("__")) or "nothing"
-        raise UserError(f"{path}: defines no `vq_model`; it defines {found}")
-    model = _Part(names["vq_model"], f"{path}: vq_model")
+        raise UserError(f"{path}: defines no `vq_model`; it defines {', '.join(names) or 'nothing'}")
+    return names
+
+
+def read_config(path: str | Path) -> DualViTokSizes:
+    """Execute a config file and read its `vq_model`. Raises `UserError`, which names the file and the key."""
+    return read_model(run_config(path)["vq_model"], f"{path}: vq_model")
+
+
+def read_model(vq_model: Any, where: str) -> DualViTokSizes:
+    """The sizes in `vq_model`; `where` begins the messages of errors."""
+    model = _Part(vq_model, where)
     model.one_of("type", ("DualViTok",))
     return _dualvitok(model.part("config"))
 

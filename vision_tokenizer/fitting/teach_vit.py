@@ -1,0 +1,98 @@
+"""Teach the ViT of a small DualViTok to see, with EfficientNet-Lite0 as its teacher; then it is frozen.
+
+    python -m vision_tokenizer.fitting.teach_vit --config configs/example/dualvitok/dualvitok_small.py \
+        --data_path output/photographs --out output/vit.safetensors
+
+A full-size DualViTok starts from Qwen2-VL's pretrained ViT. A small one has no such thing to start from, so its ViT
+learns, through a linear layer that is thrown away, the teacher's last two feature maps and the mean colours of 4 x 4
+parts of each 28 x 28 patch. On a CPU; needs vistoken[lite0].
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+from vistoken.cli import run_command
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="a DualViTok config (.py, executed)")
+    parser.add_argument("--data_path", type=Path, required=True, help="folder of pictures")
+    parser.add_argument("--out", type=Path, required=True, help="where the ViT's weights go (.safetensors)")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--save_every", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+
+    import torch
+    import torch.nn.functional as F
+    from safetensors.torch import save_file
+    from torch import nn
+
+    from vision_tokenizer.fitting.config import DataSettings
+    from vision_tokenizer.fitting.data import Photographs, Place, join, list_images
+    from vision_tokenizer.fitting.lite0 import load_lite0
+    from vision_tokenizer.images.dualvitok import normalize
+    from vision_tokenizer.models.dualvitok.config import read_config
+    from vision_tokenizer.models.dualvitok.semantic import vit_input
+    from vision_tokenizer.models.dualvitok.vit import VisionTransformer
+    from vistoken.device import keep_freed_memory
+
+    keep_freed_memory()
+    torch.manual_seed(args.seed)
+    sizes = read_config(args.config).semantic_encoder.vit
+    vit, teacher = VisionTransformer(sizes), load_lite0()
+    files = list_images(args.data_path)
+    data = Photographs(files, DataSettings(augment="random_crop", crop_share=(0.5, 1.0), cache=True))
+    side = 256  # the ViT sees 252: 9 x 9 tokens; the teacher 288: 9 x 9 cells
+
+    def lesson(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ViT's input and what it is to say of every token, (B, 81, T)."""
+        draw = random.Random(f"{args.seed} {step}")
+        places = [Place(draw.randrange(len(files)), (side, side), f"{args.seed} {step} {i}") for i in range(args.batch)]
+        pixels = normalize(join([data[place] for place in places]).pixels)
+        with torch.no_grad():
+            shown = F.interpolate(pixels, (288, 288), mode="bilinear", antialias=True)
+            *_, middle, _, last = teacher.stages(shown)
+            colours = F.interpolate(pixels, (36, 36), mode="area")
+            maps = [last, F.avg_pool2d(middle, 2), F.pixel_unshuffle(colours, 4)]
+            return vit_input(pixels), torch.cat([m.flatten(2).mT for m in maps], dim=2)
+
+    first = torch.cat([lesson(-1 - i)[1] for i in range(8)]).flatten(0, 1)
+    mean, std = first.mean(0), first.std(0) + 1e-3
+    head = nn.Linear(sizes.hidden_size, len(mean))
+    parameters = [*vit.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
+    began, running = time.time(), None
+    for step in range(args.steps):
+        image, wanted = lesson(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            merged = vit(image)
+            found = head(F.layer_norm(merged, merged.shape[-1:], eps=1e-6))
+        loss = F.mse_loss(found.float(), (wanted - mean) / std)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            facts = {"steps": step + 1, "unexplained_share": round(running, 4), "seconds": round(time.time() - began)}
+            save_file(vit.state_dict(), args.out, metadata={"teach_vit": json.dumps(facts)})
+            print(json.dumps(facts), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,223 @@
+"""One update of the tokenizer and of its discriminator: what the training command does at every step.
+
+Legend: B batch, H W pixels. G is the tokenizer, D the discriminator.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vision_tokenizer.fitting.config import LossSettings
+from vision_tokenizer.fitting.discriminator import PatchDiscriminator
+from vision_tokenizer.fitting.forward import Outputs
+from vision_tokenizer.fitting.losses import (
+    Lecam,
+    adaptive_weight,
+    discriminator_loss,
+    generator_terms,
+    weighted_sum,
+)
+from vistoken.device import at_least_float32
+from vistoken.errors import UserError
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0  # 0: gradients are not clipped
+    code_transform_lr_scale: float = 1.0  # for the quantizers' own weights
+    ema_decay: float | None = None
+    mixed_precision: str = "none"
+
+
+def adam(parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> torch.optim.Adam:
+    """Adam over what trains; each group keeps its share of the learning rate under `scale`."""
+    ordinary, codes = [], []
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            (codes if "quantize" in name else ordinary).append(parameter)
+    groups = [{"params": ordinary, "scale": 1.0}]
+    if codes:
+        groups.append({"params": codes, "scale": settings.code_transform_lr_scale})
+    return torch.optim.Adam(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+
+class Ema:
+    """Running means of the trained weights, without a warm-up of the decay."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.restart(model)
+
+    def restart(self, model: nn.Module) -> None:
+        parameters = dict(model.named_parameters())
+        self.means = {name: parameters[name].detach().clone() for name in self.trained}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        parameters = dict(model.named_parameters())
+        means, weights = [self.means[name] for name in self.trained], [parameters[name] for name in self.trained]
+        torch._foreach_lerp_(means, weights, 1 - self.decay)
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The whole state dict, with running means where there are some."""
+        return {**model.state_dict(), **self.means}
+
+
+class Updater:
+    """Holds everything that an update changes.
+
+    Args:
+        network: a `Trainable...`, on its device.
+        discriminator: None where the adversarial weight is 0 throughout.
+        perceptual: (B, 3, H, W) twice -> (B,), None where its weight is 0.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        losses: LossSettings,
+        settings: OptimizerSettings,
+        discriminator: PatchDiscriminator | None = None,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
+        self.network, self.discriminator, self.perceptual = network, discriminator, perceptual
+        self.losses, self.settings = losses, settings
+        self.step = 0  # updates made
+        self.lecam = Lecam().to(next(network.parameters()).device)
+        self.ema = Ema(network.model, settings.ema_decay) if settings.ema_decay else None
+        scaled = settings.mixed_precision == "fp16"
+        self.sides = [_Side(network.named_parameters(), settings, scaled)]
+        if discriminator is not None:
+            self.sides.append(_Side(discriminator.named_parameters(), settings, scaled))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def autocast(self) -> AbstractContextManager:
+        kind = AUTOCAST.get(self.settings.mixed_precision)
+        return torch.autocast(self.device.type, kind) if kind else nullcontext()
+
+    def update(
+        self, batches: Sequence[Tensor], lr: float, names: Callable[[], str] = str, **forward: Tensor
+    ) -> tuple[dict[str, Tensor], Outputs]:
+        """Learn from micro-batches (B, 3, H, W) in [-1, 1]; returns the means of all terms, and the last outputs.
+
+        `names` says which pictures these are, for the message if a loss is not finite: then nothing is changed.
+        """
+        step = self.step + 1
+        sums: dict[str, Tensor] = {}
+        for side in self.sides:
+            side.optimizer.zero_grad(set_to_none=True)
+        for pixels in batches:
+            terms, outputs = self._generator_pass(pixels, step, len(batches), forward)
+            if self.discriminator is not None:
+                terms |= self._discriminator_pass(pixels, outputs.reconstruction, step, len(batches))
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.detach() / len(batches)
+        self._require_finite(sums, step, names)
+        for name, side in zip(("grad_norm", "discriminator_grad_norm"), self.sides, strict=False):
+            sums[name] = side.step(lr, self.settings.max_grad_norm)
+        if self.ema is not None:
+            self.ema.update(self.network.model)
+        self.step = step
+        return sums, outputs
+
+    def _generator_pass(
+        self, pixels: Tensor, step: int, micro_batches: int, forward: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Outputs]:
+        losses = self.losses
+        with self.autocast():
+            outputs = self.network(pixels, **forward)
+            terms = generator_terms(outputs, pixels, losses, self.perceptual)
+            total = weighted_sum(terms, losses, step)
+            if self.discriminator is not None:
+                self.discriminator.requires_grad_(False)  # this pass teaches G alone
+                adversarial = -at_least_float32(self.discriminator(outputs.reconstruction)).mean()
+                weight = losses.adversarial_weight(step)
+                if losses.disc_adaptive_weight and weight:
+                    likeness = losses.reconstruction_weight * terms["rec_loss"]
+                    if "p_loss" in terms:
+                        likeness = likeness + losses.perceptual_weight * terms["p_loss"]
+                    last = self.network.model.get_parameter(self.network.last_layer)
+                    weight = weight * adaptive_weight(likeness, adversarial, last)
+                terms["generator_adv_loss"] = adversarial
+                total = total + weight * adversarial
+        self.sides[0].backward(total / micro_batches)
+        return terms | {"generator_total": total}, outputs
+
+    def _discriminator_pass(
+        self, pixels: Tensor, reconstruction: Tensor, step: int, micro_batches: int
+    ) -> dict[str, Tensor]:
+        self.discriminator.requires_grad_(True)
+        with self.autocast():
+            real = at_least_float32(self.discriminator(pixels))
+            fake = at_least_float32(self.discriminator(reconstruction.detach()))
+            weight = self.losses.adversarial_weight(step)
+            loss = discriminator_loss(real, fake, weight, self.losses, self.lecam)
+        self.sides[1].backward(loss / micro_batches)
+        return {
+            "discriminator_adv_loss": loss,
+            "logits_real": real.mean(),
+            "logits_fake": fake.mean(),
+        }
+
+    def _require_finite(self, sums: dict[str, Tensor], step: int, names: Callable[[], str]) -> None:
+        bad = [name for name, value in sums.items() if not torch.isfinite(value)]
+        anywhere = torch.tensor(float(bool(bad)), device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        if not anywhere:
+            return
+        where = f"{', '.join(bad)} of the batch {names()}" if bad else "a loss on another rank"
+        raise UserError(
+            f"step {step}: {where} is not finite; the weights are unchanged. Resume from the last checkpoint with a "
+            "lower lr or without 16-bit numbers, or leave these pictures out."
+        )
+
+
+class _Side:
+    """G's or D's optimizer, with the scaling of gradients that fp16 needs."""
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, scaled: bool):
+        self.optimizer = adam(parameters, settings)
+        self.scaler = torch.amp.GradScaler(enabled=scaled)
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self, lr: float, max_grad_norm: float) -> Tensor:
+        """Average gradients over ranks, clip, step. Returns the gradients' norm before clipping."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.scaler.unscale_(self.optimizer)
+        average_gradients(parameters)
+        limit = max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=False)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm.detach()
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Every rank gets the mean of all ranks' gradients."""
+    if not dist.is_initialized():
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    works = [dist.all_reduce(parameter.grad, async_op=True) for parameter in parameters]
+    for work in works:
+        work.wait()
+    torch._foreach_div_([parameter.grad for parameter in parameters], dist.get_world_size())
