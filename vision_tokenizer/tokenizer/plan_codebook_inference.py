@@ -10,7 +10,7 @@ metadata config and every annotation line, also of data sets that need no codes.
 The exit code is 0 only if the run would be clean. It is 1 if a file or line cannot be read, an image is missing, or a
 conversation breaks the rules; 2 if no data set needs codes, two would be written to one place, or the place cannot be
 written to. Items that the crop threshold rejects do not count as wrong; the last lines say how many other thresholds
-would reject. A truncated JPEG or PNG file is found; other damage to the pixels shows only in the run.
+would reject. Truncated files are found; other damage to the pixels shows only in the run.
 """
 
 import argparse
