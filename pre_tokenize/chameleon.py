@@ -22,8 +22,9 @@ from vision_tokenizer.images.chameleon import crop_sizes, prepare
 from vision_tokenizer.models.chameleon.vocabulary import CODEBOOK_SIZE, PIXELS_PER_TOKEN, ChameleonVocabulary
 from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN, load_chameleon
 from vistoken.errors import ItemError, UserError
-from vistoken.jobs.chunks import ChunkTable, Item
+from vistoken.jobs.chunks import Item
 from vistoken.jobs.progress import Progress
+from vistoken.jobs.run import Table
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def make_encoder(vqgan: ChameleonVQGAN, settings: Settings, num_workers: int, pr
     )
 
 
-def make_manifest(settings: Settings, text: TextTokenizer, vqgan: ChameleonVQGAN, table: ChunkTable) -> dict[str, Any]:
+def make_manifest(settings: Settings, text: TextTokenizer, vqgan: ChameleonVQGAN, table: Table) -> dict[str, Any]:
     """What decides the token files."""
     return common_manifest(
         table,

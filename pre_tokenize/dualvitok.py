@@ -25,9 +25,10 @@ from pre_tokenize.token_file import TokenSample
 from vision_tokenizer.models.dualvitok.model import grid_sizes
 from vision_tokenizer.models.dualvitok.vocabulary import DualViTokVocabulary, code_place
 from vistoken.errors import ItemError, UserError
-from vistoken.jobs.chunks import ChunkTable, Item
+from vistoken.jobs.chunks import Item
 from vistoken.jobs.counts import SUMMARY
 from vistoken.jobs.manifest import MANIFEST, read_manifest
+from vistoken.jobs.run import Table
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 RANDOM = f"user\nGenerate a random image of {IMAGE_MARK}\n"  # IMAGE_MARK: the size, or the image with its size
@@ -141,9 +142,7 @@ def encoded_images(codes: Path) -> Path:
         return Path()
 
 
-def make_manifest(
-    items_per_file: int, text: TextTokenizer, sequences: DualViTokFormat, table: ChunkTable
-) -> dict[str, Any]:
+def make_manifest(items_per_file: int, text: TextTokenizer, sequences: DualViTokFormat, table: Table) -> dict[str, Any]:
     """What decides the token files. Raises `UserError` where the lines come from codebooks of other sizes."""
     codebook = read_manifest(table.path.parent) or {}  # absent beside lines that were moved, or made elsewhere
     tokenizer = codebook.get("tokenizer", {})

@@ -16,12 +16,13 @@ from typing import Any
 from pre_tokenize.record import Lengths, companions, entry_line, manifest_id, read_entries, sub_record
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenSample, hash_of, pickle_bytes, read_pickle, read_shard, shard_bytes
+from vision_tokenizer.codebook.forms import CodeTable
 from vistoken.errors import UserError
-from vistoken.jobs.chunks import Chunk, ChunkTable, chunk_table
+from vistoken.jobs.chunks import Chunk, chunk_table
 from vistoken.jobs.counts import Counts, write_summary
 from vistoken.jobs.manifest import MANIFEST, read_manifest
 from vistoken.jobs.results import Results, joining
-from vistoken.jobs.run import WORK, Output, Source
+from vistoken.jobs.run import WORK, Output, Source, Table
 from vistoken.jobs.workers import Workers
 
 _ANY_RECORD = re.compile(r"(\d+)-of-(\d+)-record\.(jsonl|rejected\.jsonl|summary\.json)")
@@ -31,11 +32,16 @@ _ENTRIES = ".record.jsonl"  # of one chunk, beside its result
 def open_source(path: Path, folder: Path, chunk_items: int) -> Source:
     """The input file by chunks, with what `folder` knows of them already."""
     work = folder / WORK
-    return Source(chunk_table(path, chunk_items, work / "chunks.json"), Results(work / "results"))
+    return Source(open_table(path, chunk_items, work / "chunks.json"), Results(work / "results"))
+
+
+def open_table(path: Path, chunk_items: int, cache: Path) -> Table:
+    """The items of a `.json` or `.jsonl`, or of codes in an `.arrow`."""
+    return CodeTable(path, chunk_items) if path.suffix == ".arrow" else chunk_table(path, chunk_items, cache)
 
 
 def common_manifest(
-    table: ChunkTable,
+    table: Table,
     text: TextTokenizer,
     image_tokenizer: Mapping[str, str | None],
     more: Mapping[str, Any],
@@ -49,7 +55,7 @@ def common_manifest(
         "vocab_size": text.size,
         "vocabulary": text.vocabulary,
         **more,
-        "input": {"name": table.path.name, "sha256": table.sha256, "items": table.items},
+        "input": {"name": table.path.name, "sha256": table.fingerprint, "items": table.items},
         "versions": {name: version(name) for name in packages},
     }
 

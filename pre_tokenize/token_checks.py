@@ -12,6 +12,7 @@ import numpy as np
 import orjson
 import torch
 
+from pre_tokenize.output import open_table
 from pre_tokenize.record import Record, companions
 from pre_tokenize.sequences import SequenceFormat
 from pre_tokenize.token_file import TokenFiles, TokenSample
@@ -20,7 +21,8 @@ from vision_tokenizer.images.dualvitok import normalize
 from vision_tokenizer.review.issues import Issues, draw
 from vision_tokenizer.review.reencode import MAX_GAP, Agreement, differences
 from vistoken.errors import ItemError, UserError
-from vistoken.jobs.chunks import ChunkTable, Item, chunk_table
+from vistoken.jobs.chunks import Item
+from vistoken.jobs.run import Table
 
 _CHUNK_ITEMS = 512
 
@@ -157,7 +159,7 @@ class Retokenizer:
                 self.issues.add("code is not the nearest", detail)
 
 
-def retokenize(files: TokenFiles, table: ChunkTable, again: Retokenizer, count: int, seed: int) -> int:
+def retokenize(files: TokenFiles, table: Table, again: Retokenizer, count: int, seed: int) -> int:
     """Compare `count` items, drawn evenly, with the input. Returns how many were compared."""
     drawn = draw(len(files), count, seed)
     for index in drawn:
@@ -168,18 +170,18 @@ def retokenize(files: TokenFiles, table: ChunkTable, again: Retokenizer, count: 
     return len(drawn)
 
 
-def _item(table: ChunkTable, number: int) -> Item:
+def _item(table: Table, number: int) -> Item:
     if number >= table.items:
         raise UserError(f"{table.path}: has {table.items} items, so there is no item {number}. Is it another input?")
     chunk = table[number // _CHUNK_ITEMS]
     return next(item for item in table.read(chunk) if item.index == number)
 
 
-def check_input(manifest: dict[str, Any], source: Path, issues: Issues) -> ChunkTable | None:
+def check_input(manifest: dict[str, Any], source: Path, issues: Issues) -> Table | None:
     """The items of `source`, if that is the file that the tokens were made from."""
     with tempfile.TemporaryDirectory() as cache:
-        table = chunk_table(source, _CHUNK_ITEMS, Path(cache) / "chunks.json")
-    if table.sha256 == manifest["input"]["sha256"]:
+        table = open_table(source, _CHUNK_ITEMS, Path(cache) / "chunks.json")
+    if table.fingerprint == manifest["input"]["sha256"]:
         return table
     issues.add("input changed", f"{source}: not the file that the tokens were made from, so none was made again")
     return None

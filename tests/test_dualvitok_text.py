@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 from lm_small import GOLDEN_SIZES, extended_tokenizer, golden_lines, made_line, write_lines, write_tokenizer
 
@@ -16,7 +17,12 @@ from pre_tokenize import concat_record
 from pre_tokenize.dualvitok_text import text_form
 from pre_tokenize.pre_tokenize import main
 from pre_tokenize.token_file import TokenFiles
+from pre_tokenize.verify_tokens import main as verify_tokens
+from vision_tokenizer.codebook.annotations import OUTPUT_FIELDS
+from vision_tokenizer.codebook.forms import ArrowRows, Row
 from vistoken.errors import Failed, UserError
+from vistoken.jobs.counts import Counts
+from vistoken.jobs.results import Result
 
 REPO = Path(__file__).parents[1]
 EDITING = ("editing/fixed_anchors/0000",)
@@ -262,3 +268,27 @@ def test_text_only_lines_need_no_codes(tokenize, tmp_path):
     assert tokenize([{"conversations": line["conversations"]}, line]) == 0
     first, second = samples(tmp_path / "out").values()
     assert np.array_equal(first.tokens, second.tokens) and first.images == ()
+
+
+def arrow_of(path, lines):
+    """The same codes in the other form."""
+    form = ArrowRows(("semantic", "pixel"), (32768, 98304))
+    rows = []
+    for line in map(dict, lines):
+        sizes, images, anchors = (line.pop(field) for field in OUTPUT_FIELDS)
+        codes = [tuple(np.array(grid, np.int32) for grid in grids) for grids in images]
+        rows.append(Row(orjson.dumps(line), sizes, codes, anchors))
+    path.write_bytes(b"".join(content for _, content in form.joined([(Result(Counts()), form.pack(rows))])))
+    return path
+
+
+def test_codes_in_arrow_give_the_same_sequences(tokenize, tokenizer_dir, tmp_path):
+    lines = golden_lines(*ALL)
+    assert tokenize(lines, out="lines") == 0
+    assert tokenize(arrow_of(tmp_path / "0000.arrow", lines), out="arrow") == 0
+    expected, found = samples(tmp_path / "lines"), samples(tmp_path / "arrow")
+    assert expected.keys() == found.keys()
+    for item, sample in expected.items():
+        assert np.array_equal(sample.tokens, found[item].tokens) and sample.images == found[item].images
+    given = ["--tokenizer_dir", tokenizer_dir, "--record", tmp_path / "arrow" / "record.json"]
+    assert verify_tokens([str(part) for part in (*given, "--in_filename", tmp_path / "0000.arrow")]) == 0

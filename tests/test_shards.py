@@ -312,3 +312,75 @@ def test_killed_at_random_and_with_three_processes_the_files_are_the_same(tiny_d
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert lines(output(base)) == expected
+
+
+def test_plan_reads_headers_only_and_counts_as_the_run(tiny_dualvitok, tmp_path, monkeypatch, capsys):
+    from vision_tokenizer.tokenizer.plan_codebook_inference import main as plan
+
+    members = [*samples(6), ("wide.png", picture(4, (900, 30), "PNG")), ("wide.txt", b"w"), ("no.txt", b"no image")]
+    cut = picture(7, (300, 300))
+    members += [("cut.jpg", cut[:-200]), ("cut.txt", b"cut"), *samples(1)]
+    write_tar(tmp_path / "in" / "0.tar", members)
+    write_tar(tmp_path / "in" / "1.tar.gz", samples(2))
+    (tmp_path / "in" / "2.tar").write_bytes(write_tar(tmp_path / "in" / "2.tar", samples(2)).read_bytes()[:900])
+    code, folder = encode(tiny_dualvitok, tmp_path / "job", f"{tmp_path}/in/{{0.tar,1.tar.gz,2.tar}}")
+    assert code == 0
+    read = []
+    original = shards.Window.readinto
+    monkeypatch.setattr(shards.Window, "readinto", lambda self, b: read.append(original(self, b)) or read[-1])
+    arguments = ["--data_config", tmp_path / "job" / "meta.json", *FAST[:4], "--num_workers", 1]
+    assert plan([*map(str, arguments), "--out_dir", str(tmp_path / "plan")]) == 1
+    (planned,) = json.loads((tmp_path / "plan" / "plan.json").read_text())["datasets"].values()
+    total = json.loads((folder / "run_summary.json").read_text())["total"]
+    assert [planned[name] for name in ("items", "done", "rejected", "failed")] == [
+        total[name] for name in ("items", "done", "rejected", "failed")
+    ]
+    assert 0 < sum(read) < 20 * 8192 * 3
+    found = read_lines(tmp_path / "plan" / "problems.jsonl")
+    assert sorted((line["where"], line["reason"]) for line in found) == sorted(problems(folder))
+
+
+@pytest.mark.parametrize("output_format", ["jsonl", "arrow"])
+def test_verify_and_preview_of_shards(output_format, tiny_dualvitok, tmp_path, capsys):
+    from vision_tokenizer.tokenizer.preview_codes import main as preview
+    from vision_tokenizer.tokenizer.verify_codebook import main as verify
+
+    write_tar(tmp_path / "in" / "0.tar", [*samples(4), ("no.txt", b"no image")])
+    table = pa.table({"image": [picture(n) for n in range(4)], "text": ["a"] * 4})
+    pq.write_table(table, tmp_path / "in" / "1.parquet", row_group_size=2)
+    pattern = f"{tmp_path}/in/{{0.tar,1.parquet}}"
+    code, folder = encode(tiny_dualvitok, tmp_path / "job", pattern, "--output_format", output_format)
+    assert code == 0 and {path.name for path in folder.glob("?.*")} >= {f"0.{output_format}", f"1.{output_format}"}
+    arguments = ["--model_config", tiny_dualvitok[0], "--tokenizer_checkpoint", tiny_dualvitok[1], "--device", "cpu"]
+    arguments += ["--data_config", tmp_path / "job" / "meta.json", *FAST[:4]]
+    assert verify([*map(str, arguments)]) == 0
+    said = capsys.readouterr().out
+    assert "8 images encoded again" in said and "semantic: 100.0000%" in said and "no issues" in said
+    assert preview([*map(str, arguments), "--out_dir", str(tmp_path / "preview")]) == 0
+    assert "no original" not in (tmp_path / "preview" / "report.html").read_text()
+    write_tar(tmp_path / "in" / "0.tar", samples(6))
+    assert verify([*map(str, arguments)]) == 1
+    said = capsys.readouterr().out
+    assert "annotations changed" in said and "item lost" in said
+
+
+def test_arrow_says_what_the_lines_say(tiny_dualvitok, tmp_path):
+    from vision_tokenizer.codebook.read import read_lines as lines_of
+
+    broken = [("x.jpg", picture(1)[:-100]), ("x.txt", b"x")]
+    write_tar(tmp_path / "in" / "0.tar", [*samples(9), *broken])
+    _, as_lines = encode(tiny_dualvitok, tmp_path / "lines", tmp_path / "in" / "0.tar")
+    _, as_arrow = encode(tiny_dualvitok, tmp_path / "arrow", tmp_path / "in" / "0.tar", "--output_format", "arrow")
+    assert b"".join(line + b"\n" for line in lines_of(as_arrow / "0.arrow")) == (as_lines / "0.jsonl").read_bytes()
+    assert problems(as_arrow) == problems(as_lines) == [("x.jpg", "image unreadable")]
+    before = (as_arrow / "0.arrow").read_bytes()
+    encode(tiny_dualvitok, tmp_path / "arrow", tmp_path / "in" / "0.tar", "--output_format", "arrow")  # tries x again
+    assert (as_arrow / "0.arrow").read_bytes() == before
+    with pytest.raises(UserError, match=r"begun with settings\.output_format = 'arrow'"):
+        encode(tiny_dualvitok, tmp_path / "arrow", tmp_path / "in" / "0.tar")
+    content = bytearray(before)
+    for at in range(200, len(content), 97):
+        content[at] ^= 0xFF
+    (as_arrow / "0.arrow").write_bytes(content)
+    with pytest.raises(UserError, match=r"0\.arrow"):
+        list(lines_of(as_arrow / "0.arrow"))

@@ -7,10 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from vision_tokenizer.codebook.annotations import OUTPUT_FIELDS, Dataset, image_names
+from vision_tokenizer.codebook.annotations import Dataset, image_names
 from vision_tokenizer.codebook.encoder import Encoded, Encoder, Images
+from vision_tokenizer.codebook.forms import Row
 from vision_tokenizer.codebook.inputs import item_image
 from vision_tokenizer.codebook.output import RATIO, CodebookOutput, Settings, check_folders
 from vision_tokenizer.images.anchors import anchors, ratio_tag
@@ -87,15 +86,15 @@ def run_codebook_inference(
 
 
 class CodebookChunk(OpenChunk):
-    """A chunk of annotations or a shard, the images its items need, and the lines that it already has."""
+    """A chunk of annotations or a shard, the images its items need, and the rows that it already has."""
 
     def __init__(self, task: Task):
         super().__init__(task)
-        self._payload = self.source.results.path(self.chunk.index, ".jsonl")
-        self._lines: dict[int, bytes] = {}  # item -> its output line
+        self._form = self.source.form
+        self._payload = self.source.results.path(self.chunk.index, self._form.suffix)
+        self._rows: dict[int, Any] = {}  # item -> its row of the output
         if done := self.done_before():
-            with self._payload.open("rb") as lines:
-                self._lines = dict(zip(done, lines, strict=True))
+            self._rows = dict(zip(done, self._form.unpack(self._payload.read_bytes()), strict=True))
         self._names: dict[int, list[Path | str]] = {}  # item -> its images, yet to be encoded
 
     def images(self) -> Iterator[tuple[Path | str, Any]]:
@@ -114,36 +113,35 @@ class CodebookChunk(OpenChunk):
                 yield images.pop(0)  # and hold none while the encoder has no room for more
 
     def write(self, images: Images, watch: Stopwatch, progress: Progress) -> None:
-        """Put the codes into the lines, in input order, and save the chunk."""
+        """Put the codes to the items, in input order, and save the chunk."""
         with watch("write"):
             tallies = Counter(self.previous.counts.tallies if self.previous else ())
             for index, names in self._names.items():
                 try:
-                    self._lines[index] = encoded_line(self.items[index], [images[name] for name in names], tallies)
+                    row = encoded_row(self.items[index], [images[name] for name in names], tallies)
+                    self._rows[index] = self._form.kept(row)
                 except ItemError as error:
                     self.fail(self.items[index], error)
-            lines = b"".join(self._lines[index] for index in sorted(self._lines))
+            content = self._form.pack(self._rows[index] for index in sorted(self._rows))
         seconds = watch.take()
         with watch("write"):  # counted with the next chunk
-            self.save({self._payload: lines}, tallies=tallies, seconds=seconds, progress=progress)
+            self.save({self._payload: content}, tallies=tallies, seconds=seconds, progress=progress)
             if self.source.dataset.shards is not None and len(self.source.table) == 1:
                 self.source.finish()  # one process could not finish thousands of them at the end
 
 
-def encoded_line(item: Item, results: list[Encoded | ItemError], tallies: Counter[str]) -> bytes:
-    """The item's own text with the three fields spliced in. Raises the first error among its images."""
+def encoded_row(item: Item, results: list[Encoded | ItemError], tallies: Counter[str]) -> Row:
+    """The item with its codes. Raises the first error among its images."""
     images = []
     for result in results:
         if isinstance(result, ItemError):
             raise result
         images.append(result)
-    matched = [image.info.anchor for image in images]
-    values = ([image.info.size for image in images], [image.codes for image in images], matched)
-    added = orjson.dumps(dict(zip(OUTPUT_FIELDS, values, strict=True)), option=orjson.OPT_SERIALIZE_NUMPY)
-    tallies[ratio_tag(matched[0]) if len(set(matched)) == 1 else f"{RATIO}mixed"] += 1
+    row = Row(item.raw, [i.info.size for i in images], [i.codes for i in images], [i.info.anchor for i in images])
+    tallies[ratio_tag(row.anchors[0]) if len(set(row.anchors)) == 1 else f"{RATIO}mixed"] += 1
     tallies["images"] += len(images)
-    tallies.update(f"images h{h} w{w}" for h, w in matched)
-    return item.raw[: item.raw.rindex(b"}")].rstrip() + b", " + added[1:] + b"\n"
+    tallies.update(f"images h{h} w{w}" for h, w in row.anchors)
+    return row
 
 
 def report(

@@ -1,14 +1,15 @@
 """Where codebook inference writes, and how its files come to be.
 
 Per data set, in `{root}/{output_dirname}/{tokenizer_version}/{fixed_256 | fixed_512 | fixed_anchors}/`:
-`{name}.jsonl` (the annotations with `image_sizes`, `image_embed_inds` and `matched_ratios` added, in input order),
+`{name}.jsonl` or `.arrow` (the annotations with `image_sizes`, `image_embed_inds` and `matched_ratios` added, in input
+order),
 `{name}.rejected.jsonl` (the items that have no codes, and why), `manifest.json`, `run_summary.json`; and
 `{root}/{output_dirname}/{tag}_data_statistic.json`. `.work/` beside them holds what an unfinished run has done, and
 stays while items have failed, so that a rerun need only try those.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import orjson
 
 from vision_tokenizer.codebook.annotations import Dataset
+from vision_tokenizer.codebook.forms import Form, output_form
 from vision_tokenizer.codebook.inputs import input_files, input_stem, input_table
 from vision_tokenizer.images.anchors import job_tag
 from vision_tokenizer.models.protocol import ImageTokenizer
@@ -24,7 +26,7 @@ from vistoken.errors import UserError
 from vistoken.jobs.counts import SUMMARY, Counts, write_summary
 from vistoken.jobs.files import write_bytes
 from vistoken.jobs.manifest import read_manifest
-from vistoken.jobs.results import Results
+from vistoken.jobs.results import Result, Results
 from vistoken.jobs.run import WORK, JoinedSource, Output, Table
 from vistoken.jobs.shards import shard_stem
 
@@ -46,6 +48,7 @@ class Settings:
     compile: bool = False
     tokenizer_version: str = "dualvitok"
     output_dirname: str = "jsonl_after_tokenizer"
+    output_format: str = "jsonl"
 
     @property
     def tag(self) -> str:
@@ -64,6 +67,10 @@ class CodebookFile(JoinedSource):
 
     dataset: Dataset
     chunk_items: int
+    form: Form
+
+    def contents(self) -> Iterator[tuple[Result, bytes]]:
+        return self.form.joined(self.results.contents(range(len(self.table)), self.form.suffix))
 
     def check_unchanged(self) -> None:
         now = _table(self.dataset, self.table.path, self.output.parent, self.chunk_items)
@@ -84,6 +91,7 @@ class CodebookOutput(Output):
     def __init__(self, dataset: Dataset, tokenizer: ImageTokenizer, settings: Settings):
         self.dataset, self.settings = dataset, settings
         folder, chunk_items = settings.folder(dataset), CHUNK_ITEMS[tokenizer.device.type]
+        form = output_form(settings.output_format, tokenizer.branches, tokenizer.codebook_sizes)
         files: list[CodebookFile] = []
         self.unreadable: list[str] = []
         try:
@@ -94,8 +102,8 @@ class CodebookOutput(Output):
                     self.unreadable.append(str(error))
                 else:
                     stem = input_stem(dataset, path)
-                    results, final = Results(folder / WORK / stem), folder / f"{stem}.jsonl"
-                    files.append(CodebookFile(table, results, final, dataset, chunk_items))
+                    results, final = Results(folder / WORK / stem), folder / f"{stem}{form.suffix}"
+                    files.append(CodebookFile(table, results, final, dataset, chunk_items, form))
         except UserError as error:
             self.unreadable.append(str(error))
         super().__init__(folder, make_manifest(tokenizer, settings, files), files)
@@ -108,7 +116,9 @@ class CodebookOutput(Output):
         names = {table.name.removesuffix(CHUNK_TABLE) for table in self.work.glob(f"*{CHUNK_TABLE}")}
         if self.dataset.shards is not None:
             names |= {shard_stem(name) for name in (read_manifest(self.folder) or {}).get("inputs", ())}
-        files = [self.folder / f"{name}{suffix}" for name in names for suffix in (".jsonl", ".rejected.jsonl")]
+        files = [
+            self.folder / f"{name}{suffix}" for name in names for suffix in (".jsonl", ".arrow", ".rejected.jsonl")
+        ]
         return [*files, self.folder / SUMMARY, self.settings.statistics_file(self.dataset)]
 
     def finish(self) -> Counts:
@@ -164,6 +174,7 @@ def unwritable(datasets: Sequence[Dataset], settings: Settings) -> list[str]:
 
 def make_manifest(tokenizer: ImageTokenizer, settings: Settings, files: Sequence[CodebookFile]) -> dict[str, Any]:
     """Everything that decides the bytes of the output."""
+    more = ("pyarrow",) if settings.output_format == "arrow" else ()
     return {
         "format": "vistoken-codebook-1",
         "tokenizer": {
@@ -176,5 +187,5 @@ def make_manifest(tokenizer: ImageTokenizer, settings: Settings, files: Sequence
         "device": tokenizer.device.type,
         "chunk_items": CHUNK_ITEMS[tokenizer.device.type],
         "inputs": {file.table.path.name: file.table.fingerprint for file in files},
-        "versions": {name: version(name) for name in ("vistoken", "torch", "pillow")},
+        "versions": {name: version(name) for name in ("vistoken", "torch", "pillow", *more)},
     }

@@ -9,6 +9,7 @@ import numpy as np
 import orjson
 
 from vision_tokenizer.codebook.annotations import OUTPUT_FIELDS, Dataset
+from vision_tokenizer.codebook.forms import read_rows
 from vision_tokenizer.codebook.output import Settings
 from vision_tokenizer.images.anchors import anchors, match_anchor, model_size
 from vision_tokenizer.models.dualvitok.model import grid_sizes
@@ -50,7 +51,11 @@ class Output(NamedTuple):
 
     def files(self) -> list[Path]:
         """The files of codes, in name order."""
-        return sorted(path for path in self.folder.glob("*.jsonl") if not path.name.endswith(".rejected.jsonl"))
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.suffix in (".jsonl", ".arrow") and not path.name.endswith(".rejected.jsonl")
+        )
 
 
 class Place(NamedTuple):
@@ -86,7 +91,13 @@ def open_output(dataset: Dataset, where: Settings) -> Output:
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """The lines of an output file, without their ends. Raises `UserError` if it cannot be read."""
+    """The lines of an output file, without their ends; of an Arrow file what they would be as JSON.
+
+    Raises `UserError` if it cannot be read.
+    """
+    if path.suffix == ".arrow":
+        yield from (row.line().rstrip(b"\n") for row in read_rows(path))
+        return
     try:
         with path.open("rb") as file:
             for line in file:

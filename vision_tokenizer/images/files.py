@@ -96,7 +96,8 @@ class Embedded(Protocol):
     def open(self) -> BinaryIO: ...
 
 
-def _stream(source: Path | Embedded) -> BinaryIO:
+def open_source(source: Path | Embedded) -> BinaryIO:
+    """The bytes of an image file, wherever it lies."""
     return open_file(source) if isinstance(source, Path) else source.open()
 
 
@@ -127,7 +128,7 @@ def open_image(path: Path | Embedded) -> Image.Image:
         try:
             image = _open(path if isinstance(path, Path) else path.open())
         except UnidentifiedImageError:
-            with _stream(path) as file:
+            with open_source(path) as file:
                 _check_taken(file.read(_PREFIX), path)
             raise
     check_depth(image, path)
@@ -176,7 +177,7 @@ def upright_size(image: Image.Image, orientation: str) -> tuple[int, int]:
 
 def is_whole(path: Path | Embedded, image: Image.Image) -> bool:
     """Whether the end of an opened file shows that nothing is cut off. If not, only decoding it tells."""
-    with _stream(path) as file:
+    with open_source(path) as file:
         size = file.seek(0, io.SEEK_END)
         if image.format == "WEBP":
             file.seek(4)

@@ -6,14 +6,14 @@ shows only in the run.
 """
 
 import hashlib
-import os
+import io
 import tempfile
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from math import log2
 from pathlib import Path
@@ -21,12 +21,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from vision_tokenizer.codebook.annotations import Dataset, check_conversations, image_names, image_path
+from vision_tokenizer.codebook.annotations import Dataset, check_conversations, image_names
+from vision_tokenizer.codebook.inputs import input_files, input_table, item_image
 from vision_tokenizer.images.anchors import crop_share, match_anchor
-from vision_tokenizer.images.files import is_whole, open_image, place_image, read_image
+from vision_tokenizer.images.files import Embedded, is_whole, open_image, open_source, place_image, read_image
 from vistoken.errors import Failed, ItemError, Rejected, UserError
-from vistoken.jobs.chunks import ChunkTable, Item, chunk_table
+from vistoken.jobs.chunks import Item
 from vistoken.jobs.counts import Counts, Problem
+from vistoken.jobs.run import Table
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # at which the report says how much would be rejected
 BINS_PER_OCTAVE, MAX_OCTAVES = 12, 4  # of the histogram of width / height
@@ -102,16 +104,17 @@ class Rules:
 def survey_dataset(
     rules: Rules, num_workers: int, on_items: Callable[[int], None], on_problem: Callable[[Problem], None]
 ) -> tuple[Survey, list[str]]:
-    """Survey every annotation file of a data set. Returns the survey, and why some files cannot be read.
+    """Survey every annotation file or shard of a data set. Returns the survey, and why some files cannot be read.
 
     Raises `UserError` where the data set has no files at all.
     """
     total, errors = Survey(), []
     with tempfile.TemporaryDirectory() as cache:
         tables = []
-        for file in rules.dataset.annotation_files():
+        for file in input_files(rules.dataset):
             try:
-                tables.append(chunk_table(file, CHUNK_ITEMS, Path(cache) / f"{file.name}.chunks.json"))
+                cached = Path(cache) / f"{file.name}.chunks.json"
+                tables.append(input_table(rules.dataset, file, CHUNK_ITEMS, cached, whole=False))
             except UserError as error:
                 errors.append(str(error))
         chunks = ((table, index) for table in tables for index in range(len(table)))
@@ -138,9 +141,15 @@ def _in_order(function: Callable[[T], R], arguments: Iterator[T], num_workers: i
         pool.shutdown(cancel_futures=True)
 
 
-def _survey_chunk(rules: Rules, chunk: tuple[ChunkTable, int]) -> Survey:
+def _survey_chunk(rules: Rules, chunk: tuple[Table, int]) -> Survey:
     table, index = chunk
-    survey, look = Survey(), lru_cache(maxsize=None)(partial(_header, rules))
+    survey, headers = Survey(), {}  # many items of a chunk may name one image
+
+    def look(name: str) -> Header | Failed:
+        if name not in headers:
+            headers[name] = _header(rules, item, name)
+        return headers[name]
+
     for item in table.read(table[index]):
         survey.counts.items += 1
         try:
@@ -190,10 +199,10 @@ def _survey_item(rules: Rules, survey: Survey, item: Item, look: Callable[[str],
         survey.anchors.update(header.anchor for header in headers)
 
 
-def _header(rules: Rules, name: str) -> Header | Failed:
+def _header(rules: Rules, item: Item, name: str) -> Header | Failed:
     rejected = None
     try:
-        path = image_path(rules.dataset.image_dir, name)
+        where, path = item_image(rules.dataset, item, name)
         with open_image(path) as image:
             size, ends = (image.height, image.width), _ends(path)
             if not is_whole(path, image):
@@ -205,17 +214,18 @@ def _header(rules: Rules, name: str) -> Header | Failed:
     except Rejected as error:
         rejected = error
     anchor = match_anchor(*size, rules.choices)
-    return Header(size, anchor, crop_share(*size, anchor), _digest(str(path).encode()), _digest(ends), rejected)
+    return Header(size, anchor, crop_share(*size, anchor), _digest(str(where).encode()), _digest(ends), rejected)
 
 
 def _digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def _ends(path: Path) -> bytes:
+def _ends(image: Path | Embedded) -> bytes:
     """Size, beginning and end of a file: the same for copies."""
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
+    with open_source(image) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
         beginning = file.read(_SAMPLE)
         file.seek(max(size - _SAMPLE, 0))
         return size.to_bytes(8, "little") + beginning + file.read(_SAMPLE)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from vision_tokenizer.codebook.annotations import image_path
+from vision_tokenizer.codebook.inputs import stored_image
 from vision_tokenizer.codebook.read import Output, Place, parse_line, read_lines
 from vision_tokenizer.images.dualvitok import denormalize, prepare, to_image
 from vision_tokenizer.models.protocol import ImageTokenizer
@@ -89,7 +89,7 @@ def decode_place(tokenizer: ImageTokenizer, place: Place) -> Pair:
     """Decode a stored image and find its original, at the stored anchor though it may fit another one by now."""
     output = place.output
     try:
-        original, _ = prepare(image_path(output.dataset.image_dir, place.image.name), (place.image.anchor,), 0.0)
+        original, _ = prepare(stored_image(output.dataset, place.image.name), (place.image.anchor,), 0.0)
     except ItemError:
         original = None
     where = f"{output.dataset.name}, {place.file.name} line {place.line}"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vision_tokenizer.codebook.annotations import image_path
+from vision_tokenizer.codebook.inputs import stored_image
 from vision_tokenizer.codebook.read import Place
 from vision_tokenizer.images.dualvitok import normalize, prepare
 from vision_tokenizer.review.issues import Issues
@@ -69,7 +69,7 @@ def reencode(tokenizer: Any, places: Sequence[Place], issues: Issues) -> dict[st
 def _features(tokenizer: Any, place: Place) -> tuple[torch.Tensor, ...]:
     """What each quantizer sees of the image, (h, w, d). Raises `ItemError` for one that is no longer what it was."""
     output, image = place.output, place.image
-    path = image_path(output.dataset.image_dir, image.name)
+    path = stored_image(output.dataset, image.name)
     pixels, info = prepare(path, output.choices, output.settings.crop_percent_thresh)
     if info.size != image.size:
         raise Failed("another size", f"{path} is {info.size} (h, w), was {image.size}")

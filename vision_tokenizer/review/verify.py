@@ -14,14 +14,16 @@ from typing import Any
 
 import orjson
 
+from vision_tokenizer.codebook.inputs import input_files, input_stem, input_table
 from vision_tokenizer.codebook.output import RATIO
 from vision_tokenizer.codebook.read import Output, Place, parse_line, read_lines
 from vision_tokenizer.images.anchors import crop_share, ratio_tag
 from vision_tokenizer.review.issues import Issues, Reservoir
 from vistoken.errors import Failed, UserError
-from vistoken.jobs.chunks import ChunkTable, Item, chunk_table
+from vistoken.jobs.chunks import Item
 from vistoken.jobs.counts import SUMMARY, Counts
 from vistoken.jobs.files import sha256_of
+from vistoken.jobs.run import Table
 
 CHUNK_ITEMS = 512  # read at a time
 LOOK_AHEAD = 256  # items among which we look for the one that an output line belongs to
@@ -31,23 +33,24 @@ def verify_output(output: Output, sample: Reservoir[Place], issues: Issues, on_i
     """Check a data set's output. Returns what it holds, counted as the run itself counts."""
     counts, expected = Counts(), set()
     with tempfile.TemporaryDirectory() as cache:
-        for path in output.dataset.annotation_files():
-            file = output.folder / f"{path.stem}.jsonl"
+        for path in input_files(output.dataset):
+            file = output.folder / f"{input_stem(output.dataset, path)}.{output.settings.output_format}"
             expected.add(file)
             try:
-                table = chunk_table(path, CHUNK_ITEMS, Path(cache) / f"{path.name}.json")
+                table = input_table(output.dataset, path, CHUNK_ITEMS, Path(cache) / f"{path.name}.json", whole=False)
             except UserError as error:
                 issues.add("annotations unreadable", str(error))
                 continue
-            if output.manifest["inputs"].get(path.name) != table.sha256:
+            if output.manifest["inputs"].get(path.name) != table.fingerprint:
                 issues.add("annotations changed", f"{path}: not the file that the manifest says was encoded")
             if not file.exists():
-                issues.add("output file missing", f"{file}: {table.items:,} items of {path} have no codes")
-                counts.items += table.items
+                count = "all" if table.items is None else f"{table.items:,}"  # a tar file does not tell
+                issues.add("output file missing", f"{file}: {count} items of {path} have no codes")
+                counts.items += table.items or 0
                 continue
             _Walk(output, table, file, sample, issues, counts, on_item).run()
     for file in set(output.files()) - expected:
-        issues.add("foreign file", f"{file}: no annotation file of that name")
+        issues.add("foreign file", f"{file}: no annotation file or shard of that name")
     _check_statistics(output, counts, issues)
     return counts
 
@@ -57,7 +60,7 @@ class _Walk:
     """Reads the items, output lines and rejected entries of one annotation file side by side."""
 
     output: Output
-    table: ChunkTable
+    table: Table
     file: Path
     sample: Reservoir[Place]
     issues: Issues
@@ -161,7 +164,7 @@ def _check_statistics(output: Output, counts: Counts, issues: Issues) -> None:
     summary = _load(path, issues)
     files, total = (_object(summary, name, path, issues) for name in ("files", "total"))
     for name in files:
-        file = output.folder / f"{Path(name).stem}.jsonl"
+        file = output.folder / f"{input_stem(output.dataset, Path(name))}.{output.settings.output_format}"
         if file.exists() and _object(files, name, path, issues).get("sha256") != sha256_of(file):
             issues.add("file changed", f"{file}: not the bytes that the run wrote, by the hash in {path.name}")
     for name in ("items", "done", "rejected", "failed"):

@@ -35,6 +35,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_resolution(data)
     add_crop_threshold(data)
     add_output_names(data)
+    data.add_argument("--output_format", choices=("jsonl", "arrow"), default="jsonl", help="arrow: a third of the size")
     job = parser.add_argument_group("job")
     add_batches(job)
     add_max_failed(job)
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         compile=args.compile,
         tokenizer_version=args.tokenizer_version,
         output_dirname=args.output_dirname,
+        output_format=args.output_format,
     )
     tokenizer = load_dualvitok(
         args.model_config,

@@ -93,14 +93,17 @@ class JoinedSource(Source):
         counts = self.joined()
         if counts is None:
             self.check_unchanged()
-            contents = self.results.contents(range(len(self.table)), ".jsonl")
-            with joining(contents, self.output, self.rejected) as joined:
+            with joining(self.contents(), self.output, self.rejected) as joined:
                 counts = joined.counts
             written = {"bytes": joined.bytes, "sha256": joined.sha256}
             write_bytes(self.results.mark, orjson.dumps({"counts": counts.as_dict(), **written}))
         if not counts.failed:
             self.results.remove()
         return counts
+
+    def contents(self) -> Iterator[tuple[Result, bytes]]:
+        """The results, each with what it adds to `output`."""
+        return self.results.contents(range(len(self.table)), ".jsonl")
 
     def check_unchanged(self) -> None:
         """Raise `UserError` where the input is not what the chunks were read from; for jobs to fill in."""

@@ -10,7 +10,6 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -25,7 +24,7 @@ from vistoken.store import Location, stream
 TAR, PARQUET = (".tar", ".tar.gz", ".tgz"), (".parquet",)
 MAX_MEMBER = 1 << 28  # bytes; what is larger is no image or text, and not read into memory
 _BLOCK = 512  # of a tar file
-_BUFFER = 1 << 18
+_BUFFER, _SMALL = 1 << 18, 1 << 13  # bytes read at a time: of a store, of a disk where most of it is passed over
 _ABOUT_THE_NEXT = (  # headers that say more of the member after them
     tarfile.XHDTYPE,
     tarfile.SOLARIS_XHDTYPE,
@@ -123,8 +122,11 @@ class Member(NamedTuple):
         _go_to(self.file, self.offset)
         content = self.file.read(self.size)
         if len(content) < self.size:
-            raise Failed("shard damaged", f"the file ends {self.size - len(content):,} bytes before {self.name} does")
+            raise self.cut_off(self.size - len(content))
         return content
+
+    def cut_off(self, missing: int) -> Failed:
+        return Failed("shard damaged", f"the file ends {missing:,} bytes before {self.name} does")
 
 
 class Sample(NamedTuple):
@@ -141,13 +143,18 @@ def tar_samples(path: Location, whole: bool) -> Iterator[Sample]:
     """The samples of a tar file; at the end, where it is damaged, one that says so.
 
     With `whole` members are read as they come, each image once; without, only headers are, and members are left to be
-    looked into until the next sample is asked for.
+    looked into until the next sample is asked for. What is compressed is read whole in any case.
     """
     parts: list[tuple[str, Any]] = []
     index, where, open_key, damage = 0, "", None, None
+    packed = path.name.lower().endswith((".gz", ".tgz"))
+    whole = whole or packed
     try:
-        with _open(path, whole) as file:
-            for member in tar_members(file):
+        with stream(path) if whole else path.open("rb", _SMALL if isinstance(path, Path) else _BUFFER) as source:
+            end = None if whole else source.seek(0, io.SEEK_END)
+            for member in tar_members(gzip.GzipFile(fileobj=source) if packed else source):
+                if end is not None and member.offset + member.size > end:
+                    raise member.cut_off(member.offset + member.size - end)
                 key, suffix = split_name(member.name)
                 if parts and key != open_key:
                     yield Sample(index, where, open_key, parts)
@@ -177,16 +184,6 @@ def split_name(name: str) -> tuple[str, str]:
     folder, _, base = name.removeprefix("./").rpartition("/")
     stem, dot, rest = base.partition(".")
     return f"{folder}/{stem}" if folder else stem, (dot + rest).lower()
-
-
-@contextmanager
-def _open(path: Location, whole: bool) -> Iterator[BinaryIO]:
-    with stream(path) if whole else path.open("rb", _BUFFER) as file:
-        if path.name.lower().endswith((".gz", ".tgz")):
-            with gzip.open(file) as unpacked:
-                yield unpacked
-        else:
-            yield file
 
 
 def tar_members(file: BinaryIO) -> Iterator[Member]:
