@@ -95,6 +95,17 @@ class ChameleonFormat:
         """The image alone: as published, no text and no earlier image, not even the start."""
         return head
 
+    def without_condition(self, sample: TokenSample) -> TokenSample:
+        """All before the image is cut off; its start, now first, is no longer learned."""
+        blocks = self.blocks(sample.tokens)
+        number = next((n for n, block in enumerate(blocks) if sample.loss_mask[block.start]), None)
+        if number is None:
+            return sample
+        start = blocks[number].start
+        loss_mask = sample.loss_mask[start:].copy()
+        loss_mask[0] = False
+        return TokenSample(sample.id, sample.tokens[start:], loss_mask, sample.images[number:])
+
     def blocks(self, tokens: np.ndarray) -> list[Block]:
         found = []
         for start, end in self.vocabulary.image_spans(tokens):

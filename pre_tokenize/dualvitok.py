@@ -94,6 +94,28 @@ class DualViTokFormat:
         place = int(np.argmax(marked == IMAGE))
         return [*self._begin, *marked[:place], *image, *marked[place + 1 : -1], *self._to_answer, *head]
 
+    def without_condition(self, sample: TokenSample) -> TokenSample:
+        """The published dropout: the first human turn becomes the unconditional message; where it holds an image to
+        edit, that image itself is what is learned.
+        """
+        tokens, mask, blocks = sample.tokens, sample.loss_mask, self.blocks(sample.tokens)
+        number = next((n for n, block in enumerate(blocks) if mask[block.start]), None)
+        if number is None:
+            return sample
+        target, begin = blocks[number], int(np.argmax(mask))
+        given = [block for block in blocks if block.end <= int(np.argmax(tokens == self.turn_end))]
+        head = tokens[target.start : target.start + 3].tolist()
+        prompt = np.array(self.unconditional(tokens[:begin], head)[: -len(head)], np.int32)
+        image = tokens[given[0].start : given[0].end] if given else tokens[target.start : target.end]
+        answer = np.concatenate([tokens[begin : target.start], image, tokens[target.end :]])
+        learned = [mask[begin : target.start], np.full(len(image), True), mask[target.end :]]
+        images = list(sample.images)
+        if given:
+            images[number] = images[0]
+        kept = (*images[: len(given)], *images[number:])
+        loss_mask = np.concatenate([np.zeros(len(prompt), bool), *learned])
+        return TokenSample(sample.id, np.concatenate([prompt, answer]), loss_mask, kept)
+
     def blocks(self, tokens: np.ndarray) -> list[Block]:
         marks = pairs(tokens, self.vocabulary.image_start, self.vocabulary.image_end, "image")
         found = [self._block(tokens, start - 2, end + 1) for start, end in marks]

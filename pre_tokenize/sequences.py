@@ -70,6 +70,13 @@ class SequenceFormat(Protocol):
         """
         ...
 
+    def without_condition(self, sample: TokenSample) -> TokenSample:
+        """The sample as guidance's other branch has to know it: its first learned image without what was asked for.
+
+        One without a learned image stays. Raises `ValueError` as `blocks` does.
+        """
+        ...
+
     def blocks(self, tokens: np.ndarray) -> list[Block]:
         """The images, in order. Raises `ValueError` for a block that is not well formed, or codes outside of one."""
         ...

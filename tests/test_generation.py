@@ -15,6 +15,7 @@ from pre_tokenize.chameleon import ChameleonFormat
 from pre_tokenize.dualvitok import DualViTokFormat
 from pre_tokenize.sequences import as_it_is
 from pre_tokenize.text import TextTokenizer
+from pre_tokenize.token_file import TokenSample
 from training.data.anyres import image_input
 from training.data.loading import ImageReader
 from training.data.packing import interleave, pack
@@ -345,3 +346,43 @@ def test_the_unconditional_prompt_keeps_the_size_or_the_image_to_edit(lm):
     drawn = format.text(np.array(format.unconditional(np.array([format.turn_end]), head)))
     size = "<height_256><width_512>"
     assert drawn == f"<|im_start|>user\nGenerate a random image of {size}\n{answer}{size}<start_of_image>"
+
+
+def test_a_chameleon_sample_without_its_condition_begins_with_its_image(chameleon):
+    item = SQUARE["0"]  # four images, of which the second is the first that is learned
+    tokens, labels = np.array(item["token"], np.int32), np.array(item["label"])
+    sample = TokenSample(0, tokens, labels >= 0, ("a", "b", "c", "d"))
+    dropped = chameleon.without_condition(sample)
+    start = chameleon.blocks(tokens)[1].start
+    assert dropped.tokens.tolist() == tokens[start:].tolist() and dropped.images == ("b", "c", "d")
+    assert not dropped.loss_mask[0] and dropped.loss_mask[1:].tolist() == sample.loss_mask[start + 1 :].tolist()
+    caption = SQUARE["1"]
+    told = TokenSample(1, np.array(caption["token"], np.int32), np.array(caption["label"]) >= 0, ("a",))
+    assert chameleon.without_condition(told) is told
+
+
+def test_an_edit_without_its_condition_reconstructs_and_a_drawing_keeps_its_size(lm):
+    _, format = lm
+    anchors = [(256, 256), (384, 512)]
+    lines = [
+        made_line("<image>Make it blue", "Here: <image>", anchors=anchors),
+        made_line("Draw {resolution_tag}, a barn", "<image>", anchors=anchors[:1]),
+        made_line("Hello", "hello"),
+    ]
+    samples = [
+        format.sample(draft, {}) for draft in format.drafts([Item(n, "", b"", line) for n, line in enumerate(lines)])
+    ]
+    edit, drawing, text = (format.without_condition(sample) for sample in samples)
+    assert text is samples[2]
+    for sample in (edit, drawing):
+        np.testing.assert_array_equal(format.learned(sample.tokens), sample.loss_mask)
+    given, target = format.blocks(edit.tokens)
+    assert given.size == target.size == (256, 256) and edit.images == ("0.png", "0.png")
+    for grid, same in zip(given.grids, target.grids, strict=True):
+        np.testing.assert_array_equal(grid, same)
+    assert "Reconstruct the image" in format.text(edit.tokens[given.end : target.start])
+    [kept] = format.blocks(drawing.tokens)
+    [block] = format.blocks(samples[1].tokens)
+    np.testing.assert_array_equal(kept.grids[1], block.grids[1])
+    message = format.text(drawing.tokens[: kept.start])
+    assert message.startswith("<|im_start|>user\nGenerate a random image of <height_256><width_256>\n<|im_end|>")

@@ -93,3 +93,14 @@ def test_a_large_record_starts_at_once():
     lengths = np.broadcast_to(np.int32(100), 20_000_000)
     sampler = Sampler([Source("", lengths=lengths)], 128, seed=0)
     assert len(next(sampler.epoch(0, 100_000))) == 128
+
+
+def test_dropped_conditions_depend_on_sample_and_epoch_alone():
+    sampler = Sampler([Source("", lengths=np.arange(4000) % 7)], 8, seed=3)
+    plain, dropped = [list(RankBatches(sampler, 2, 1, 0, 1, (0, 0), condition_dropout=share)) for share in (0.0, 0.1)]
+    assert [[-1 - n if n < 0 else n for n in batch] for batch in dropped] == plain
+    epochs = [np.concatenate(dropped[:500]), np.concatenate(dropped[500:])]
+    first, second = ({-1 - n for n in epoch if n < 0} for epoch in epochs)
+    assert 300 < len(first) < 500 and first != second
+    others = [list(RankBatches(sampler, 2, 2, rank, 2, (0, 0), condition_dropout=0.1)) for rank in range(2)]
+    assert sorted(n for rank in others for batch in rank for n in batch) == sorted(n for b in dropped for n in b)

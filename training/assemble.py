@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import AdamW
 
+from pre_tokenize.formats import load_format
 from pre_tokenize.record import Record
+from pre_tokenize.sequences import SequenceFormat
 from pre_tokenize.text import TOKENIZER_FILES, TextTokenizer
 from pre_tokenize.token_file import CheckedFiles, TokenFiles
 from training.config import ALWAYS_FROZEN, TrainConfig
@@ -135,7 +137,8 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
     reader = None
     if folder.vision:
         reader = ImageReader(folder.vision.image_size, folder.vision.grid, config.variant == "anyres")
-    rules = SampleRules(folder.llm.vocab_size, config.max_seq_len, masked_words(config), reader)
+    format = sequence_format(folder.tokenizer, config) if config.condition_dropout else None
+    rules = SampleRules(folder.llm.vocab_size, config.max_seq_len, masked_words(config), reader, format)
     identity = [[digest, source.ratio, source.type] for digest, source in zip(digests, sources, strict=True)]
     return Data(Batches(files, rules), sampler, identity)
 
@@ -152,6 +155,12 @@ def on_rank_0(action: Callable[[], Result]) -> Result:
     if isinstance(box[0], UserError):
         raise box[0]
     return box[0]
+
+
+def sequence_format(tokenizer: Path, config: TrainConfig) -> SequenceFormat:
+    """Raises `UserError` for a folder without a tokenizer file."""
+    kind = "dualvitok" if config.variant == "lm" else "chameleon"
+    return load_format({"image_tokenizer": {"name": kind}}, TextTokenizer(tokenizer))
 
 
 def check_tokenizer(folder: Path, *, chameleon: bool) -> str | None:

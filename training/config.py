@@ -70,6 +70,9 @@ class TrainConfig:
     unmask_image_logits: bool = option(False, "let image tokens compete; needed to learn to generate images")
     max_seq_len: int = option(4096, "cut discrete tokens here; continuous ones come on top", low=2)
     max_steps: int | None = option(None, "stop after so many optimizer steps, the schedule staying as it is", low=1)
+    condition_dropout: float = option(
+        0.0, "share of samples whose image is learned without its prompt, which guidance compares with", low=0
+    )
     seed: int = option(0, "of the data order, dropout and a fresh adapter", low=0)
     # how it runs
     precision: str = option("bf16", "of computation; master weights are fp32", choices=("bf16", "fp16", "tf32", "fp32"))
@@ -110,6 +113,8 @@ class TrainConfig:
             raise UserError(f"--dropout {self.dropout}: a --variant lm model has its dropout in its own config.json")
         if self.variant != "lm" and self.tokenizer_from:
             raise UserError("--tokenizer_from goes with --variant lm; the tokenizer is in --init_from")
+        if self.condition_dropout > 1:
+            raise UserError(f"--condition_dropout is a share from 0 to 1, found {self.condition_dropout}")
         if self.min_lr > self.lr:
             raise UserError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
         if self.warmup_epochs >= self.epochs:
@@ -131,6 +136,10 @@ class TrainConfig:
                 f"{world} (processes){given}. Change one of them, or leave --batch_size and --accum_iter out."
             )
         return at_once, batches
+
+    def told(self) -> dict[str, Any]:
+        """What a trained model's config.json tells of its training: generation goes by it."""
+        return {name: getattr(self, name) for name in ("variant", "max_seq_len", "condition_dropout")}
 
     def dump(self, path: Path) -> None:
         """Write a file that `--config` reads."""

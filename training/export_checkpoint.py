@@ -24,7 +24,7 @@ def export(checkpoint: Path, target: Path) -> None:
     import torch
 
     from training.assemble import open_model
-    from training.models.folder import save_folder
+    from training.models.folder import TRAINED_WITH, save_folder
     from training.parallel import process_group
     from training.state import read_config, read_tensors
 
@@ -35,7 +35,8 @@ def export(checkpoint: Path, target: Path) -> None:
     tensors = {name: torch.empty(parameter.shape) for name, parameter in model.named_parameters()}
     with process_group():
         read_tensors(checkpoint, {"model": tensors})
-    save_folder(target, tensors.items(), sum(t.nbytes for t in tensors.values()), folder.config, folder.companions())
+    told = folder.config | {TRAINED_WITH: config.told()}
+    save_folder(target, tensors.items(), sum(t.nbytes for t in tensors.values()), told, folder.companions())
     print(f"the model is in {target}")
 
 

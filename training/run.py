@@ -14,7 +14,7 @@ from training.config import CONFIG_FILE, TrainConfig
 from training.data.loading import loader_deaths_named, make_loader, read_data_config
 from training.data.sampler import RankBatches
 from training.loop import Run, train
-from training.models.folder import FINAL, ModelFolder, save_folder
+from training.models.folder import FINAL, TRAINED_WITH, ModelFolder, save_folder
 from training.models.units import compile_unit
 from training.parallel import gather, process_group, shard
 from training.report import Flops, Report
@@ -129,6 +129,7 @@ def start(
         dist.get_rank(),
         dist.get_world_size(),
         position=(progress.epoch, progress.epoch_step),
+        condition_dropout=config.condition_dropout,
     )
     loader = make_loader(data.dataset, order, config.num_workers, pin=device.type == "cuda")
     whole = config.whole_gradients == "yes"
@@ -153,7 +154,7 @@ def finish(config: TrainConfig, model: nn.Module, folder: ModelFolder) -> None:
     tensors = gather(model)
     if dist.get_rank() == 0:
         total_bytes = sum(parameter.numel() for parameter in model.parameters()) * 4
-        save_folder(target, tensors, total_bytes, folder.config, folder.companions())
+        save_folder(target, tensors, total_bytes, folder.config | {TRAINED_WITH: config.told()}, folder.companions())
         print(f"the model is in {target}", flush=True)
     else:
         for _ in tensors:  # gathering takes every process

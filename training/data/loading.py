@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from pre_tokenize.sequences import SequenceFormat
 from pre_tokenize.token_file import IGNORE, TokenFiles, TokenSample
 from training.data.anyres import ImageInput, image_input
 from training.data.packing import IMAGE_END, Batch, Sample, Skipped, discrete, interleave, pack
@@ -87,6 +88,7 @@ class SampleRules:
     max_seq_len: int
     masked: range | None = RELEASED_IMAGE_IDS  # words that cannot be learned
     continuous: "ImageReader | None" = None  # None: discrete codes only
+    format: SequenceFormat | None = None  # for samples without their condition
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,8 @@ def build_sample(tokens: TokenSample, name: str, rules: SampleRules) -> Sample:
 
 
 class Batches(Dataset):
-    """Sample numbers of one batch -> the batch. What goes wrong for good comes back as a value: raised in a data-loader
-    process, it would arrive wrapped in a traceback.
+    """Sample numbers of one batch -> the batch; -1 - n stands for sample n without its condition. What goes wrong for
+    good comes back as a value: raised in a data-loader process, it would arrive wrapped in a traceback.
     """
 
     def __init__(self, sources: Sequence[TokenFiles], rules: SampleRules):
@@ -144,9 +146,16 @@ class Batches(Dataset):
         """Raises `Failed` for a sample that cannot be used."""
         if worker := get_worker_info():
             self.reading[worker.id] = torch.tensor([os.getpid(), number])
+        number, dropped = (-1 - number, True) if number < 0 else (number, False)
         source = self._source(number)
         tokens = self.sources[source][number - int(self._starts[source])]
-        return build_sample(tokens, f"{self.sources[source].record.path}, id {tokens.id}", self.rules)
+        name = f"{self.sources[source].record.path}, id {tokens.id}"
+        if dropped:
+            try:
+                tokens = self.rules.format.without_condition(tokens)
+            except ValueError as error:
+                raise Failed("not a whole sequence", str(error)) from error
+        return build_sample(tokens, name, self.rules)
 
     def read_by(self, process: int) -> str | None:
         """The place of the sample that a loader process has read last."""
@@ -161,12 +170,13 @@ class Batches(Dataset):
 
     def _usable(self, number: int, skipped: list[Skipped]) -> Sample:
         """The sample, or the first of those that follow at fixed steps in its record that can be used."""
+        number, dropped = (-1 - number, True) if number < 0 else (number, False)
         source, failures = self._source(number), []
         path, start, size = self.sources[source].record.path, int(self._starts[source]), len(self.sources[source])
         for attempt in range(REPLACEMENTS):
             row = (number - start + attempt * STRIDE) % size
             try:
-                sample = self.sample(start + row)
+                sample = self.sample(-1 - start - row if dropped else start + row)
             except Failed as failure:
                 failures.append((f"{path}, row {row}", str(failure)))
                 continue

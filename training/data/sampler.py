@@ -57,6 +57,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def uniform(keys: np.ndarray) -> np.ndarray:
+    """Whole numbers -> numbers in [0, 1), always the same for the same one."""
+    return _mix(_mix(keys.astype(np.uint64))) / 2.0**64
+
+
 class Sampler:
     """Global steps of `step_size` samples of one type and of similar length.
 
@@ -121,11 +126,21 @@ class RankBatches:
     """
 
     def __init__(
-        self, sampler: Sampler, epochs: int, accumulation: int, rank: int, world: int, position: tuple[int, int]
+        self,
+        sampler: Sampler,
+        epochs: int,
+        accumulation: int,
+        rank: int,
+        world: int,
+        position: tuple[int, int],
+        condition_dropout: float = 0.0,
     ):
-        """`position` is an epoch and a step in it."""
+        """`position` is an epoch and a step in it. `condition_dropout` is the share of samples that come as
+        -1 - number: without their condition, see `Batches`.
+        """
         self.sampler, self.epochs, self.accumulation = sampler, epochs, accumulation
         self.rank, self.world, self.position = rank, world, position
+        self.condition_dropout = condition_dropout
 
     def __iter__(self) -> Iterator[list[int]]:
         first, step = self.position
@@ -133,4 +148,12 @@ class RankBatches:
         for epoch in range(first, self.epochs):
             for samples in self.sampler.epoch(epoch, step if epoch == first else 0):
                 for start in range(0, len(samples), size):
-                    yield samples[start : start + size][self.rank :: self.world]
+                    yield self._dropped(samples[start : start + size][self.rank :: self.world], epoch)
+
+    def _dropped(self, samples: list[int], epoch: int) -> list[int]:
+        """By sample and epoch, so that neither the step nor the process decides."""
+        if not self.condition_dropout:
+            return samples
+        key = np.random.SeedSequence([self.sampler.seed, epoch, 4]).generate_state(1, np.uint64)
+        drawn = uniform(np.array(samples) + key) < self.condition_dropout
+        return [-1 - number if drop else number for number, drop in zip(samples, drawn, strict=True)]
