@@ -21,6 +21,7 @@ from vision_tokenizer.codebook.encoder import Encoder
 from vision_tokenizer.images.chameleon import crop_sizes, prepare
 from vision_tokenizer.models.chameleon.vocabulary import CODEBOOK_SIZE, PIXELS_PER_TOKEN, ChameleonVocabulary
 from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN, load_chameleon
+from vistoken.device import device_facts
 from vistoken.errors import ItemError, UserError
 from vistoken.jobs.chunks import Item
 from vistoken.jobs.progress import Progress
@@ -36,6 +37,7 @@ class Settings:
     torch_dtype: str
     batch_size: int
     items_per_file: int
+    exif_orientation: str = "ignore"
 
 
 def load_tokenizers(
@@ -130,7 +132,7 @@ def make_encoder(vqgan: ChameleonVQGAN, settings: Settings, num_workers: int, pr
     """The encoder of a run's images."""
     return Encoder(
         vqgan,
-        partial(prepare, sizes=crop_sizes(settings.target_size, settings.crop)),
+        partial(prepare, sizes=crop_sizes(settings.target_size, settings.crop), orientation=settings.exif_orientation),
         batch_size=settings.batch_size,
         num_workers=num_workers,
         on_images=lambda count: progress.count(images=count),
@@ -143,6 +145,6 @@ def make_manifest(settings: Settings, text: TextTokenizer, vqgan: ChameleonVQGAN
         table,
         text,
         {"name": vqgan.name, "fingerprint": vqgan.fingerprint},
-        {"settings": asdict(settings), "device": vqgan.device.type},
+        {"settings": asdict(settings), "device": device_facts(vqgan.device)},
         packages=("vistoken", "torch", "pillow", "tokenizers"),
     )

@@ -65,6 +65,7 @@ def run_pre_tokenization(
     workers: Workers,
     *,
     overwrite: bool = False,
+    other_devices: bool = False,
 ) -> tuple[Path, Counts, Lengths] | None:
     """Do all chunks that this worker gets, and write its record when all of them are complete.
 
@@ -74,7 +75,7 @@ def run_pre_tokenization(
     chunks = workers.chunk_range(len(output.source.table))
     items = sum(output.source.table[index].items for index in chunks)
     with (
-        output.begin(workers, "any" if overwrite else None),
+        output.begin(workers, "any" if overwrite else None, other_devices),
         Progress(workers, items, "tokens", rates=("images",), totals=("tokens",)) as progress,
         make_encoder(progress) as encoder,
         Writer(encoder.watch) as writer,

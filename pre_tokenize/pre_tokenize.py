@@ -34,7 +34,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vistoken.cli import add_batches, add_device, add_dtype, add_max_failed, at_least, command_parser, run_command
+from vision_tokenizer.tokenizer.flags import add_exif_orientation
+from vistoken.cli import (
+    add_batches,
+    add_device,
+    add_dtype,
+    add_max_failed,
+    add_other_devices,
+    at_least,
+    command_parser,
+    run_command,
+)
 from vistoken.errors import UserError
 
 if TYPE_CHECKING:
@@ -128,6 +138,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--text_tokenizer", help="another folder, file or hub id for the text (default: --tokenizer_dir)")
     add("--target_size", type=int, default=512, help="crops have the area of this square, in pixels")
     add("--crop", choices=("square", "variable"), default="square", help="variable: keep the shape")
+    add_exif_orientation(chameleon)
     add_dtype(chameleon)
     add_device(chameleon)
     job = parser.add_argument_group("job")
@@ -135,6 +146,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     job.add_argument("--rank", type=int, default=0, help="which of them this is, from 0")
     add_batches(job)
     add_max_failed(job)
+    add_other_devices(job)
     job.add_argument("--overwrite", action="store_true", help="delete what is in --out_dir and begin anew")
     args = parser.parse_args(argv)
     _check(args, parser)
@@ -176,6 +188,7 @@ def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[
     settings = Settings(
         target_size=args.target_size,
         crop=args.crop,
+        exif_orientation=args.exif_orientation,
         torch_dtype=args.torch_dtype,
         batch_size=args.batch_size or default_batch_size(device),
         items_per_file=args.items_per_file,
@@ -219,6 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         make_encoder,
         FixedRange(args.rank, args.splits) if args.splits > 1 else launched_workers(),
         overwrite=args.overwrite,
+        other_devices=args.allow_other_devices,
     )
     if finished is None:
         return 0

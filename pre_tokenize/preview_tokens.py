@@ -79,7 +79,8 @@ def image_parts(args: argparse.Namespace, manifest):
 
         tokenizer = load_chameleon(args.tokenizer_dir, device=args.device, decoder=True)
         check_fingerprint(manifest, tokenizer, args.tokenizer_dir)
-        return tokenizer, lambda path, block: prepare(path, [block.size[::-1]])[0]
+        orientation = manifest["settings"].get("exif_orientation", "ignore") if manifest else "ignore"
+        return tokenizer, lambda path, block: prepare(path, [block.size[::-1]], orientation)[0]
 
     from vision_tokenizer.images.dualvitok import prepare as prepare_at
     from vision_tokenizer.models.dualvitok.model import load_dualvitok

@@ -77,7 +77,8 @@ def tokenize_again(args: argparse.Namespace, files, table, manifest: dict[str, A
         from vision_tokenizer.review.reencode import MAX_GAP
 
         settings, vqgan = manifest["settings"], load_chameleon(args.tokenizer_dir, device=args.device)
-        crops = partial(prepare, sizes=crop_sizes(settings["target_size"], settings["crop"]))
+        sizes = crop_sizes(settings["target_size"], settings["crop"])
+        crops = partial(prepare, sizes=sizes, orientation=settings.get("exif_orientation", "ignore"))
         again = Retokenizer(reader, issues, crops, vqgan, MAX_GAP[settings["torch_dtype"]])
         check_tokenizer(manifest, text.sha256, vqgan.fingerprint, issues)
     else:

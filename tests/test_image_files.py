@@ -1,6 +1,7 @@
 """Which image files are taken, what is read of them, and what is said of those that are not."""
 
 import io
+import json
 import os
 import shutil
 import stat
@@ -8,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from codebook_job import dataset, read_lines, run_here, write_config
 from PIL import Image
 
+from pre_tokenize.pre_tokenize import main as pre_tokenize
+from pre_tokenize.token_file import read_shard
 from vision_tokenizer.images.files import (
     FORMATS,
     SUFFIXES,
@@ -20,7 +24,9 @@ from vision_tokenizer.images.files import (
     read_image,
     upright_size,
 )
-from vistoken.errors import Failed
+from vision_tokenizer.tokenizer.plan_codebook_inference import main as plan
+from vision_tokenizer.tokenizer.verify_codebook import main as verify
+from vistoken.errors import Failed, UserError
 from vistoken.files import read_file
 from vistoken.jobs.shards import NamedBytes
 
@@ -158,3 +164,56 @@ def test_what_libtiff_says_comes_with_the_files_name(photo, tmp_path, capfd):
     error = failure(tmp_path / "x.tif")
     assert error.detail == f"{tmp_path / 'x.tif'}: decoder error -2; Using code not yet in table"
     assert capfd.readouterr().err == ""  # libtiff itself prints it as "tempfile.tif: ..."
+
+
+@pytest.fixture
+def portrait(tmp_path):
+    """A folder with `phone.jpg`, which lies on its side and says so, and `upright.png`, as a viewer shows it."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 24, 3), np.uint8)).resize((96, 48))
+    lying.save(folder / "phone.jpg", exif=exif)
+    read_image(folder / "phone.jpg", "apply").save(folder / "upright.png")
+    return folder
+
+
+def test_codebook_inference_turns_pictures_upright(
+    portrait, tmp_path, dualvitok_config, dualvitok_checkpoint, monkeypatch, capsys
+):
+    for name in ("phone.jpg", "upright.png"):
+        (tmp_path / name).mkdir()
+        turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A wall."}]
+        (tmp_path / name / "a.jsonl").write_text(json.dumps({"images": [name], "conversations": turns}))
+    sets = {name: dataset(tmp_path / f"of {name}", portrait, tmp_path / name) for name in ("phone.jpg", "upright.png")}
+    config = write_config(tmp_path / "meta.json", **sets)
+    size, apply = ("--resolution_type", "fixed", "--resolution", "64"), ("--exif_orientation", "apply")
+    crop = ("--crop_percent_thresh", "0")
+    assert run_here(dualvitok_config, dualvitok_checkpoint, config, *size, *crop, *apply) == 0
+    folders = [tmp_path / f"of {name}" / "jsonl_after_tokenizer" / "dualvitok" / "fixed_64" for name in sets]
+    phone, upright = (read_lines(folder / "a.jsonl")[0] for folder in folders)
+    assert phone["image_sizes"] == upright["image_sizes"] == [[96, 48]]
+    assert phone["image_embed_inds"] == upright["image_embed_inds"]
+    assert json.loads((folders[0] / "manifest.json").read_text())["settings"]["exif_orientation"] == "apply"
+    again = ("--model_config", str(dualvitok_config), "--tokenizer_checkpoint", str(dualvitok_checkpoint))
+    assert verify(["--data_config", str(config), *size, *again, "--device", "cpu"]) == 0
+    with pytest.raises(UserError, match="exif_orientation = 'apply', now it is 'ignore'"):
+        run_here(dualvitok_config, dualvitok_checkpoint, config, *size, *crop)
+    capsys.readouterr()
+    planned = ["--data_config", str(config), *size, *apply, "--out_dir", str(tmp_path / "plan"), "--num_workers", "1"]
+    assert plan(planned) == 0
+    assert "1 images have an EXIF orientation" in capsys.readouterr().out
+
+
+def test_pre_tokenization_turns_pictures_upright(portrait, chameleon_folder, tmp_path):
+    tokens = {}
+    for name, more in {"phone.jpg": ["--exif_orientation", "apply"], "upright.png": []}.items():
+        turns = [{"from": "human", "value": "<|image|>"}, {"from": "gpt", "value": "A wall."}]
+        (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns, "image": [str(portrait / name)]}]))
+        given = {"in_filename": tmp_path / "data.json", "out_dir": tmp_path / name, "tokenizer_dir": chameleon_folder}
+        flags = [str(word) for key, value in given.items() for word in (f"--{key}", value)]
+        assert pre_tokenize([*flags, "--target_size", "64", "--device", "cpu", *more]) == 0
+        tokens[name] = read_shard(next((tmp_path / name / "files").iterdir()))
+    phone, upright = (next(iter(samples)).tokens for samples in tokens.values())
+    assert np.array_equal(phone, upright)

@@ -135,6 +135,18 @@ def test_a_lock_on_a_full_disk_is_named(tmp_path):
         pass
 
 
+def test_a_manifest_refuses_another_device_unless_that_is_allowed(tmp_path):
+    first = {"device": {"type": "cuda", "name": "A100", "cudnn": "90100"}, "settings": {"resolution": 256}}
+    other = {**first, "device": {**first["device"], "name": "H100"}}
+    check_manifest(tmp_path, first)
+    with pytest.raises(UserError, match=r"device.name = 'A100', now it is 'H100'.*--allow_other_devices"):
+        check_manifest(tmp_path, other)
+    check_manifest(tmp_path, other, other_devices=True)
+    assert read_manifest(tmp_path) == first  # what it was begun with
+    with pytest.raises(UserError, match=r"settings.resolution"):
+        check_manifest(tmp_path, {**other, "settings": {"resolution": 512}}, other_devices=True)
+
+
 def test_a_manifest_refuses_another_value_and_takes_new_inputs(tmp_path):
     first = {"settings": {"resolution": 256}, "inputs": {"a.jsonl": "1"}}
     check_manifest(tmp_path, first)

@@ -120,6 +120,14 @@ def add_max_failed(flags: Flags, of: str = "items") -> None:
     flags.add_argument("--max_failed", type=share, default=0.01, help=f"exit with 1 if a larger share of {of} failed")
 
 
+def add_other_devices(flags: Flags) -> None:
+    flags.add_argument(
+        "--allow_other_devices",
+        action="store_true",
+        help="go on, or mix processes, on another GPU model or version of CUDA or cuDNN, though last bits may differ",
+    )
+
+
 def add_sample(flags: Flags, what: str, default: int, low: int = 1) -> None:
     """How much of the data is looked at, and which."""
     flags.add_argument("--sample", type=at_least(low), default=default, help=what)

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -17,7 +18,8 @@ import torch
 
 from vision_tokenizer.images.dualvitok import normalize
 from vision_tokenizer.models.protocol import ImageTokenizer
-from vistoken.errors import Failed, ItemError, UserError
+from vistoken.device import memory_named
+from vistoken.errors import Failed, ItemError
 from vistoken.jobs.progress import Stopwatch
 
 CPU_STREAMS = 8  # at most this many batches side by side on a CPU: each has activations of its own
@@ -123,7 +125,7 @@ class CpuRunner:
         return self._pool.submit(self._encode, batch)
 
     def _encode(self, batch: torch.Tensor) -> list[np.ndarray]:
-        with _memory_named(batch):
+        with _memory_named(self._tokenizer.device, batch):
             return [grid.int().numpy() for grid in self._tokenizer.encode(normalize(batch))]
 
     def close(self) -> None:
@@ -141,7 +143,7 @@ class GpuRunner:
 
     def start(self, batch: torch.Tensor) -> Pending:
         device = self._tokenizer.device
-        with _memory_named(batch):
+        with _memory_named(device, batch):
             codes = self._tokenizer.encode(normalize(batch.to(device, non_blocking=True)))
         host = [torch.empty(grid.shape, dtype=torch.int32, pin_memory=True) for grid in codes]
         for kept, computed in zip(host, codes, strict=True):
@@ -161,23 +163,8 @@ class _OnItsWay(NamedTuple):
         return [grid.numpy() for grid in self.host]
 
 
-class _memory_named:
-    """Turns an allocator's error into a message that names the flag."""
-
-    def __init__(self, batch: torch.Tensor):
-        self._count, self._size = len(batch), f"{batch.shape[2]} x {batch.shape[3]}"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-            isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-        ):
-            smaller = f"try --batch_size {self._count // 2}" if self._count > 1 else "free some, or use another device"
-            raise UserError(
-                f"too little memory for batches of {self._count} images of {self._size}: {smaller}"
-            ) from error
+def _memory_named(device: torch.device, batch: torch.Tensor) -> AbstractContextManager[None]:
+    return memory_named(device, "--batch_size", len(batch), f"images of {batch.shape[2]} x {batch.shape[3]}")
 
 
 class Encoder(Generic[C]):

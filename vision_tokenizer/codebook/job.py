@@ -36,12 +36,13 @@ def run_codebook_inference(
     *,
     num_workers: int,
     restart: str | None = None,
+    other_devices: bool = False,
 ) -> tuple[dict[str, Counts], dict[str, list[str]]]:
     """Encode all images of `datasets`.
 
     Returns, on the first worker, the counts of each data set and why files of it, or all of it, cannot be read.
-    `restart` is that of `Output.begin`. Raises `UserError` if an output was made with other settings, or another run
-    is writing it.
+    `restart` and `other_devices` are those of `Output.begin`. Raises `UserError` if an output was made with other
+    settings, or another run is writing it.
     """
     check_folders(datasets, settings)
     outputs = [CodebookOutput(dataset, tokenizer, settings) for dataset in datasets]
@@ -50,10 +51,11 @@ def run_codebook_inference(
         prepare,
         choices=anchors(settings.resolution_type, settings.resolution),
         crop_percent_thresh=settings.crop_percent_thresh,
+        orientation=settings.exif_orientation,
     )
     with ExitStack() as held:
         for output in readable:
-            held.enter_context(output.begin(workers, restart))
+            held.enter_context(output.begin(workers, restart, other_devices))
         sources = [file for output in readable for file in output.sources if file.finished() is None]
         if readable and not sources:
             note("nothing to do: every file was finished before")

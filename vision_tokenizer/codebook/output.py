@@ -22,6 +22,7 @@ from vision_tokenizer.codebook.forms import Form, output_form
 from vision_tokenizer.codebook.inputs import input_files, input_stem, input_table
 from vision_tokenizer.images.anchors import job_tag
 from vision_tokenizer.models.protocol import ImageTokenizer
+from vistoken.device import device_facts
 from vistoken.errors import UserError
 from vistoken.jobs.counts import SUMMARY, Counts, write_summary
 from vistoken.jobs.files import write_bytes
@@ -43,6 +44,7 @@ class Settings:
     resolution_type: str = "fixed_anchors"
     resolution: int = 512
     crop_percent_thresh: float = 0.2
+    exif_orientation: str = "ignore"
     torch_dtype: str = "fp32"
     batch_size: int = 1
     compile: bool = False
@@ -184,7 +186,7 @@ def make_manifest(tokenizer: ImageTokenizer, settings: Settings, files: Sequence
             "codebook_sizes": list(tokenizer.codebook_sizes),
         },
         "settings": asdict(settings),
-        "device": tokenizer.device.type,
+        "device": device_facts(tokenizer.device),
         "chunk_items": CHUNK_ITEMS[tokenizer.device.type],
         "inputs": {file.table.path.name: file.table.fingerprint for file in files},
         "versions": {name: version(name) for name in ("vistoken", "torch", "pillow", *more)},

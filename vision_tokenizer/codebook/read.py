@@ -14,6 +14,7 @@ from vision_tokenizer.codebook.output import Settings
 from vision_tokenizer.images.anchors import anchors, match_anchor, model_size
 from vision_tokenizer.models.dualvitok.model import grid_sizes
 from vistoken.errors import Failed, UserError
+from vistoken.files import open_file
 from vistoken.jobs.manifest import MANIFEST, read_manifest
 
 Grids = tuple[np.ndarray, ...]
@@ -80,7 +81,8 @@ def open_output(dataset: Dataset, where: Settings) -> Output:
     if manifest is None:
         raise UserError(f"data set {dataset.name}: {folder / MANIFEST} does not exist. Run codebook inference first.")
     try:
-        settings = Settings(**{field.name: manifest["settings"][field.name] for field in fields(Settings)})
+        stored = {"exif_orientation": "ignore", **manifest["settings"]}  # of an earlier version
+        settings = Settings(**{field.name: stored[field.name] for field in fields(Settings)})
         complete = all(key in manifest["tokenizer"] for key in ("name", "fingerprint", "branches", "codebook_sizes"))
         complete = complete and isinstance(manifest["inputs"], dict)
     except (KeyError, TypeError) as error:
@@ -99,7 +101,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
         yield from (row.line().rstrip(b"\n") for row in read_rows(path))
         return
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             for line in file:
                 yield line.rstrip(b"\r\n")
     except OSError as error:

@@ -22,6 +22,7 @@ FIXED_ANCHORS = (
     (1024, 256),
 )
 RESOLUTION_TYPES = ("fixed", "fixed_anchors")
+ORIENTATIONS = ("ignore", "apply")  # of EXIF: ignored as published, or the picture is turned upright
 SIDE = 16  # pixels per code of the pixel branch: every side that is encoded is a multiple of it
 MIN_AREA, MAX_AREA = 32 * 32, 1024 * 1024  # of an image encoded at its own size
 

@@ -36,7 +36,6 @@ SUFFIXES = {
 }
 CROP_ABOVE_THRESHOLD = "crop above threshold"  # the reason of items that lose too much
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs; also of what a resize may allocate
-ORIENTATIONS = ("ignore", "apply")  # of EXIF: ignored as published, or the picture is turned upright
 _UPRIGHT = {  # what undoes each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

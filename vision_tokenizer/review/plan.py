@@ -24,7 +24,16 @@ import numpy as np
 from vision_tokenizer.codebook.annotations import Dataset, check_conversations, image_names
 from vision_tokenizer.codebook.inputs import input_files, input_table, item_image
 from vision_tokenizer.images.anchors import crop_share, match_anchor
-from vision_tokenizer.images.files import Embedded, is_whole, open_image, open_source, place_image, read_image
+from vision_tokenizer.images.files import (
+    Embedded,
+    exif_orientation,
+    is_whole,
+    open_image,
+    open_source,
+    place_image,
+    read_image,
+    upright_size,
+)
 from vistoken.errors import Failed, ItemError, Rejected, UserError
 from vistoken.jobs.chunks import Item
 from vistoken.jobs.counts import Counts, Problem
@@ -48,6 +57,7 @@ class Header(NamedTuple):
     path_digest: int
     content_digest: int
     rejected: Rejected | None  # by the crop threshold
+    turned: bool  # its EXIF data say that it is to be turned
 
     @property
     def ratio(self) -> tuple[int, tuple[int, int] | None]:
@@ -62,6 +72,7 @@ class Survey:
 
     counts: Counts = field(default_factory=Counts)  # as codebook inference will count
     images: int = 0  # referred to by all items
+    turned: int = 0  # of these, with an EXIF orientation other than upright
     anchors: Counter[tuple[int, int]] = field(default_factory=Counter)  # images that will be in the output
     ratios: Counter[tuple] = field(default_factory=Counter)  # `Header.ratio` of all images to be encoded
     thresholds: Counter[float] = field(default_factory=Counter)  # items that each threshold would reject
@@ -75,6 +86,7 @@ class Survey:
         """Add everything but the problems, which the caller writes to a file."""
         self.counts.add(other.counts)
         self.images += other.images
+        self.turned += other.turned
         for name in ("anchors", "ratios", "thresholds", "format_errors"):
             getattr(self, name).update(getattr(other, name))
         self.source_bytes += other.source_bytes
@@ -99,6 +111,7 @@ class Rules:
     dataset: Dataset
     choices: tuple[tuple[int, int], ...]
     crop_percent_thresh: float
+    exif_orientation: str = "ignore"
 
 
 def survey_dataset(
@@ -183,6 +196,7 @@ def _survey_item(rules: Rules, survey: Survey, item: Item, look: Callable[[str],
     looked = [look(name) for name in names]
     headers = [header for header in looked if isinstance(header, Header)]
     survey.images += len(names)
+    survey.turned += sum(header.turned for header in headers)
     survey.paths.extend(header.path_digest for header in headers)
     survey.contents.extend(header.content_digest for header in headers)
     if rules.dataset.tokenizer_inference:
@@ -204,7 +218,8 @@ def _header(rules: Rules, item: Item, name: str) -> Header | Failed:
     try:
         where, path = item_image(rules.dataset, item, name)
         with open_image(path) as image:
-            size, ends = (image.height, image.width), _ends(path)
+            size, ends = upright_size(image, rules.exif_orientation), _ends(path)
+            turned = exif_orientation(image) > 1
             if not is_whole(path, image):
                 read_image(path)
             if rules.dataset.tokenizer_inference:
@@ -214,7 +229,9 @@ def _header(rules: Rules, item: Item, name: str) -> Header | Failed:
     except Rejected as error:
         rejected = error
     anchor = match_anchor(*size, rules.choices)
-    return Header(size, anchor, crop_share(*size, anchor), _digest(str(where).encode()), _digest(ends), rejected)
+    return Header(
+        size, anchor, crop_share(*size, anchor), _digest(str(where).encode()), _digest(ends), rejected, turned
+    )
 
 
 def _digest(content: bytes) -> int:

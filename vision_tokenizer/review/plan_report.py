@@ -70,6 +70,7 @@ def as_dict(survey: Survey, estimate: Estimate, errors: Sequence[str]) -> dict[s
         "images_referred_to": survey.images,
         "images_named_again": repeated,
         "copies_of_other_files": copies,
+        "images_with_exif_orientation": survey.turned,
         "images_to_encode": estimate.images,
         "images_per_anchor": {f"{h}x{w}": n for (h, w), n in survey.anchors.most_common()},
         "items_rejected_at_threshold": {f"{t:g}": survey.thresholds[t] for t in THRESHOLDS},
@@ -96,6 +97,8 @@ def _details(survey: Survey) -> list[str]:
     items, images = survey.counts.items, sum(survey.anchors.values())
     repeated, copies = survey.duplicates()
     lines = [f"{survey.images:,} images; {repeated:,} of them named before, {copies:,} copies of other files"]
+    if survey.turned:
+        lines.append(f"{survey.turned:,} images have an EXIF orientation: see --exif_orientation")
     if images:
         shares = (f"{h}x{w} {n / images:.1%}" for (h, w), n in survey.anchors.most_common())
         lines.append("images per anchor (height x width): " + ", ".join(shares))

@@ -89,7 +89,8 @@ def decode_place(tokenizer: ImageTokenizer, place: Place) -> Pair:
     """Decode a stored image and find its original, at the stored anchor though it may fit another one by now."""
     output = place.output
     try:
-        original, _ = prepare(stored_image(output.dataset, place.image.name), (place.image.anchor,), 0.0)
+        path = stored_image(output.dataset, place.image.name)
+        original, _ = prepare(path, (place.image.anchor,), 0.0, output.settings.exif_orientation)
     except ItemError:
         original = None
     where = f"{output.dataset.name}, {place.file.name} line {place.line}"

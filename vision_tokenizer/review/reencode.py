@@ -70,7 +70,7 @@ def _features(tokenizer: Any, place: Place) -> tuple[torch.Tensor, ...]:
     """What each quantizer sees of the image, (h, w, d). Raises `ItemError` for one that is no longer what it was."""
     output, image = place.output, place.image
     path = stored_image(output.dataset, image.name)
-    pixels, info = prepare(path, output.choices, output.settings.crop_percent_thresh)
+    pixels, info = prepare(path, output.choices, output.settings.crop_percent_thresh, output.settings.exif_orientation)
     if info.size != image.size:
         raise Failed("another size", f"{path} is {info.size} (h, w), was {image.size}")
     with torch.no_grad():

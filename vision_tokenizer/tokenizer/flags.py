@@ -4,7 +4,7 @@ import argparse
 from math import isqrt
 from pathlib import Path
 
-from vision_tokenizer.images.anchors import MAX_AREA, RESOLUTION_TYPES, SIDE
+from vision_tokenizer.images.anchors import MAX_AREA, ORIENTATIONS, RESOLUTION_TYPES, SIDE
 from vistoken.cli import Flags, add_device, at_least, folder_name, note, share
 
 ANCHORS_SIDE = 512  # the default, and what the document gives with fixed_anchors, whose area it is
@@ -56,6 +56,15 @@ def add_crop_threshold(flags: Flags) -> None:
         type=share,
         default=0.2,
         help="reject items with an image that loses a larger share to the crop; 0 keeps all",
+    )
+
+
+def add_exif_orientation(flags: Flags) -> None:
+    flags.add_argument(
+        "--exif_orientation",
+        choices=ORIENTATIONS,
+        default=ORIENTATIONS[0],
+        help="ignore: as published, phone portraits lie on their side; apply: they are turned upright",
     )
 
 

@@ -22,6 +22,7 @@ from vision_tokenizer.images.anchors import anchors
 from vision_tokenizer.tokenizer.flags import (
     add_crop_threshold,
     add_datasets,
+    add_exif_orientation,
     add_output_names,
     add_resolution,
     note_resolution,
@@ -38,6 +39,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_resolution(parser)
     add_crop_threshold(parser)
     add_output_names(parser)
+    add_exif_orientation(parser)
     add = parser.add_argument
     add("--model_config", type=Path, help="the tokenizer's .py config (default: codebooks of the released sizes)")
     add("--images_per_second", type=above_zero, help="speed of the whole run, to say how long it takes (default: none)")
@@ -90,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         "resolution_type": args.resolution_type,
         "resolution": args.resolution,
         "crop_percent_thresh": args.crop_percent_thresh,
+        "exif_orientation": args.exif_orientation,
         "datasets": {name: as_dict(surveys[name], estimates[name], errors[name]) for name in surveys},
     }
     write_bytes(args.out_dir / "plan.json", orjson.dumps(plan, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
@@ -136,7 +139,8 @@ def survey(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[dict, dic
                 progress.write(f"{problem.file}, {problem.where}: {problem.reason}: {problem.detail}", file=sys.stderr)
 
         for dataset in datasets:
-            rules = Rules(dataset, anchors(args.resolution_type, args.resolution), args.crop_percent_thresh)
+            choices = anchors(args.resolution_type, args.resolution)
+            rules = Rules(dataset, choices, args.crop_percent_thresh, args.exif_orientation)
             workers = args.num_workers or default_workers()
             try:
                 surveys[dataset.name], errors[dataset.name] = survey_dataset(rules, workers, progress.update, note)

@@ -17,12 +17,13 @@ from vision_tokenizer.codebook.annotations import note_left_out, select_datasets
 from vision_tokenizer.tokenizer.flags import (
     add_crop_threshold,
     add_datasets,
+    add_exif_orientation,
     add_output_names,
     add_resolution,
     add_tokenizer,
     note_resolution,
 )
-from vistoken.cli import add_batches, add_dtype, add_max_failed, command_parser, note, run_command
+from vistoken.cli import add_batches, add_dtype, add_max_failed, add_other_devices, command_parser, note, run_command
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -34,11 +35,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_datasets(data)
     add_resolution(data)
     add_crop_threshold(data)
+    add_exif_orientation(data)
     add_output_names(data)
     data.add_argument("--output_format", choices=("jsonl", "arrow"), default="jsonl", help="arrow: a third of the size")
     job = parser.add_argument_group("job")
     add_batches(job)
     add_max_failed(job)
+    add_other_devices(job)
     job.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from what is there")
     job.add_argument("--overwrite", action="store_true", help="begin anew even if other settings made what is there")
     return parser.parse_args(argv)
@@ -61,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         resolution_type=args.resolution_type,
         resolution=args.resolution,
         crop_percent_thresh=args.crop_percent_thresh,
+        exif_orientation=args.exif_orientation,
         torch_dtype=args.torch_dtype,
         batch_size=args.batch_size or default_batch_size(device),
         compile=args.compile,
@@ -85,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         workers,
         num_workers=args.num_workers or default_workers(),
         restart="any" if args.overwrite else None if args.resume else "same",
+        other_devices=args.allow_other_devices,
     )
     if workers.rank != 0:
         return 0

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import orjson
 
 from vistoken.errors import Failed, ItemError, UserError
+from vistoken.files import open_file
 from vistoken.jobs.files import exclusive, write_bytes
 
 _BLOCK = 1 << 20
@@ -67,7 +68,7 @@ class ChunkTable:
     def read(self, chunk: Chunk) -> Iterator[Item]:
         """The items of `chunk`, in order. An item that is not JSON comes with its error instead of a value."""
         try:
-            with self.path.open("rb") as file:
+            with open_file(self.path) as file:
                 file.seek(chunk.start)
                 content = file.read(chunk.end - chunk.start)
         except OSError as error:
@@ -111,7 +112,7 @@ def _is_list(path: Path) -> bool:
 
 def _survey(path: Path, chunk_items: int) -> ChunkTable:
     spans = _list_spans if _is_list(path) else _line_spans
-    with path.open("rb") as file:
+    with open_file(path) as file:
         digest = hashlib.sha256()
         rows = tuple(_chunk_rows(spans(_Hashing(file, digest), path), chunk_items))
     items = sum(row[1] for row in rows)

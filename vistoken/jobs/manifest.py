@@ -12,11 +12,13 @@ from vistoken.jobs.files import write_bytes
 MANIFEST = "manifest.json"
 
 
-def check_manifest(folder: Path, manifest: Mapping[str, Any], *, binding: bool = True) -> None:
+def check_manifest(
+    folder: Path, manifest: Mapping[str, Any], *, binding: bool = True, other_devices: bool = False
+) -> None:
     """Write `manifest` into `folder`, or compare it with the one there, which counts only if it is `binding`.
 
-    Entries of its `inputs` (file name -> hash) may join later; any other difference, one that is gone too, raises
-    `UserError` naming the field and both values.
+    Entries of its `inputs` (file name -> hash) may join later, and with `other_devices` what it says of the `device`
+    may differ; any other difference, one that is gone too, raises `UserError` naming the field and both values.
     """
     path = folder / MANIFEST
     stored = read_manifest(folder)
@@ -27,10 +29,18 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any], *, binding: bool =
     for field in sorted(before.keys() | now.keys()):
         if field.startswith("inputs.") and field not in before:
             continue
-        if before.get(field) != now.get(field):
+        if before.get(field) == now.get(field):
+            continue
+        difference = f"{path}: this output was begun with {field} = {before.get(field)!r}, now it is {now.get(field)!r}"
+        if not field.startswith("device."):
             raise UserError(
-                f"{path}: this output was begun with {field} = {before.get(field)!r}, now it is {now.get(field)!r}. "
-                "Run with the former value to go on, or with --overwrite to begin anew, or choose another folder."
+                f"{difference}. Run with the former value to go on, or with --overwrite to begin anew, or choose "
+                "another folder."
+            )
+        if not other_devices:
+            raise UserError(
+                f"{difference}: results may differ in the last bit. Run on the former kind of device, allow the "
+                "difference with --allow_other_devices, or begin anew with --overwrite."
             )
     joined = {**stored, "inputs": {**stored.get("inputs", {}), **manifest.get("inputs", {})}}
     if joined["inputs"] != stored.get("inputs", {}):

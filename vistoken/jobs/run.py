@@ -227,18 +227,21 @@ class Output:
         self.work = folder / WORK
 
     @contextmanager
-    def begin(self, workers: Workers, restart: str | None = None) -> Iterator[None]:
+    def begin(self, workers: Workers, restart: str | None = None, other_devices: bool = False) -> Iterator[None]:
         """Lock the folder against other runs and settle with what an earlier one left in it.
 
         `restart` None goes on from there; "same" makes the output anew, but only with the settings it had; "any" with
-        whatever settings. Raises `UserError` where another run is at work, or the settings are not the former ones.
+        whatever settings. `other_devices` allows the manifest's `device` to differ. Raises `UserError` where another
+        run is at work, or the settings are not the former ones.
         """
         with ExitStack() as held:
-            workers.on_first(lambda: self._settle(workers, restart, held))
-            check_manifest(self.folder, self.manifest)  # every worker has the same, or codes would be mixed
+            workers.on_first(lambda: self._settle(workers, restart, other_devices, held))
+            check_manifest(
+                self.folder, self.manifest, other_devices=other_devices
+            )  # every worker has the same, or codes would be mixed
             yield
 
-    def _settle(self, workers: Workers, restart: str | None, held: ExitStack) -> None:
+    def _settle(self, workers: Workers, restart: str | None, other_devices: bool, held: ExitStack) -> None:
         with exclusive(self.work / "begin.lock"):
             alone = held.enter_context(run_lock(self.work, *workers.share))
             for folder in self.folders():
@@ -246,7 +249,8 @@ class Output:
             if restart == "any":
                 self.remove()
             self.check_folder()
-            check_manifest(self.folder, self.manifest, binding=not alone or self.has_results())
+            binding = not alone or self.has_results()
+            check_manifest(self.folder, self.manifest, binding=binding, other_devices=other_devices)
             if restart == "same":
                 self.remove()
                 check_manifest(self.folder, self.manifest)
