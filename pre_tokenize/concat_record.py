@@ -29,6 +29,7 @@ from pre_tokenize.record import Lengths, companions, entry_line, manifest_id, re
 from pre_tokenize.token_file import MAKE_ANEW, Contents, contents_of
 from vistoken.cli import command_parser, run_command
 from vistoken.errors import DataError, UserError
+from vistoken.files import open_file
 from vistoken.jobs.files import atomic_write, write_bytes
 from vistoken.jobs.manifest import read_manifest
 
@@ -230,7 +231,7 @@ def _merged(sub_records: Sequence[Path], spill: Path) -> Iterator[tuple[int, dic
 
 def _rejected(path: Path) -> Iterator[tuple[int, bytes]]:
     if path.exists():
-        with path.open("rb") as file:
+        with open_file(path) as file:
             for number, line in enumerate(file, start=1):
                 try:
                     item = int(orjson.loads(line)["item"])

@@ -1,6 +1,7 @@
 """Files of the user's, opened only where they are files: a named pipe waits for its writer, a device may never end."""
 
 import errno
+import os
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -8,7 +9,6 @@ from typing import Any, BinaryIO
 from vistoken.errors import UserError
 
 _KINDS = {
-    stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
@@ -19,11 +19,11 @@ _KINDS = {
 def check_regular(path: str | Path) -> None:
     """Raises `OSError` (with `strerror`, for messages) where `path`, or what it links to, is no regular file."""
     mode = Path(path).stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         found = _KINDS.get(stat.S_IFMT(mode), "something else")
-        kind = IsADirectoryError if stat.S_ISDIR(mode) else OSError
-        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-        raise kind(code, f"it is {found}, not a regular file", str(path))
+        raise OSError(errno.EINVAL, f"it is {found}, not a regular file", str(path))
 
 
 def open_file(path: str | Path) -> BinaryIO:

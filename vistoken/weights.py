@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vistoken.errors import UserError
+from vistoken.files import check_regular
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -40,6 +41,10 @@ def read_state_dict(
     prefixes = ("",) if keep is None else tuple(keep)
     state: dict[str, Tensor] = {}
     for file in _locate(source):
+        try:
+            check_regular(file)
+        except OSError as error:
+            raise UserError(f"{file}: cannot read it ({error.strerror})") from error
         read = _read_safetensors if file.suffix == ".safetensors" else _read_pickle
         state.update(read(file, use_ema, prefixes))
     if not state and keep is not None:

@@ -90,6 +90,8 @@ def image_folder(args: argparse.Namespace) -> Path:
     for given in filter(None, (args.source, args.image_source)):
         if not given.exists():
             raise UserError(f"{given} does not exist")
+        if not (given.is_file() or given.is_dir()):
+            raise UserError(f"{given} is neither a file nor a folder")
     if args.image_source and not args.image_source.is_dir():
         raise UserError(f"--image_source {args.image_source} is not a folder")
     if args.source.is_dir() if in_a_folder else args.format == "pairs" and args.source.is_file():
