@@ -53,6 +53,7 @@ def test_types_are_never_mixed():
     sampler = Sampler([source(100, kind="a"), source(100, kind="b", seed=1), source(60, kind="a", seed=2)], 8, seed=0)
     kinds = [{"b" if 100 <= number < 200 else "a" for number in step} for step in sampler.epoch(0)]
     assert all(len(kind) == 1 for kind in kinds)
+    assert [{sampler.types[number]} for number in sampler.order(0)] == kinds
     assert Counter(kind.pop() for kind in kinds) == {"a": 20, "b": 12}
 
 

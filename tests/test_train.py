@@ -53,6 +53,17 @@ def text(tmp_path_factory):
     return write_data_config(folder / "data.yaml", write_record(folder / "tokens", text_samples(20)))
 
 
+def test_every_step_says_its_type(tmp_path, model):
+    """And loss.png has a line for each: text alone has another loss than images."""
+    records = {kind: write_record(tmp_path / kind, text_samples(8)) for kind in ("captions", "text")}
+    entries = [{"path": str(record), "type": kind} for kind, record in records.items()]
+    (tmp_path / "data.yaml").write_text(json.dumps({"META": entries}))
+    found = train(model, tmp_path / "data.yaml", tmp_path / "out", batch_size=2, epochs=2)
+    assert len(found) == 16 and [line["type"] for line in found].count("text") == 8
+    assert len({tuple(line["type"] for line in found if line["epoch"] == epoch) for epoch in (0, 1)}) == 2
+    assert (tmp_path / "out" / "loss.png").stat().st_size > 1000
+
+
 def assert_curve(found, expected, rel):
     for one, other in zip(found, expected, strict=True):
         for name in ("c_loss", "z_loss", "grad_norm", "lr", "vit_lr"):

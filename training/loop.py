@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from training import state
 from training.config import TrainConfig
 from training.data.packing import Batch, Skipped
+from training.data.sampler import Sampler
 from training.parallel import synchronise_gradients
 from training.report import Flops, Report
 from training.state import Progress
@@ -37,6 +38,7 @@ class Run:
     device: torch.device
     flops: Flops
     fixed: dict  # what a checkpoint must have been trained with
+    sampler: Sampler
 
     @property
     def total_steps(self) -> int:
@@ -66,7 +68,7 @@ class Losses:
 
 def train(run: Run, progress: Progress, report: Report | None) -> None:
     """Go from `progress` to the last step, with a checkpoint every so many iterations and at the end."""
-    config, loader = run.config, iter(run.loader)
+    config, loader, order = run.config, iter(run.loader), run.sampler.order(progress.epoch)
     while progress.step < run.total_steps:
         lr = learning_rate(progress.epoch + progress.epoch_step / run.epoch_steps, config)
         for group in run.optimizer.param_groups:
@@ -91,11 +93,13 @@ def train(run: Run, progress: Progress, report: Report | None) -> None:
                 "lr": lr,
                 "vit_lr": lr * config.vit_lr_scale,
                 "tokens": counts.tokens,
+                "type": run.sampler.types[order[progress.epoch_step - 1]],  # of all samples of the step
             }
             report.step(metrics, counts.skipped, counts.flops)
 
         if progress.epoch_step == run.epoch_steps:
             progress.epoch, progress.epoch_step = progress.epoch + 1, 0
+            order = run.sampler.order(progress.epoch)
         iterations, interval = progress.step * run.accumulation, config.save_iteration_interval
         if iterations // interval > (iterations - run.accumulation) // interval or progress.step == run.total_steps:
             if run.scaler.is_enabled():

@@ -71,7 +71,8 @@ class Report:
             flush=True,
         )
         with _writing(self.output):
-            for name, value in (metrics | {"tokens_per_second": rate}).items():
+            numbers = {name: value for name, value in metrics.items() if name != "type"}
+            for name, value in (numbers | {"tokens_per_second": rate}).items():
                 self._board.add_scalar(name, value, metrics["step"])
         self._since, self._tokens, self._flops, self._steps = time.monotonic(), 0, 0.0, 0
 
@@ -84,7 +85,12 @@ class Report:
         lines = list(read_metrics(self.output / METRICS))
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot(xlabel="optimizer step", ylabel="cross-entropy")
-        axes.plot([line["step"] for line in lines], [line["c_loss"] for line in lines], linewidth=1)
+        types = sorted({line.get("type", "") for line in lines})
+        for name in types:  # text alone has another loss than images: one line for both would only jump
+            of_type = [line for line in lines if line.get("type", "") == name]
+            axes.plot([line["step"] for line in of_type], [line["c_loss"] for line in of_type], linewidth=1, label=name)
+        if len(types) > 1:
+            axes.legend(frameon=False)
         axes.grid(alpha=0.3)
         with _writing(self.output):
             figure.savefig(self.output / "loss.png", dpi=120)

@@ -145,6 +145,7 @@ def start(
         device=device,
         flops=flops,
         fixed=fixed(config, data),
+        sampler=data.sampler,
     )
 
 

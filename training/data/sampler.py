@@ -83,12 +83,17 @@ class Sampler:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
         """The steps of an epoch from number `start` on: sample numbers, sorted by length."""
-        order = np.repeat(np.arange(len(self.types)), self.type_steps)
-        np.random.default_rng([self.seed, epoch, 0]).shuffle(order)
+        order = self.order(epoch)
         done = np.bincount(order[:start], minlength=len(self.types))
         streams = [self._type_steps(kind, epoch, int(done[kind])) for kind in range(len(self.types))]
         for kind in order[start:]:
             yield next(streams[kind])
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Which of `types` each step of an epoch has, (steps,)."""
+        order = np.repeat(np.arange(len(self.types)), self.type_steps)
+        np.random.default_rng([self.seed, epoch, 0]).shuffle(order)
+        return order
 
     def _type_steps(self, kind: int, epoch: int, start: int) -> Iterator[list[int]]:
         for window in range(start // self.window, -(-self.type_steps[kind] // self.window)):
