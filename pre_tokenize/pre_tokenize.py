@@ -14,6 +14,7 @@ tokens/record.json`.
 
 The input is a `.json` list, or a `.jsonl`, of objects `{"conversations": [{"from": "human", "value": "<|image|> What is
 this?"}, {"from": "gpt", "value": "A cat."}], "image": ["cat.png"]}`. Data in a format of your own: see `ItemProcessor`.
+An image may lie in a tar file, `"image": ["shard-00012.tar/0001234.jpg"]`: its members are looked up once a file.
 Special tokens that somebody wrote in a text are tokenised as the words they are.
 
 With `--image_tokenizer dualvitok` the input is what codebook inference wrote (`jsonl_after_tokenizer/.../0000.jsonl`,
@@ -219,8 +220,11 @@ def main(argv: list[str] | None = None) -> int:
 
     from pre_tokenize.job import report, run_pre_tokenization
     from pre_tokenize.output import TokenOutput, open_source
+    from vistoken.jobs.members import indexes
+    from vistoken.jobs.run import WORK
     from vistoken.jobs.workers import FixedRange, launched_workers
 
+    indexes.folder = args.out_dir / WORK / "members"
     parts = dualvitok_parts if args.image_tokenizer == "dualvitok" else chameleon_parts
     sequences, make_encoder, make_manifest = parts(args, processor.process_item)
     source = open_source(args.in_filename, args.out_dir, args.items_per_file)

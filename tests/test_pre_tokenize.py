@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from pre_tokenize import concat_record
 from pre_tokenize.chameleon import Settings, load_tokenizers
 from pre_tokenize.pre_tokenize import load_item_processor, main
 from pre_tokenize.token_file import TokenFiles
+from vision_tokenizer.images.files import read_image
 from vision_tokenizer.models.chameleon.vocabulary import ChameleonVocabulary
 from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN, load_chameleon
 from vistoken.errors import UserError
+from vistoken.jobs import members
 
 REPO = Path(__file__).parents[1]
 
@@ -418,3 +421,35 @@ def test_help_needs_no_torch():
     probe = "import sys\ntry: import pre_tokenize.pre_tokenize as p; p.main(['--help'])\n"
     probe += "except SystemExit: sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode == 0
+
+
+def test_images_in_tar_files_give_the_same_tokens(tokenize, picture, tmp_path, monkeypatch):
+    (tmp_path / "tars").mkdir()
+    names = [f"{'00.tar' if number < 4 else '01.TAR'}/deep/{number}.png" for number in range(6)]
+    for tar_name in ("00.tar", "01.TAR"):
+        with tarfile.open(tmp_path / "tars" / tar_name, "w") as tar:
+            for number, name in enumerate(names):
+                if name.startswith(tar_name):
+                    tar.add(picture(number), "./deep/" + Path(name).name)
+            tar.add(picture(9), "cut.png")
+    whole = (tmp_path / "tars" / "01.TAR").read_bytes()
+    (tmp_path / "tars" / "01.TAR").write_bytes(whole[: whole.index(b"cut.png") + 600])
+    assert tokenize([ask("<|image|>", images=[picture(number)]) for number in range(6)], out="folder") == 0
+    missing = ["00.tar/deep/none.png", "02.tar/deep/0.png", "01.TAR/cut.png"]
+    items = [ask("<|image|>", images=[name]) for name in (*names, *missing)]
+    surveys, survey = [], members.tar_members
+    monkeypatch.setattr(members, "tar_members", lambda file: surveys.append(file.name) or survey(file))
+    assert tokenize(items, "--image_dir", tmp_path / "tars") == 1
+    expected, found = samples(tmp_path / "folder"), samples(tmp_path / "out")
+    assert expected.keys() == found.keys()
+    assert all(np.array_equal(expected[item].tokens, found[item].tokens) for item in expected)
+    assert {item: line["reason"] for item, line in rejected(tmp_path / "out").items()} == {
+        6: "image not found",
+        7: "image not found",
+        8: "shard damaged",
+    }
+    assert "00.tar has no member deep/none.png" in rejected(tmp_path / "out")[6]["detail"]
+    monkeypatch.setattr("vision_tokenizer.images.files.indexes", members.MemberIndexes())
+    monkeypatch.setattr("vision_tokenizer.images.files.indexes.folder", tmp_path / "out" / ".work" / "members")
+    read_image(tmp_path / "tars" / names[0])  # another process: the index is there
+    assert sorted(Path(name).name for name in surveys) == ["00.tar", "01.TAR"]

@@ -6,9 +6,7 @@ a parquet file has them as columns; its image is `{bytes, path}`, bytes, or a li
 
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ from vision_tokenizer.images.files import SUFFIXES, embedded_format
 from vistoken.errors import Failed, UserError
 from vistoken.files import check_regular
 from vistoken.jobs.chunks import Chunk
+from vistoken.jobs.members import StoredMember, indexes
 from vistoken.jobs.shards import (
     MAX_MEMBER,
     PARQUET,
@@ -31,14 +30,13 @@ from vistoken.jobs.shards import (
     parquet_samples,
     shard_stem,
     split_name,
-    tar_members,
     tar_samples,
 )
 from vistoken.store import Location
 
 CHUNK_ROWS = 64  # of a parquet file: smaller row groups are done together
 
-Embedded = NamedBytes | Member
+Embedded = NamedBytes | Member | StoredMember
 
 
 @dataclass(frozen=True)
@@ -216,23 +214,17 @@ def find_image(shards: Mapping[str, Location], rules: ShardRules, name: str) -> 
     try:
         if not is_tar(path):
             return NamedBytes(name, _row_image(path, rules.image_field, key))
-        for member in _members_of_keys(path).get(key, ()):
-            with path.open("rb", 1 << 16) as file:
-                return NamedBytes(name, member._replace(file=file).read())
+        if not path.name.lower().endswith(".tar"):  # compressed: only from its beginning
+            parts = (part for sample in tar_samples(path, whole=True) if sample.key == key for part in sample.parts)
+            if image := next((part for suffix, part in parts if suffix.endswith(IMAGE_SUFFIXES)), None):
+                return image
+            raise Failed("image not found", f"{name}: no image of that key in {path}")
+        for member, place in indexes.of(path).items():
+            if split_name(member)[0] == key and split_name(member)[1].endswith(IMAGE_SUFFIXES):
+                return StoredMember(path, member, *place)
     except OSError as error:
         raise Failed("image not found", f"{name}: {path}: {error.strerror or error}") from error
     raise Failed("image not found", f"{name}: no image of that key in {path}")
-
-
-@lru_cache(maxsize=16)
-def _members_of_keys(path: Location) -> dict[str, list[Member]]:
-    found: dict[str, list[Member]] = {}
-    with suppress(Failed), path.open("rb", 1 << 16) as file:  # what lies before the damage can be found
-        for member in tar_members(file):
-            key, suffix = split_name(member.name)
-            if suffix.endswith(IMAGE_SUFFIXES):
-                found.setdefault(key, []).append(member)
-    return found
 
 
 def _row_image(path: Location, column: str, key: str) -> bytes:

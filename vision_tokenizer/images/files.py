@@ -19,6 +19,8 @@ from vision_tokenizer.images import libtiff
 from vision_tokenizer.images.anchors import Placement, place
 from vistoken.errors import Failed, Rejected
 from vistoken.files import check_regular, open_file
+from vistoken.jobs.members import indexes
+from vistoken.store import Url
 
 _has_avif = "avif" in features.modules and features.check_module("avif")  # since Pillow 11.3
 # Pillow knows many more, and hands some of them to other programs: EPS to Ghostscript
@@ -96,8 +98,15 @@ class Embedded(Protocol):
 
 
 def open_source(source: Path | Embedded) -> BinaryIO:
-    """The bytes of an image file, wherever it lies."""
-    return open_file(source) if isinstance(source, Path) else source.open()
+    """The bytes of an image file, wherever it lies. Raises as `_located`."""
+    found = _located(source)
+    return open_file(found) if isinstance(found, Path) else found.open()
+
+
+def _located(source: Path | Embedded) -> Path | Embedded:
+    """Of a path into a tar file, `shard.tar/0001.jpg`, the member. Raises `Failed` where there is none."""
+    inside = isinstance(source, Path | Url) and ".tar/" in str(source).lower()
+    return (indexes.find(source) if inside else None) or source
 
 
 def _open(source: Path | BinaryIO) -> Image.Image:
@@ -122,10 +131,11 @@ def open_image(path: Path | Embedded) -> Image.Image:
     large, more than 16 bits a channel.
     """
     with damage_named(path):
-        if isinstance(path, Path):
-            check_regular(path)
+        found = _located(path)
+        if isinstance(found, Path):
+            check_regular(found)
         try:
-            image = _open(path if isinstance(path, Path) else path.open())
+            image = _open(found if isinstance(found, Path) else found.open())
         except UnidentifiedImageError:
             with open_source(path) as file:
                 _check_taken(file.read(_PREFIX), path)
