@@ -29,7 +29,7 @@ from pre_tokenize.record import Lengths, companions, entry_line, manifest_id, re
 from pre_tokenize.token_file import MAKE_ANEW, Contents, contents_of
 from vistoken.cli import command_parser, run_command
 from vistoken.errors import DataError, UserError
-from vistoken.files import open_file
+from vistoken.files import is_there, open_file
 from vistoken.jobs.files import atomic_write, write_bytes
 from vistoken.jobs.manifest import read_manifest
 
@@ -208,10 +208,12 @@ class TokenFileCheck:
     def _open(self, file: str, sha256: str | None) -> None:
         path = self._folder / file
         self._name = file if self._way == "." else str(Path(self._way, file))
-        if not path.exists():  # the published tool names files from where it was started
+        if not is_there(
+            path
+        ):  # also False for a name that cannot be one; the published tool names files from where it was started
             path = Path(file).absolute()
             self._name = str(path)
-        if not path.exists():
+        if not is_there(path):
             raise DataError(
                 f"{self._folder / file}: a sub-record names this token file, but it does not exist. {MAKE_ANEW}"
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vistoken.cli import EXIT_CODES, above_zero, at_least, folder_name, run_command, share
+from vistoken.cli import EXIT_CODES, above_zero, at_least, command_parser, folder_name, run_command, share
 from vistoken.errors import DataError, UserError
 from vistoken.files import read_yaml
 
@@ -247,3 +247,18 @@ def test_a_yaml_that_cannot_be_read_says_where_on_one_line(tmp_path, content, me
     with pytest.raises(UserError, match=message) as told:
         read_yaml(tmp_path / "c.yaml", "config")
     assert "\n" not in str(told.value) and not str(told.value).endswith("^)")
+
+
+def test_a_name_that_is_not_utf8_is_refused_at_the_start(capsys):
+    """Manifests and records name files, and JSON cannot spell these."""
+    parser = command_parser("d")
+    parser.add_argument("--out_dir")
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--out_dir", os.fsdecode(b"caf\xe9")])
+    assert ended.value.code == 2 and r"not UTF-8: 'caf\udce9'" in capsys.readouterr().err
+
+
+def test_whatever_the_file_system_says_of_a_path_is_no_traceback(capsys):
+    ended = []
+    run_command(lambda: Path("x" * 300).exists(), ended.append)
+    assert ended == [2] and capsys.readouterr().err == f"error: {'x' * 300}: File name too long\n"

@@ -503,3 +503,13 @@ def test_arguments_that_do_not_fit(tmp_path, pictures, capsys):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"bad\.parquet: not a parquet file"):
         run(tmp_path, "parquet", tmp_path / "bad.parquet")
+
+
+def test_names_that_are_not_utf8_fail_and_no_other(tmp_path, pictures):
+    for name in ("photo", "gray", "palette"):
+        (pictures / f"{name}.txt").write_text("something")
+    for suffix in (".png", ".txt"):
+        (pictures / f"gray{suffix}").rename(os.fsdecode(bytes(pictures) + b"/gr\xe9y" + suffix.encode()))
+    code, items, problems, _ = run(tmp_path, "pairs", pictures)
+    assert (code, len(items), reasons(problems)) == (1, 2, ["name not UTF-8"])
+    assert r"gr\udce9y.png: rename the file" in problems[0]["detail"]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vistoken.errors import DataError, UserError, is_out_of_memory
+from vistoken.files import is_text
 
 OK, BAD_DATA, BAD_CALL, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
 EXIT_CODES = """exit codes:
@@ -46,9 +47,18 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return text if told else f"{text} (default: %(default)s)"
 
 
+class CommandParser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        """As ever, but for paths that are not UTF-8: manifests and records name them, and JSON cannot spell them."""
+        for text in sys.argv[1:] if args is None else args:
+            if not is_text(text):
+                self.error(f"not UTF-8: {text!r}. Rename the file or folder.")
+        return super().parse_known_args(args, namespace)
+
+
 def command_parser(description: str | None, **options: Any) -> argparse.ArgumentParser:
     """The parser of a command: its docstring is the manual, the rule of exit codes stands at the end."""
-    return argparse.ArgumentParser(description=description, epilog=EXIT_CODES, formatter_class=HelpFormatter, **options)
+    return CommandParser(description=description, epilog=EXIT_CODES, formatter_class=HelpFormatter, **options)
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -170,6 +180,8 @@ def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = s
             _discard(sys.stdout)  # perhaps it was this: `> log` on the full disk
             where = f": {error.filename}" if error.filename else ""
             _tell(f"error: the disk is full{where} ({error.strerror}). Make room, then run the same command again.")
+        elif isinstance(error, OSError) and error.filename is not None:
+            _tell(f"error: {error.filename!s:.300}: {error.strerror}")
         elif is_out_of_memory(error):
             _tell(f"error: out of memory. Make --batch_size smaller, or on a CPU --num_workers.\n{error}")
         else:

@@ -16,6 +16,23 @@ _KINDS = {
 }
 
 
+def is_text(name: str) -> bool:
+    """Whether a name is UTF-8. Linux takes any bytes in a file's name, but JSON cannot spell them."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_there(path: Path) -> bool:
+    """Whether `path` exists. `Path.exists` raises where it is too long to be a path at all."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def check_regular(path: str | Path) -> None:
     """Raises `OSError` (with `strerror`, for messages) where `path`, or what it links to, is no regular file."""
     mode = Path(path).stat().st_mode

@@ -63,6 +63,8 @@ def load_strict(
     """
     ignored = tuple(ignore)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(ignored)}
+    if strange := [name for name, tensor in state.items() if tensor.layout is not torch.strided or tensor.is_meta]:
+        raise UserError(f"{source}: holds sparse tensors, or ones without content: {_first(strange)}")
     wanted = module.state_dict()
     missing = [name for name in wanted if name not in state]
     unexpected = [name for name in state if name not in wanted]

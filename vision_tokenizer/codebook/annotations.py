@@ -18,7 +18,7 @@ from typing import Any
 
 from vistoken.cli import note
 from vistoken.errors import Failed, UserError
-from vistoken.files import read_file
+from vistoken.files import is_text, read_file
 
 _FIELDS = {"root": str, "image_dir": str, "annotation_dir": str, "tokenizer_inference": bool}
 _SHARD_FIELDS = {"root": str, "shards": str, "tokenizer_inference": bool}
@@ -62,8 +62,11 @@ class Dataset:
         return files
 
     def check_outputs(self, files: Sequence[tuple[str, Path]]) -> None:
-        """Raises `UserError` for two files of one output name."""
+        """Raises `UserError` for two files of one output name, or a name that is not UTF-8."""
         outputs: dict[str, Path] = {}
+        for stem, path in files:
+            if not is_text(stem):
+                raise UserError(f"data set {self.name}: not UTF-8: {path.name!r} in {path.parent}. Rename the file.")
         for stem, path in files:
             for output in (stem, f"{stem}.rejected"):
                 other = outputs.setdefault(output, path)
@@ -200,9 +203,7 @@ def _shards(base: Path, pattern: str | None) -> str | None:
 
 def _can_be_path(text: str) -> bool:
     """No NUL, and no half of a surrogate pair, which JSON can spell but no file system."""
-    with suppress(UnicodeEncodeError):
-        return "\0" not in text and text.encode() is not None
-    return False
+    return "\0" not in text and is_text(text)
 
 
 def _shown(value: Any) -> str:

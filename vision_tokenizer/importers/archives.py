@@ -8,6 +8,7 @@ from vision_tokenizer.codebook.shards import ShardRules, ShardTable, shard_table
 from vision_tokenizer.importers.formats import Format
 from vision_tokenizer.importers.items import Record, store_image
 from vistoken.errors import UserError
+from vistoken.files import is_text
 from vistoken.jobs.chunks import Chunk
 from vistoken.jobs.shards import PARQUET, TAR, shard_stem
 
@@ -23,6 +24,8 @@ class _Shards(Format):
             return [self.source]
         files = sorted(file for file in self.source.iterdir() if file.name.endswith(self.suffixes))
         stems = [shard_stem(file.name) for file in files]
+        if strange := [file.name for file in files if not is_text(file.name)]:
+            raise UserError(f"{self.source}: not UTF-8: {strange[0]!r}. Rename the file.")
         if not files:
             raise UserError(f"{self.source}: no file in it ends in {' or '.join(self.suffixes)}")
         if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):

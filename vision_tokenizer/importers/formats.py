@@ -21,7 +21,7 @@ from vision_tokenizer.codebook.annotations import check_conversations, image_nam
 from vision_tokenizer.codebook.items import IMAGE_SUFFIXES, build_item
 from vision_tokenizer.importers.items import Record, existing_image
 from vistoken.errors import Failed, Rejected, UserError
-from vistoken.files import read_file
+from vistoken.files import is_text, read_file
 from vistoken.jobs.chunks import Chunk, ChunkTable, chunk_table
 
 CHUNK_ITEMS = 1000
@@ -165,7 +165,7 @@ class Pairs(Format):
     def fingerprint(self, file: Path) -> str:
         digest = hashlib.sha256()
         for name, text in self._pairs:
-            digest.update(f"{name}\n".encode())
+            digest.update(f"{name}\n".encode(errors="surrogateescape"))
             if text:
                 with suppress(OSError):  # what cannot be read fails as an item
                     digest.update(super().fingerprint(self.source / text).encode())
@@ -177,6 +177,10 @@ class Pairs(Format):
     def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
         for index in range(chunk.first_item, chunk.first_item + chunk.items):
             name, text = self._pairs[index]
+            if not is_text(name):
+                shown = name.encode(errors="backslashreplace").decode()
+                yield Record(index, shown, shown, Failed("name not UTF-8", f"{self.source / shown}: rename the file"))
+                continue
             item_id = str(PurePosixPath(name).with_suffix(""))
             yield Record.of(index, name, item_id, self._item, name, text, item_id)
 

@@ -34,6 +34,9 @@ class DualViTokSizes:
     pixel_decoder: ConvSizes
 
 
+MOST, MOST_LAYERS = 1 << 24, 1000  # beyond any model: sizes that memory, or the time to build them, would not bear
+
+
 class _Part:
     """One dict of a config; its errors name the file and the key."""
 
@@ -52,14 +55,19 @@ class _Part:
 
     def size(self, key: str, default: int) -> int:
         value = self.values.get(key, default)
-        if type(value) is not int or value < 1:
-            raise self.fail(key, "a positive integer")
+        most = MOST_LAYERS if key in ("depth", "num_blocks", "num_res_blocks") else MOST
+        if type(value) is not int or not 1 <= value <= most:
+            raise self.fail(
+                key, "a positive integer" + (f" up to {most:,}" if type(value) is int and value > most else "")
+            )
         return value
 
     def sizes(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
         values = self.values.get(key, default)
-        if not isinstance(values, (list, tuple)) or not all(type(value) is int and value >= 0 for value in values):
-            raise self.fail(key, "a list of integers")
+        if not isinstance(values, (list, tuple)) or not all(
+            type(value) is int and 0 <= value <= MOST for value in values
+        ):
+            raise self.fail(key, f"a list of integers, at most {MOST:,}")
         return tuple(values)
 
     def one_of(self, key: str, choices: tuple[Any, ...]) -> Any:
