@@ -30,14 +30,14 @@ from vistoken.weights import load_strict
 Result = TypeVar("Result")
 
 
-def open_model(config: TrainConfig) -> tuple[nn.Module, ModelFolder]:
+def open_model(config: TrainConfig, *, resumed: bool = False) -> tuple[nn.Module, ModelFolder]:
     """The model on the CPU, its weights mapped from their files and its frozen parts frozen, and the folder it comes
-    from. Raises `UserError` where the weights do not fit.
+    from. With `resumed`, a checkpoint will fill them. Raises `UserError` where the weights do not fit.
     """
     if config.variant == "lm":
         from training.models.causal_lm import open_causal_lm
 
-        model, folder = open_causal_lm(config)
+        model, folder = open_causal_lm(config, drawn=not resumed)
     else:
         folder = open_unitoken(Path(config.init_from), Path(config.vit_from), config.seed)
         with torch.device("meta"):

@@ -115,6 +115,8 @@ class TrainConfig:
             raise UserError("--tokenizer_from goes with --variant lm; the tokenizer is in --init_from")
         if self.condition_dropout > 1:
             raise UserError(f"--condition_dropout is a share from 0 to 1, found {self.condition_dropout}")
+        if self.selective_checkpointing and not self.checkpointing:
+            raise UserError("--selective_checkpointing goes with --checkpointing")
         if self.min_lr > self.lr:
             raise UserError(f"--min_lr {self.min_lr} is above --lr {self.lr}")
         if self.warmup_epochs >= self.epochs:
@@ -122,6 +124,8 @@ class TrainConfig:
 
     def shares(self, world: int) -> tuple[int, int]:
         """Samples of a batch, and batches per optimizer step, of each of `world` processes."""
+        if world % (self.shard_over or world):
+            raise UserError(f"--shard_over {self.shard_over} does not divide the {world} processes")
         total, at_once, batches = self.global_batch_size, self.batch_size, self.accum_iter
         if total is None:
             return at_once or BATCH_SIZE, batches or 1

@@ -31,9 +31,9 @@ def export(checkpoint: Path, target: Path) -> None:
     config = read_config(checkpoint)
     if target.exists():
         raise UserError(f"{target} exists; name a folder that does not")
-    model, folder = open_model(config)
+    model, folder = open_model(config, resumed=True)
     tensors = {name: torch.empty(parameter.shape) for name, parameter in model.named_parameters()}
-    with process_group():
+    with process_group("cpu"):
         read_tensors(checkpoint, {"model": tensors})
     told = folder.config | {TRAINED_WITH: config.told()}
     save_folder(target, tensors.items(), sum(t.nbytes for t in tensors.values()), told, folder.companions())

@@ -13,8 +13,9 @@ from pre_tokenize.text import TOKENIZER_FILES
 from training.assemble import Data
 from training.config import TrainConfig
 from training.data.packing import IMAGE_END, IMAGE_START, NEWLINE_TOKEN, SEPARATOR, Sample
+from training.estimate import Memory, longest_batch
 from training.models.folder import ModelFolder
-from training.models.llm import LLMConfig
+from training.models.siglip import VisionConfig
 from vision_tokenizer.models.dualvitok import vocabulary
 from vistoken.errors import Failed, UserError
 
@@ -31,23 +32,13 @@ def parts_table(model: nn.Module, origins: dict[str, str]) -> str:
     return "\n".join([*lines, f"{'all':<10}{trained.total():>16,}{frozen.total():>16,}"])
 
 
-def memory_line(model: nn.Module, config: TrainConfig, sizes: LLMConfig, world: int) -> str:
-    """Bytes a process will need, roughly: weights and optimizer exactly, activations for the longest batch."""
-    parameters = list(model.parameters())
-    weights = sum(p.numel() for p in parameters) * 4 / world
-    training = sum(p.numel() for p in parameters if p.requires_grad) * 12 / world  # gradient and two moments
-    width = 4 if config.precision in ("fp32", "tf32") else 2
-    gathered = 2 * sizes.vocab_size * sizes.hidden_size * width
-    if config.data_parallel == "sdp":
-        gathered += sum(p.numel() for p in parameters) * width
-    tokens = config.shares(world)[0] * config.max_seq_len
-    per_token = sizes.hidden_size if config.checkpointing else 14 * sizes.hidden_size + 4 * sizes.intermediate_size
-    activations = tokens * per_token * sizes.num_hidden_layers * width
-    total = weights + training + gathered + activations
-    gib = [f"{value / 2**30:.1f}" for value in (total, weights, training, gathered, activations)]
+def memory_lines(memory: Memory, config: TrainConfig, vision: VisionConfig | None, world: int) -> str:
+    samples, batches = config.shares(world)
+    tokens, tiles = longest_batch(config, vision, samples)
+    longest = f"{tokens:,} tokens" + (f" and {tiles} tiles" if tiles else "")
     return (
-        f"memory a process: about {gib[0]} GiB = weights {gib[1]} + gradients and optimizer {gib[2]} "
-        f"+ gathered weights {gib[3]} + activations of {tokens:,} discrete tokens {gib[4]}"
+        f"a step: {world} processes x {batches} batches x {samples} samples\n"
+        f"memory a process: about {memory}, with a batch of {longest}"
     )
 
 

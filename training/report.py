@@ -164,10 +164,14 @@ class Flops:
                 )
 
     def of(self, batch: Batch) -> float:
-        features = len(batch.tiles) * self.features_per_tile
+        squares = batch.lengths.double().square().sum().item()
+        return self.count(len(batch.tokens), batch.label_count, len(batch.tiles), squares)
+
+    def count(self, tokens: int, labels: int, tiles: int, squares: float) -> float:
+        """`squares` is the sum of the samples' squared lengths."""
         return (
-            self.parts["decoder"] * len(batch.tokens)
-            + self.parts["lm_head"] * batch.label_count
-            + (self.parts["vit"] + self.parts["adapter"]) * features
-            + self.attention * batch.lengths.double().square().sum().item()
+            self.parts["decoder"] * tokens
+            + self.parts["lm_head"] * labels
+            + (self.parts["vit"] + self.parts["adapter"]) * tiles * self.features_per_tile
+            + self.attention * squares
         )

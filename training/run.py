@@ -1,6 +1,7 @@
 """A whole run, in order: check everything that can be checked on the CPU, then take the device and train."""
 
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from training import preflight, state
+from training import estimate, preflight, state
 from training.assemble import Data, build_optimizer, on_rank_0, open_data, open_model
 from training.config import CONFIG_FILE, TrainConfig
 from training.data.loading import loader_deaths_named, make_loader, read_data_config
@@ -22,17 +23,55 @@ from training.state import Progress
 from vistoken.device import float32_products
 from vistoken.errors import UserError
 
+ROOM = 0.8  # share of a GPU's memory that may be planned for
+
 
 def run(config: TrainConfig, world: int, local_rank: int) -> None:
     """Train as `config` says, from the newest checkpoint if there is one, and save the model."""
-    batch_size, accumulation = config.shares(world)
+    samples, batches = config.shares(world)
     sources = read_data_config(Path(config.data_config))
-    model, folder = open_model(config)
+    checkpoint = starting_point(config)
+    model, folder = open_model(config, resumed=checkpoint is not None)
     with process_group() as device, float32_products(tf32=config.precision != "fp32"):
-        data = open_data(config, sources, folder, batch_size * world * accumulation, local_rank)
-        checkpoint, progress = starting_point(config, data)
-        on_rank_0(lambda: begin_output(config, data, folder, model, device, checkpoint))
-        job = start(config, model, folder, data, accumulation, device, checkpoint, progress)
+        data = open_data(config, sources, folder, world * batches * samples, local_rank)
+        settled = fixed(config, data)
+        progress = state.read_progress(checkpoint, settled) if checkpoint else Progress()
+        whole = on_rank_0(lambda: begin_output(config, data, folder, model, device, checkpoint))
+        flops = Flops(model, folder.llm, folder.vision)
+
+        shard(model, device, config.precision, reshard=config.data_parallel == "fsdp", over=config.shard_over)
+        for unit in model.units() if config.compile else ():
+            compile_unit(unit)
+        optimizer = build_optimizer(model, config, device)
+        if checkpoint:
+            state.load(checkpoint, model, optimizer)
+            if dist.get_rank() == 0:
+                write_config(config)
+                changed = state.changed(checkpoint, config)
+                print(f"going on from {checkpoint}" + (f"; changed since: {changed}" if changed else ""), flush=True)
+        order = RankBatches(
+            data.sampler,
+            config.epochs,
+            batches,
+            dist.get_rank(),
+            world,
+            position=(progress.epoch, progress.epoch_step),
+            condition_dropout=config.condition_dropout,
+        )
+        job = Run(
+            config=config,
+            model=model,
+            optimizer=optimizer,
+            scaler=torch.amp.GradScaler(device.type, progress.loss_scale, enabled=config.precision == "fp16"),
+            loader=make_loader(data.dataset, order, config.num_workers, pin=device.type == "cuda"),
+            epoch_steps=len(data.sampler),
+            accumulation=batches,
+            whole_gradients=whole,
+            device=device,
+            flops=flops,
+            fixed=settled,
+            sampler=data.sampler,
+        )
         report = None
         if dist.get_rank() == 0:
             output, interval = Path(config.output_dir), config.log_interval
@@ -42,18 +81,14 @@ def run(config: TrainConfig, world: int, local_rank: int) -> None:
         finish(config, model, folder)
 
 
-def starting_point(config: TrainConfig, data: Data) -> tuple[Path | None, Progress]:
-    """The checkpoint to go on from, if there is one, and where it stands."""
+def starting_point(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, if there is one."""
     found = state.checkpoints(Path(config.output_dir))
-    if found and not config.auto_resume and not config.resume_path:
-        raise UserError(f"{found[-1]}: with --no_auto_resume, give an --output_dir without checkpoints")
     if config.resume_path:
-        checkpoint = Path(config.resume_path)
-    elif found:
-        checkpoint = found[-1]
-    else:
-        return None, Progress()
-    return checkpoint, state.read_progress(checkpoint, fixed(config, data))
+        return Path(config.resume_path)
+    if found and not config.auto_resume:
+        raise UserError(f"{found[-1]}: with --no_auto_resume, give an --output_dir without checkpoints")
+    return found[-1] if found else None
 
 
 def fixed(config: TrainConfig, data: Data) -> dict:
@@ -74,19 +109,25 @@ def begin_output(
     model: nn.Module,
     device: torch.device,
     checkpoint: Path | None,
-) -> None:
-    """Rank 0's preflight: can it be done, and what will happen, in print."""
+) -> bool:
+    """Rank 0's preflight: can it be done, and what will happen, in print. Returns whether whole gradients are kept."""
     if find_spec("tensorboard") is None:
         raise UserError("tensorboard is not installed: pip install 'vistoken[train]'")
     if not checkpoint:  # the former run's configuration stays until it is clear that its checkpoint fits
         write_config(config)
     origins = dict.fromkeys(folder.origins, str(checkpoint)) if checkpoint else folder.origins
     world = dist.get_world_size()
+    with_whole = estimate.memory(model, config, folder.llm, folder.vision, world, whole=True)
+    whole = config.whole_gradients == "yes"
+    if config.whole_gradients == "auto" and device.type == "cuda" and world > 1 and config.shares(world)[1] > 1:
+        whole = with_whole.total < ROOM * torch.cuda.get_device_properties(device).total_memory
+    memory = with_whole if whole else replace(with_whole, whole_gradients=0)
     print(preflight.device_line(device, world))
     print(preflight.parts_table(model, origins))
-    print(preflight.memory_line(model, config, folder.llm, world))
+    print(preflight.memory_lines(memory, config, folder.vision, world))
     print(preflight.data_lines(data))
     print(preflight.sample_text(data, folder), flush=True)
+    return whole
 
 
 def write_config(config: TrainConfig) -> None:
@@ -96,57 +137,6 @@ def write_config(config: TrainConfig) -> None:
         config.dump(output / CONFIG_FILE)
     except OSError as error:
         raise UserError(f"--output_dir {output}: cannot write there ({error.strerror})") from error
-
-
-def start(
-    config: TrainConfig,
-    model: nn.Module,
-    folder: ModelFolder,
-    data: Data,
-    accumulation: int,
-    device: torch.device,
-    checkpoint: Path | None,
-    progress: Progress,
-) -> Run:
-    """Take the device: shard the model, go on from the checkpoint if there is one, start the loader."""
-    flops = Flops(model, folder.llm, folder.vision)
-    shard(model, device, config.precision, reshard=config.data_parallel == "fsdp", over=config.shard_over)
-    if config.compile:
-        for unit in model.units():
-            compile_unit(unit)
-    optimizer = build_optimizer(model, config, device)
-    if checkpoint:
-        state.load(checkpoint, model, optimizer)
-        if dist.get_rank() == 0:
-            write_config(config)
-            changed = state.changed(checkpoint, config)
-            print(f"going on from {checkpoint}" + (f"; changed since: {changed}" if changed else ""), flush=True)
-    scaler = torch.amp.GradScaler(device.type, progress.loss_scale, enabled=config.precision == "fp16")
-    order = RankBatches(
-        data.sampler,
-        config.epochs,
-        accumulation,
-        dist.get_rank(),
-        dist.get_world_size(),
-        position=(progress.epoch, progress.epoch_step),
-        condition_dropout=config.condition_dropout,
-    )
-    loader = make_loader(data.dataset, order, config.num_workers, pin=device.type == "cuda")
-    whole = config.whole_gradients == "yes"
-    return Run(
-        config,
-        model,
-        optimizer,
-        scaler,
-        loader,
-        epoch_steps=len(data.sampler),
-        accumulation=accumulation,
-        whole_gradients=whole,
-        device=device,
-        flops=flops,
-        fixed=fixed(config, data),
-        sampler=data.sampler,
-    )
 
 
 def finish(config: TrainConfig, model: nn.Module, folder: ModelFolder) -> None:

@@ -84,12 +84,12 @@ def load_causal_lm(folder: Path) -> tuple[nn.Module, Path, dict[str, Any]]:
     return lm, path, config
 
 
-def open_causal_lm(settings: TrainConfig) -> tuple[CausalLM, ModelFolder]:
+def open_causal_lm(settings: TrainConfig, *, drawn: bool = True) -> tuple[CausalLM, ModelFolder]:
     """The model, loaded on the CPU, with room for all words of its tokenizer or of `tokenizer_from`."""
     lm, path, config = load_causal_lm(Path(settings.init_from))
     tokenizer = Path(settings.tokenizer_from or path)
     if settings.tokenizer_from or any((path / name).is_file() for name in TOKENIZER_FILES):
-        grow(lm, TextTokenizer(tokenizer).size, settings.seed)
+        grow(lm, TextTokenizer(tokenizer).size, settings.seed, drawn=drawn)
         config["vocab_size"] = lm.config.vocab_size
     origins = dict.fromkeys((name.split(".")[0] for name, _ in lm.named_parameters()), str(path))
     folder = ModelFolder(path, tokenizer, config, language_sizes(lm.config.to_dict(), path), None, {}, origins)
