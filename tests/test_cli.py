@@ -155,12 +155,16 @@ COMMANDS = [
     "training.export_checkpoint",
     "training.toy_model",
     "training.train",
+    "vision_tokenizer.fitting.export",
+    "vision_tokenizer.fitting.teach_vit",
     "vision_tokenizer.models.chameleon.untrained",
     "vision_tokenizer.models.dualvitok.untrained",
+    "vision_tokenizer.tokenizer.evaluate_tokenizer",
     "vision_tokenizer.tokenizer.import_annotations",
     "vision_tokenizer.tokenizer.plan_codebook_inference",
     "vision_tokenizer.tokenizer.preview_codes",
     "vision_tokenizer.tokenizer.tokenizer_codebook_inference",
+    "vision_tokenizer.tokenizer.train_dualvitok",
     "vision_tokenizer.tokenizer.verify_codebook",
 ]
 

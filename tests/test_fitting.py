@@ -371,3 +371,14 @@ def test_kmeans_uses_every_code():
     assert len(nearest.unique()) > 60
     random_error = torch.cdist(features, features[:64]).min(1).values.square().mean()
     assert torch.cdist(features, codes).min(1).values.square().mean() < random_error
+
+
+@pytest.mark.slow
+def test_codebooks_are_fitted_before_the_first_step(config, pictures, tmp_path):
+    errors = []
+    for how in ("none", "covariance", "kmeans"):
+        out = tmp_path / how
+        run(config, pictures, out, f"--fit_codebooks={how}", "--max_steps=1")
+        row = json.loads((out / "DualViTok" / "metrics.jsonl").read_text().splitlines()[0])
+        errors.append(row["vq_loss"])
+    assert errors[0] > errors[1] > errors[2]

@@ -2,6 +2,7 @@
 
     from vision_tokenizer import load_tokenizer
 
+    tokenizer = load_tokenizer()  # the small one of this repository; or a config and its checkpoint:
     tokenizer = load_tokenizer("configs/example/dualvitok/dualvitok_anyres_max512.py", "checkpoints/dualvitok")
     semantic, pixel = tokenizer.encode(image)  # a PIL image of any size
     again = tokenizer.decode((semantic, pixel))
@@ -21,7 +22,11 @@ from vision_tokenizer.images.dualvitok import denormalize, normalize, to_image, 
 from vision_tokenizer.images.files import check_depth, eight_bits
 from vision_tokenizer.models.dualvitok.model import load_dualvitok
 from vision_tokenizer.models.protocol import ImageTokenizer
-from vistoken.errors import Failed
+from vistoken.errors import Failed, UserError
+
+_REPOSITORY = Path(__file__).parents[1]
+BUILT_IN = _REPOSITORY / "checkpoints" / "dualvitok_small"
+BUILT_IN_CONFIG = _REPOSITORY / "configs" / "example" / "dualvitok" / "dualvitok_small.py"
 
 BATCH = 8  # images of one size that go through the model together
 
@@ -103,8 +108,8 @@ def _batches(shapes: list[torch.Size]) -> Iterator[list[int]]:
 
 
 def load_tokenizer(
-    config: str | Path,
-    checkpoint: str | Path,
+    config: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     *,
     device: str | torch.device = "auto",
     dtype: str = "fp32",
@@ -112,12 +117,18 @@ def load_tokenizer(
     decoder: bool = True,
     compile: bool = False,
 ) -> Tokenizer:
-    """A DualViTok that is ready for use.
+    """A DualViTok that is ready for use; without arguments, the small trained one of this repository.
 
     `config` is a `.py` config, which is executed; `checkpoint` a file, a folder or a hub id; `dtype` one of `fp32`
     (IEEE), `tf32`, `bf16` and `fp16`. With `decoder=False` it only encodes and takes 0.79 G of the 1.35 G parameters.
     `compile` pays off after some hundred images of a size. Raises `UserError` with what to do.
     """
+    if (config is None) != (checkpoint is None):
+        raise UserError("a tokenizer is a config and a checkpoint: name both, or none for the built-in one")
+    if config is None:
+        config, checkpoint = BUILT_IN_CONFIG, BUILT_IN
+        if not BUILT_IN.is_dir():
+            raise UserError(f"{BUILT_IN}: the built-in tokenizer comes with a checkout of the repository; name another")
     return Tokenizer(
         load_dualvitok(
             config, checkpoint, device=device, dtype=dtype, use_ema=use_ema, decoder=decoder, compile=compile

@@ -62,8 +62,8 @@ class TrainableDualViTok(nn.Module):
         self.options = {"semantic": semantic or QuantizerOptions(), "pixel": pixel or QuantizerOptions()}
         model.semantic_encoder.model.requires_grad_(False)
 
-    def forward(self, pixels: Tensor, keep: Tensor | None = None) -> Outputs:
-        """`keep` (B, 1, h, w) says which pixel codes stay; drawn here if code dropping is on and none is given."""
+    def features(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """What each quantizer sees, (B, h, w, d), and the semantic target (B, h, w, C), a constant."""
         model = self.model
         with torch.no_grad():
             image = vit_input(pixels)
@@ -73,6 +73,12 @@ class TrainableDualViTok(nn.Module):
             "semantic": model.semantic_encoder.features(target, height, width),
             "pixel": model.pixel_quant_conv(model.pixel_encoder(pixels)).permute(0, 2, 3, 1),
         }
+        return features, target.unflatten(1, (height, width))
+
+    def forward(self, pixels: Tensor, keep: Tensor | None = None) -> Outputs:
+        """`keep` (B, 1, h, w) says which pixel codes stay; drawn here if code dropping is on and none is given."""
+        model = self.model
+        features, target = self.features(pixels)
         semantic = self._quantize("semantic", features["semantic"])
         pixel = self._quantize("pixel", features["pixel"])
         values = pixel.values
@@ -88,7 +94,7 @@ class TrainableDualViTok(nn.Module):
             },
             codes={"semantic": semantic.codes, "pixel": pixel.codes},
             semantic=model.semantic_decoder(semantic.values),
-            target=target.unflatten(1, (height, width)),
+            target=target,
             features=features,
         )
 
@@ -131,9 +137,12 @@ class TrainableVqgan(nn.Module):
     def quantizer_of(self, branch: str) -> str:
         return "quantize"
 
+    def features(self, pixels: Tensor) -> tuple[dict[str, Tensor], None]:
+        return {"image": self.model.quant_conv(self.model.encoder(pixels)).permute(0, 2, 3, 1)}, None
+
     def forward(self, pixels: Tensor) -> Outputs:
         model = self.model
-        features = model.quant_conv(model.encoder(pixels)).permute(0, 2, 3, 1)
+        (features,) = self.features(pixels)[0].values()
         with torch.autocast(pixels.device.type, enabled=False):
             codebook = model.quantize.embedding.weight
             wide = features.to(codebook.dtype)

@@ -20,6 +20,8 @@ from vistoken.cli import note
 from vistoken.errors import UserError
 from vistoken.weights import load_strict, read_state_dict
 
+FEATURES_PER_CODE = 8  # that k-means looks at
+
 Trainable = TrainableDualViTok | TrainableVqgan
 
 
@@ -110,12 +112,16 @@ def fit_codebooks(network: Trainable, batches: Iterable[Tensor], how: str) -> No
     """Move every codebook to where the encoder's features are, which else outrun it within some steps.
 
     `covariance` gives a random codebook the features' spread; `kmeans` puts a code where many features are. `batches`
-    are (B, 3, H, W) in [-1, 1].
+    are (B, 3, H, W) in [-1, 1]; as many are taken as are needed.
     """
-    found: dict[str, list[Tensor]] = {}
+    sizes = dict(zip(network.model.branches, network.model.codebook_sizes, strict=True))
+    found: dict[str, list[Tensor]] = {branch: [] for branch in sizes}
     for pixels in batches:
-        for branch, features in network(pixels).features.items():
-            found.setdefault(branch, []).append(features.flatten(0, -2).float())
+        for branch, features in network.features(pixels)[0].items():
+            found[branch].append(features.flatten(0, -2).float())
+        wanted = {branch: FEATURES_PER_CODE * size if how == "kmeans" else 1000 for branch, size in sizes.items()}
+        if all(sum(map(len, found[branch])) >= wanted[branch] for branch in sizes):
+            break
     for branch, parts in found.items():
         features = torch.cat(parts)
         quantizer = network.model.get_submodule(network.quantizer_of(branch))

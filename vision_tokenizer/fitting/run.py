@@ -25,8 +25,6 @@ from vistoken.device import float32_products, keep_freed_memory, local_device
 from vistoken.errors import UserError
 from vistoken.jobs.progress import bar
 
-FITTING_BATCHES = {"covariance": 4, "kmeans": 200}
-
 
 def train(settings: RunSettings) -> Path:
     """Train to the last update; returns the last checkpoint's path. Raises `UserError`."""
@@ -156,16 +154,9 @@ def perceptual_loss(settings: RunSettings) -> torch.nn.Module:
 
 def fit_to_data(fit: Updater, settings: RunSettings, data: Photographs, batches: Callable) -> None:
     note(f"fitting the codebooks to the encoder ({settings.fit_codebooks})")
-    count = FITTING_BATCHES[settings.fit_codebooks]
-
-    def some():
-        for number, (_, micro_batches) in enumerate(batches(0)):
-            if number == count:
-                return
-            yield normalize(micro_batches[0].pixels).to(fit.device)
-
+    pixels = (normalize(micro_batches[0].pixels).to(fit.device) for _, micro_batches in batches(0))
     with fit.autocast():
-        fit_codebooks(fit.network, some(), settings.fit_codebooks)
+        fit_codebooks(fit.network, pixels, settings.fit_codebooks)
     if fit.ema is not None:
         fit.ema.restart(fit.network.model)
 

@@ -14,19 +14,19 @@ import random
 import time
 from pathlib import Path
 
-from vistoken.cli import run_command
+from vistoken.cli import command_parser, run_command
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="a DualViTok config (.py, executed)")
     parser.add_argument("--data_path", type=Path, required=True, help="folder of pictures")
     parser.add_argument("--out", type=Path, required=True, help="where the ViT's weights go (.safetensors)")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--save_every", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=400, help="batches to learn from")
+    parser.add_argument("--batch", type=int, default=8, help="pictures per batch")
+    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--save_every", type=int, default=50, help="steps between files")
+    parser.add_argument("--seed", type=int, default=0, help="another one draws others")
     return parser.parse_args(argv)
 
 

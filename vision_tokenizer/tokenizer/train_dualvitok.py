@@ -16,16 +16,20 @@ interruption. `--init_from=CHECKPOINT` starts a new run from weights, for fine-t
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from vistoken.cli import leave_at_once, note, run_command
+from vistoken.cli import command_parser, leave_at_once, note, run_command
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("config", type=Path, help="a .py config with `vq_model` and `vq_loss` (executed)")
     parser.add_argument("--dry_run", action="store_true", help="print the settings, train nothing")
-    args, args.overrides = parser.parse_known_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    overrides = [text for text in given if text.startswith("--") and "=" in text]
+    args = parser.parse_args([text for text in given if text not in overrides])
+    args.overrides = overrides
     return args
 
 

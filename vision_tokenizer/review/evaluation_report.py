@@ -1,0 +1,86 @@
+"""An evaluation as a table and as a page: the best, the median and the worst pictures beside their reconstructions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vision_tokenizer.images.dualvitok import to_image
+from vision_tokenizer.models.protocol import ImageTokenizer
+from vision_tokenizer.review.evaluate import per_image, picture, reconstruct
+from vision_tokenizer.review.html import TEMPLATES, data_uri, render
+from vistoken.errors import ItemError
+from vistoken.jobs.files import write_bytes
+
+SHOWN = 4  # pictures of each group
+
+
+def table(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
+    """Rows of cells: a figure a row, an evaluation a column."""
+    names: list[str] = []
+    for _, found in evaluations:
+        names += [name for name in found["figures"] if name not in names]
+    rows = [["", *(title for title, _ in evaluations)], ["pictures", *(str(e["pictures"]) for _, e in evaluations)]]
+    for name in names:
+        rows.append([name, *(_shown(found["figures"].get(name)) for _, found in evaluations)])
+    branches = list(dict.fromkeys(branch for _, found in evaluations for branch in found["codes"]))
+    for branch in branches:
+        for what in ("codebook", "used", "perplexity"):
+            cells = [_shown(found["codes"].get(branch, {}).get(what)) for _, found in evaluations]
+            rows.append([f"{branch} codes: {what}", *cells])
+    return rows
+
+
+def _shown(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def as_text(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def write_report(
+    folder: Path,
+    evaluations: Sequence[tuple[str, dict[str, Any]]],
+    tokenizer: ImageTokenizer,
+    side: int,
+    batch_size: int,
+) -> None:
+    """`report.html`; the pictures are reconstructed once more."""
+    rows = sorted(per_image(folder), key=lambda row: -row["psnr"])
+    middle = max(0, len(rows) // 2 - SHOWN // 2)
+    chosen = [
+        ("Best", rows[:SHOWN]),
+        ("Median", rows[middle : middle + SHOWN]),
+        ("Worst", rows[-SHOWN:]),
+    ]
+    groups = [
+        (title, [shown for row in some if (shown := _pair(row, tokenizer, side, batch_size))]) for title, some in chosen
+    ]
+    first = evaluations[0][1]
+    page = render(
+        TEMPLATES / "evaluation.html",
+        title="Reconstructions",
+        subtitle=f"{first['tokenizer']['name']} {first['tokenizer']['fingerprint'][:12]} · {side} x {side}",
+        note="Originals stand left of their reconstructions; ordered by PSNR.",
+        warning="",
+        facts=[(str(first["pictures"]), "pictures"), (f"{first['figures']['psnr']:.2f} dB", "mean PSNR")],
+        table=table(evaluations),
+        definitions=first["definitions"],
+        groups=groups,
+    )
+    write_bytes(folder / "report.html", page.encode())
+
+
+def _pair(row: dict[str, Any], tokenizer: ImageTokenizer, side: int, batch_size: int) -> tuple[str, str, str] | None:
+    try:
+        original = picture(Path(row["image"]), side)
+    except ItemError:  # it went away since it was measured
+        return None
+    _, others = reconstruct(tokenizer, original[None], batch_size)
+    both = to_image(torch.cat([original, others[0]], dim=2))
+    return Path(row["image"]).name, data_uri(both), f"PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}"
