@@ -32,6 +32,7 @@ from vistoken.errors import DataError, UserError
 from vistoken.files import is_there, open_file
 from vistoken.jobs.files import atomic_write, write_bytes
 from vistoken.jobs.manifest import read_manifest
+from vistoken.store import Location, Url, location
 
 _NAME = re.compile(r"(\d+)-of-(\d+)-record\.jsonl")
 _PIECE = 1 << 18  # entries sorted in memory at a time
@@ -56,8 +57,8 @@ def main(argv: list[str] | None = None) -> None:
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("--sub_record_dir", type=Path, required=True, help="the --out_dir of pre_tokenize.py")
-    add("--save_path", type=Path, required=True, help="the record to write, .json or .jsonl")
+    add("--sub_record_dir", type=location, required=True, help="the --out_dir of pre_tokenize.py")
+    add("--save_path", type=location, required=True, help="the record to write, .json or .jsonl")
     add("--allow_partial", action="store_true", help="warn of missing ranks and items instead of ending")
     return parser.parse_args(argv)
 
@@ -76,9 +77,9 @@ class Complaints:
         print(f"warning: {message}", flush=True)
 
 
-def find_sub_records(folder: Path, complaints: Complaints) -> list[Path]:
+def find_sub_records(folder: Location, complaints: Complaints) -> list[Location]:
     """The sub-records in `folder`, by rank. Raises `UserError` for none, or for those of several runs."""
-    ranks: dict[int, dict[int, Path]] = {}
+    ranks: dict[int, dict[int, Location]] = {}
     for path in folder.glob("*-of-*-record.jsonl"):
         if match := _NAME.fullmatch(path.name):
             ranks.setdefault(int(match[2]), {})[int(match[1])] = path
@@ -95,7 +96,7 @@ def find_sub_records(folder: Path, complaints: Complaints) -> list[Path]:
     return [found[rank] for rank in sorted(found)]
 
 
-def check_manifests(sub_records: Sequence[Path], manifest: dict[str, Any]) -> None:
+def check_manifests(sub_records: Sequence[Location], manifest: dict[str, Any]) -> None:
     """Every sub-record must come from the run whose manifest lies beside it."""
     for path in sub_records:
         summary = companions(path)[1]
@@ -111,7 +112,7 @@ def check_manifests(sub_records: Sequence[Path], manifest: dict[str, Any]) -> No
 
 
 def concat(
-    sub_records: Sequence[Path], save_path: Path, manifest: dict[str, Any] | None, complaints: Complaints
+    sub_records: Sequence[Location], save_path: Location, manifest: dict[str, Any] | None, complaints: Complaints
 ) -> Lengths:
     """Write `save_path` and its companions, and return the lengths of its items.
 
@@ -181,9 +182,12 @@ class Order:
 class TokenFileCheck:
     """Entries as they must stand in the record, their token files checked on the way."""
 
-    def __init__(self, folder: Path, record_folder: Path, manifest: dict[str, Any] | None):
+    def __init__(self, folder: Location, record_folder: Location, manifest: dict[str, Any] | None):
         self._folder, self._manifest = folder, manifest
-        self._way = os.path.relpath(folder, record_folder)
+        self._way = "."  # from the record to the token files
+        if folder != record_folder:
+            stores = isinstance(folder, Url) or isinstance(record_folder, Url)
+            self._way = str(folder) if stores else os.path.relpath(folder, record_folder)
         self._file, self._path = "", Path()  # the file looked at last: entries of one come together
         self._found: Contents | None = None
 
@@ -207,10 +211,8 @@ class TokenFileCheck:
 
     def _open(self, file: str, sha256: str | None) -> None:
         path = self._folder / file
-        self._name = file if self._way == "." else str(Path(self._way, file))
-        if not is_there(
-            path
-        ):  # also False for a name that cannot be one; the published tool names files from where it was started
+        self._name = file if self._way == "." else str(location(self._way) / file)
+        if not is_there(path):  # False for what cannot be a name, too; the published tool names files from where it ran
             path = Path(file).absolute()
             self._name = str(path)
         if not is_there(path):
@@ -222,7 +224,7 @@ class TokenFileCheck:
             raise DataError(f"{path}: a token file of another run: its manifest is not that of {self._folder}")
 
 
-def _merged(sub_records: Sequence[Path], spill: Path) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
+def _merged(sub_records: Sequence[Location], spill: Location) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
     """(item, its entry, or its line in the rank's `*.rejected.jsonl`) of all ranks, ordered by item."""
     streams: list[Iterable] = []
     for path in sub_records:
@@ -231,7 +233,7 @@ def _merged(sub_records: Sequence[Path], spill: Path) -> Iterator[tuple[int, dic
     return heapq.merge(*streams, key=itemgetter(0))
 
 
-def _rejected(path: Path) -> Iterator[tuple[int, bytes]]:
+def _rejected(path: Location) -> Iterator[tuple[int, bytes]]:
     if path.exists():
         with open_file(path) as file:
             for number, line in enumerate(file, start=1):
@@ -243,12 +245,12 @@ def _rejected(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield item, line
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Location) -> Iterator[tuple[int, dict[str, Any]]]:
     for entry in read_entries(path):
         yield entry["id"], entry
 
 
-def _ascending(path: Path, spill: Path) -> list[Iterator[tuple[int, dict[str, Any]]]]:
+def _ascending(path: Location, spill: Location) -> list[Iterator[tuple[int, dict[str, Any]]]]:
     """The rows of a sub-record as streams that ascend: itself, as a rule, else sorted pieces in `spill`."""
     if all(before <= after for before, after in pairwise(item for item, _ in _rows(path))):
         return [_rows(path)]

@@ -29,6 +29,7 @@ from vistoken.jobs.chunks import Item
 from vistoken.jobs.counts import SUMMARY
 from vistoken.jobs.manifest import MANIFEST, read_manifest
 from vistoken.jobs.run import Table
+from vistoken.store import Location, location
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 RANDOM = f"user\nGenerate a random image of {IMAGE_MARK}\n"  # IMAGE_MARK: the size, or the image with its size
@@ -156,10 +157,10 @@ class DualViTokFormat:
         return mask
 
 
-def encoded_images(codes: Path) -> Path:
+def encoded_images(codes: Location) -> Location:
     """Where codebook inference, which wrote the file `codes`, found the images; the current folder if nobody knows."""
     try:
-        return Path(orjson.loads((codes.parent / SUMMARY).read_bytes())["image_dir"])
+        return location(orjson.loads((codes.parent / SUMMARY).read_bytes())["image_dir"])
     except (OSError, ValueError, LookupError, TypeError):  # codes that were moved, or made elsewhere
         return Path()
 

@@ -10,7 +10,6 @@ complete, and removed where a run begins.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from pre_tokenize.record import Lengths, companions, entry_line, manifest_id, read_entries, sub_record
@@ -24,18 +23,19 @@ from vistoken.jobs.manifest import MANIFEST, read_manifest
 from vistoken.jobs.results import Results, joining
 from vistoken.jobs.run import WORK, Output, Source, Table
 from vistoken.jobs.workers import Workers
+from vistoken.store import Location, location, within
 
 _ANY_RECORD = re.compile(r"(\d+)-of-(\d+)-record\.(jsonl|rejected\.jsonl|summary\.json)")
 _ENTRIES = ".record.jsonl"  # of one chunk, beside its result
 
 
-def open_source(path: Path, folder: Path, chunk_items: int) -> Source:
+def open_source(path: Location, folder: Location, chunk_items: int) -> Source:
     """The input file by chunks, with what `folder` knows of them already."""
     work = folder / WORK
     return Source(open_table(path, chunk_items, work / "chunks.json"), Results(work / "results"))
 
 
-def open_table(path: Path, chunk_items: int, cache: Path) -> Table:
+def open_table(path: Location, chunk_items: int, cache: Location) -> Table:
     """The items of a `.json` or `.jsonl`, or of codes in an `.arrow`."""
     return CodeTable(path, chunk_items) if path.suffix == ".arrow" else chunk_table(path, chunk_items, cache)
 
@@ -63,7 +63,7 @@ def common_manifest(
 class TokenOutput(Output):
     """Where and how token files are written. `manifest` has at least `input`, `image_dir` and `token_files`."""
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], source: Source):
+    def __init__(self, folder: Location, manifest: Mapping[str, Any], source: Source):
         super().__init__(folder, manifest, [source])
         self.source = source
 
@@ -71,10 +71,10 @@ class TokenOutput(Output):
     def _as_pickles(self) -> bool:
         return self.manifest["token_files"] == "pkl"
 
-    def folders(self) -> list[Path]:
+    def folders(self) -> list[Location]:
         return [*super().folders(), self.folder / "files"]
 
-    def made(self) -> list[Path]:
+    def made(self) -> list[Location]:
         return [*(path for path, _, _ in _records(self.folder)), *(self.folder / "files").glob("*")]
 
     def check_folder(self) -> None:
@@ -90,7 +90,7 @@ class TokenOutput(Output):
             if (rank, splits) == workers.share or splits != workers.share[1]:
                 path.unlink(missing_ok=True)
 
-    def chunk_files(self, chunk: Chunk, samples: Sequence[TokenSample]) -> dict[Path, bytes]:
+    def chunk_files(self, chunk: Chunk, samples: Sequence[TokenSample]) -> dict[Location, bytes]:
         """What is written for a chunk's samples: its token files, and its lines of the record."""
         if self._as_pickles:
             contents = {f"files/{sample.id}.pkl": self._pickle(sample) for sample in samples}
@@ -116,9 +116,11 @@ class TokenOutput(Output):
     def _pickle(self, sample: TokenSample) -> bytes:
         """A pickle knows no manifest: its images are named by their whole paths."""
         folder = self.manifest["image_dir"]
-        return pickle_bytes(sample._replace(images=tuple(str(Path(folder, image)) for image in sample.images)))
+        return pickle_bytes(
+            sample._replace(images=tuple(str(within(location(folder), image)) for image in sample.images))
+        )
 
-    def write_record(self, workers: Workers) -> tuple[Path, Counts, Lengths]:
+    def write_record(self, workers: Workers) -> tuple[Location, Counts, Lengths]:
         """List what the chunks of this worker's share, all of them complete, hold; the record is there last."""
         record = sub_record(self.folder, *workers.share)
         rejected, summary = companions(record)
@@ -140,7 +142,7 @@ def _shard(chunk: Chunk) -> str:
     return f"files/{chunk.first_item}-{chunk.first_item + chunk.items}.arrow"
 
 
-def _records(folder: Path) -> Iterator[tuple[Path, int, int]]:
+def _records(folder: Location) -> Iterator[tuple[Location, int, int]]:
     for path in folder.glob("*-of-*-record.*"):
         if match := _ANY_RECORD.fullmatch(path.name):
             yield path, int(match[1]), int(match[2])

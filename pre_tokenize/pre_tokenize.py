@@ -47,6 +47,7 @@ from vistoken.cli import (
     run_command,
 )
 from vistoken.errors import UserError
+from vistoken.store import location
 
 if TYPE_CHECKING:
     from pre_tokenize.sequences import SequenceFormat
@@ -115,11 +116,11 @@ def _sha256(text: str) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     data = parser.add_argument_group("data").add_argument
-    data("--in_filename", type=Path, required=True, help="conversations, .json or .jsonl")
-    data("--out_dir", type=Path, required=True, help="folder of the token files and records")
+    data("--in_filename", type=location, required=True, help="conversations, .json or .jsonl")
+    data("--out_dir", type=location, required=True, help="folder of the token files and records")
     data(
         "--image_dir",
-        type=Path,
+        type=location,
         help="where relative image paths begin (default: the current folder; for dualvitok, where codebook inference "
         "found the images)",
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from vision_tokenizer.tokenizer.flags import add_tokenizer_files, check_tokenizer_files
 from vistoken.cli import Flags, add_device, add_sample, command_parser, run_command
 from vistoken.errors import UserError
+from vistoken.store import location
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -34,10 +35,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def add_record(flags: Flags) -> None:
     """Which token files to read, and what wrote them."""
     add = flags.add_argument
-    add("--record", type=Path, required=True, help="what concat_record.py wrote")
+    add("--record", type=location, required=True, help="what concat_record.py wrote")
     add("--tokenizer_dir", default="ckpts/chameleon/tokenizer", help="as pre_tokenize.py had it")
     add("--text_tokenizer", help="another folder, file or hub id for the text (default: --tokenizer_dir)")
-    add("--image_dir", type=Path, help="where relative image paths begin (default: as pre_tokenize.py had it)")
+    add("--image_dir", type=location, help="where relative image paths begin (default: as pre_tokenize.py had it)")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import accumulate, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import orjson
 
 from vistoken.errors import DataError, UserError
 from vistoken.files import open_file, read_file
+from vistoken.store import Location, within
 
 _HASH = re.compile("[0-9a-f]{16}")
 BLOCK = 1 << 16  # entries that are Python objects at a time: as arrays they take a twentieth of the memory
@@ -42,21 +42,21 @@ class Record:
     (for data-loader processes) holds paths only.
     """
 
-    def __init__(self, path: Path, columns: Mapping[str, np.ndarray], folder: Path | None = None):
+    def __init__(self, path: Location, columns: Mapping[str, np.ndarray], folder: Location | None = None):
         self.path, self.folder, self._columns = path, folder, columns
         self.file_numbers, self.rows = columns["file_numbers"], columns["rows"]
         self.lengths, self.ids = columns["lengths"], columns["ids"]
         self._name_ends, self._names, self._hashes = columns["name_ends"], columns["names"], columns["hashes"]
 
     @classmethod
-    def load(cls, path: Path) -> "Record":
+    def load(cls, path: Location) -> "Record":
         """Read a record of ours or a published one. Raises `UserError` naming the line that is not an entry."""
         blocks = list(column_blocks(path))
         columns = {name: [np.empty(0, dtype), *(b[name] for b in blocks)] for name, dtype in COLUMNS.items()}
         return cls(path, {name: np.concatenate(arrays) for name, arrays in columns.items()})
 
     @classmethod
-    def mapped(cls, path: Path, folder: Path) -> "Record":
+    def mapped(cls, path: Location, folder: Location) -> "Record":
         """A record whose columns lie in `folder`."""
         return cls(path, {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in COLUMNS}, folder)
 
@@ -76,18 +76,18 @@ class Record:
         stored = int(self._hashes[self.file_numbers[index]])
         return f"{stored:016x}" if stored else None
 
-    def file(self, index: int) -> Path:
+    def file(self, index: int) -> Location:
         """The token file that holds item `index`."""
         number = int(self.file_numbers[index])
         start = int(self._name_ends[number - 1]) if number else 0
-        return self.path.parent / self._names[start : int(self._name_ends[number])].tobytes().decode()
+        return within(self.path.parent, self._names[start : int(self._name_ends[number])].tobytes().decode())
 
     def where(self, index: int) -> str:
         """The place of item `index`, for messages."""
         return f"{self.file(index)}, row {self.rows[index]}, item {self.ids[index]}"
 
 
-def column_blocks(path: Path) -> Iterator[dict[str, np.ndarray]]:
+def column_blocks(path: Location) -> Iterator[dict[str, np.ndarray]]:
     """The columns of a record, block by block, to be put one after another."""
     entries, files, end = read_entries(path), 0, 0
     numbers: dict[str, int] = {}  # of token files that hold many items; a pickle's name occurs once
@@ -115,7 +115,7 @@ def column_blocks(path: Path) -> Iterator[dict[str, np.ndarray]]:
         }
 
 
-def read_entries(path: Path) -> Iterator[dict[str, Any]]:
+def read_entries(path: Location) -> Iterator[dict[str, Any]]:
     """Checked entries of a record, one at a time. Only a list that is written on one line is held as a whole."""
     try:
         with open_file(path) as file:
@@ -145,14 +145,14 @@ def entry_line(file: str, row: int | None, length: int, item: int, sha256: str |
     return orjson.dumps({**where, "len": length, "id": item, **({"sha256": sha256} if sha256 else {})})
 
 
-def _whole(path: Path) -> list[Any]:
+def _whole(path: Location) -> list[Any]:
     entries = _parsed(read_file(path), path, 1)
     if not isinstance(entries, list):
         raise DataError(f"{path}: not a record: expected a list of entries")
     return entries
 
 
-def _parsed(content: bytes, path: Path, line: int) -> Any:
+def _parsed(content: bytes, path: Location, line: int) -> Any:
     try:
         return orjson.loads(content)
     except orjson.JSONDecodeError as error:
@@ -163,7 +163,7 @@ def _fits(number: Any, end: int) -> bool:
     return type(number) is int and 0 <= number < end
 
 
-def _checked(entry: Any, path: Path, where: str) -> dict[str, Any]:
+def _checked(entry: Any, path: Location, where: str) -> dict[str, Any]:
     right = (
         isinstance(entry, dict)
         and isinstance(entry.get("file"), str)
@@ -207,12 +207,12 @@ class Lengths:
         return ", ".join(f"{name} {value:,}" for name, value in self.as_dict().items())
 
 
-def sub_record(folder: Path, rank: int, splits: int) -> Path:
+def sub_record(folder: Location, rank: int, splits: int) -> Location:
     """Where rank `rank` of `splits` lists its items, under the published name."""
     return folder / f"{rank}-of-{splits}-record.jsonl"
 
 
-def companions(record: Path) -> tuple[Path, Path]:
+def companions(record: Location) -> tuple[Location, Location]:
     """Beside a record: the items that are not in it (`*.rejected.jsonl`), and its summary (`*.summary.json`)."""
     return record.with_suffix(".rejected.jsonl"), record.with_suffix(".summary.json")
 

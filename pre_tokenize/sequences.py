@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,10 +12,11 @@ from pre_tokenize.token_file import TokenSample
 from vision_tokenizer.codebook.encoder import Encoded
 from vistoken.errors import Failed, ItemError
 from vistoken.jobs.chunks import Item
+from vistoken.store import Location, within
 
 ProcessItem = Callable[[dict[str, Any]], dict[str, Any]]  # somebody's own format -> the document's
 Parse = Callable[[dict[str, Any]], Conversation]
-Images = Mapping[Path, Encoded | ItemError]
+Images = Mapping[Location, Encoded | ItemError]
 
 # what code that takes an item apart raises when the item is not as it expects
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, AssertionError)
@@ -29,7 +29,7 @@ class Draft:
     item: int
     marked: np.ndarray  # (N,) ids, END after each turn and IMAGE in the place of each image
     parsed: Conversation
-    paths: tuple[Path, ...] = ()  # the images whose codes it needs
+    paths: tuple[Location, ...] = ()  # the images whose codes it needs
 
 
 class Block(NamedTuple):
@@ -104,7 +104,7 @@ def pairs(tokens: np.ndarray, start: int, end: int, what: str) -> list[tuple[int
 
 
 def tokenize_items(
-    items: Sequence[Item], parse: Parse, text: TextTokenizer, image_dir: Path | None = None
+    items: Sequence[Item], parse: Parse, text: TextTokenizer, image_dir: Location | None = None
 ) -> Iterator[Draft | ItemError]:
     """The drafts of `items`; those of images that are still files have their paths, which begin at `image_dir`."""
     parsed = [_parsed(item, parse) for item in items]
@@ -114,7 +114,7 @@ def tokenize_items(
         if isinstance(marked, ItemError):
             yield marked
         else:
-            paths = () if image_dir is None else tuple(image_dir / image for image in found.images)
+            paths = () if image_dir is None else tuple(within(image_dir, image) for image in found.images)
             yield Draft(item.index, marked, found, paths)
 
 

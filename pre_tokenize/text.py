@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from pre_tokenize.conversation import END_MARK, IMAGE_MARK
 from vistoken.errors import Failed, UserError
+from vistoken.store import Location, location
 from vistoken.weights import looks_like_hub_id
 
 TOKENIZER_FILES = ("text_tokenizer.json", "tokenizer.json")
@@ -32,7 +33,7 @@ class TextTokenizer:
     there is no such tokenizer.
     """
 
-    def __init__(self, source: str | Path):
+    def __init__(self, source: str | Location):
         self.path = find_tokenizer(str(source))
         content = self.path.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
@@ -77,7 +78,7 @@ class TextTokenizer:
         return self._final[ids]
 
 
-def parse_tokenizer(content: bytes, path: Path) -> Tokenizer:
+def parse_tokenizer(content: bytes, path: Location) -> Tokenizer:
     """A tokenizer file's content; `path` is blamed in the `UserError` for what is none."""
     try:
         return Tokenizer.from_buffer(content)
@@ -85,9 +86,9 @@ def parse_tokenizer(content: bytes, path: Path) -> Tokenizer:
         raise UserError(f"{path}: not a Hugging Face tokenizers file ({error})") from error
 
 
-def find_tokenizer(source: str) -> Path:
+def find_tokenizer(source: str) -> Location:
     """The tokenizer file that a file name, a folder or a hub id means. Raises `UserError`."""
-    path = Path(source)
+    path = location(source)
     if path.is_file():
         return path
     if path.is_dir():

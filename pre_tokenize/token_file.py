@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from pre_tokenize.record import Record
 from vistoken.errors import DataError
 from vistoken.files import check_regular, read_file
 from vistoken.jobs.manifest import read_manifest
+from vistoken.store import Location, Url, location, within
 
 SCHEMA = pa.schema(
     {
@@ -37,6 +37,7 @@ SCHEMA = pa.schema(
 IGNORE = -100  # the label of what is not learned
 MAKE_ANEW = "Run pre_tokenize.py again: it makes token files that are gone anew."
 OPEN_SHARDS = 8192  # kept mapped at a time: a mapping needs no open file, and Linux grants a process 65,530
+_READ_SHARDS = 64  # of a store, which are in memory
 
 
 class TokenSample(NamedTuple):
@@ -65,11 +66,11 @@ class TokenFiles(Sequence[TokenSample]):
 
     def __init__(
         self,
-        record: Record | str | Path,
-        image_dir: str | Path | None = None,
+        record: Record | str | Location,
+        image_dir: str | Location | None = None,
         checked: "CheckedFiles | None" = None,
     ):
-        self.record = record if isinstance(record, Record) else Record.load(Path(record))
+        self.record = record if isinstance(record, Record) else Record.load(location(record))
         self._image_dir = image_dir
         self._checked = checked
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
@@ -114,7 +115,7 @@ class TokenFiles(Sequence[TokenSample]):
                 f"{path}, row {row}: holds item {sample.id} of {len(sample.tokens)} tokens, but the record "
                 f"{record.path} says item {record.ids[index]} of {record.lengths[index]}. Run concat_record.py again."
             )
-        return sample._replace(images=tuple(str(Path(folder or "", image)) for image in sample.images))
+        return sample._replace(images=tuple(str(within(location(folder or ""), image)) for image in sample.images))
 
     def _shard(self, index: int) -> "_Shard":
         """The mapped file of item `index`, from those that are open; the one used longest ago is closed for it."""
@@ -122,7 +123,7 @@ class TokenFiles(Sequence[TokenSample]):
         if number not in self._shards:
             self._shards[number] = _Shard(self.record.file(index), sha256 := self._unchecked(index))
             self._mark(index, sha256)
-            if len(self._shards) > OPEN_SHARDS:
+            if len(self._shards) > (_READ_SHARDS if isinstance(self.record.path, Url) else OPEN_SHARDS):
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)
         return self._shards[number]
@@ -147,7 +148,7 @@ class CheckedFiles:
     All processes on a machine share it. Where two look at once, both check.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Location):
         self.path = path
         self._descriptor: int | None = None
 
@@ -172,17 +173,17 @@ class CheckedFiles:
 
 
 class _Shard:
-    """One memory-mapped Arrow file, as numpy views of its buffers.
+    """One Arrow file as numpy views of its buffers: memory-mapped, or of a store in memory.
 
     Args:
         sha256: what the file's hash begins with, if it is to be checked.
     """
 
-    def __init__(self, path: Path, sha256: str | None = None):
+    def __init__(self, path: Location, sha256: str | None = None):
         self.path = path
         try:
             check_regular(path)
-            with pa.memory_map(str(path)) as source:
+            with pa.BufferReader(path.read_bytes()) if isinstance(path, Url) else pa.memory_map(str(path)) as source:
                 content = source.read_buffer()
                 check_hash(path, content, sha256)
                 reader = pa.ipc.open_file(content, options=pa.ipc.IpcReadOptions(use_threads=False))
@@ -231,7 +232,7 @@ def hash_of(content: Any) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def check_hash(path: Path, content: Any, sha256: str | None) -> None:
+def check_hash(path: Location, content: Any, sha256: str | None) -> None:
     """Raises `DataError` where the bytes are not those that were written. None: nothing is known of them."""
     if sha256 is not None and (found := hash_of(content)) != sha256:
         raise DataError(
@@ -240,7 +241,7 @@ def check_hash(path: Path, content: Any, sha256: str | None) -> None:
         )
 
 
-def _damaged(path: Path, error: Exception | str) -> DataError:
+def _damaged(path: Location, error: Exception | str) -> DataError:
     return DataError(f"{path}: not a token file, or a damaged one ({error}). Delete it. {MAKE_ANEW}")
 
 
@@ -250,7 +251,7 @@ def _manifest(content: bytes) -> dict[str, Any]:
     return orjson.loads(content)
 
 
-def read_shard(path: Path) -> list[TokenSample]:
+def read_shard(path: Location) -> list[TokenSample]:
     """All samples of one Arrow token file, image paths as stored."""
     shard = _Shard(path)
     return [shard.sample(row) for row in range(shard.rows)]
@@ -265,7 +266,7 @@ class Contents(NamedTuple):
     manifest: dict[str, Any] | None  # None for a pickle
 
 
-def contents_of(path: Path, sha256: str | None = None) -> Contents:
+def contents_of(path: Location, sha256: str | None = None) -> Contents:
     """Read a token file of either form as a whole. Raises `DataError` where it is damaged or not of this hash."""
     try:
         sha256 = sha256 or hash_of(read_file(path))
@@ -319,7 +320,7 @@ class _PlainUnpickler(pickle.Unpickler):
 _DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, OverflowError)
 
 
-def read_pickle(path: Path, sha256: str | None = None) -> TokenSample:
+def read_pickle(path: Location, sha256: str | None = None) -> TokenSample:
     """A published token file. Raises `DataError` where it is missing, damaged, not of this hash, or would run code."""
     try:
         stored = read_file(path)

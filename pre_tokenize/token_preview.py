@@ -17,6 +17,7 @@ from vision_tokenizer.review.preview import Pair, decode_codes, make_pair, mean_
 from vision_tokenizer.review.quality import CodeUse
 from vistoken.errors import ItemError
 from vistoken.jobs.files import write_bytes
+from vistoken.store import location
 
 TEMPLATE = Path(__file__).with_name("tokens.html")
 COUNTED = 2000  # sequences whose codes and masks are counted; lengths are those of all
@@ -116,7 +117,7 @@ class Renderer:
 
     def _image(self, sample: TokenSample, number: int, block: Block) -> Piece:
         learned = bool(sample.loss_mask[block.start])
-        path = Path(sample.images[number]) if number < len(sample.images) else None
+        path = location(sample.images[number]) if number < len(sample.images) else None
         name = path.name if path else "image"
         if self._tokenizer is None:
             return Piece(learned, f"{name}, {block.size[0]} x {block.size[1]}", mark=True)

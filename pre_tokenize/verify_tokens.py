@@ -14,18 +14,18 @@ too; they have no manifest, so nothing is tokenised again.
 
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pre_tokenize.preview_tokens import add_record
 from vistoken.cli import add_device, add_sample, command_parser, run_command
+from vistoken.store import location
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add_record(parser)
     add = parser.add_argument
-    add("--in_filename", type=Path, help="the conversations that the tokens were made from (default: none)")
+    add("--in_filename", type=location, help="the conversations that the tokens were made from (default: none)")
     add("--item_processor", metavar="FILE.py:Class", help="as pre_tokenize.py had it (default: none)")
     add_sample(parser, "items to tokenise again", default=100, low=0)
     add_device(parser)
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{args.record}: no items in it")
     text, manifest = TextTokenizer(args.text_tokenizer or args.tokenizer_dir), files.manifest()
     processor, _ = load_item_processor(args.item_processor)
-    image_dir = args.image_dir or Path(manifest["image_dir"] if manifest else "")
+    image_dir = args.image_dir or location(manifest["image_dir"] if manifest else "")
     reader = load_format(manifest, text, processor.process_item, image_dir)
     can_repeat = bool(manifest and args.in_filename)
     table = check_input(manifest, args.in_filename, issues) if can_repeat else None

@@ -1,4 +1,7 @@
-"""Files of the user's, opened only where they are files: a named pipe waits for its writer, a device may never end."""
+"""Files of the user's, opened only where they are files: a named pipe waits for its writer, a device may never end.
+
+An object in a store is a file, or absent.
+"""
 
 import errno
 import os
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vistoken.errors import UserError
+from vistoken.store import Location, Url, location
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -25,7 +29,7 @@ def is_text(name: str) -> bool:
     return True
 
 
-def is_there(path: Path) -> bool:
+def is_there(path: Location) -> bool:
     """Whether `path` exists. `Path.exists` raises where it is too long to be a path at all."""
     try:
         return path.exists()
@@ -33,8 +37,10 @@ def is_there(path: Path) -> bool:
         return False
 
 
-def check_regular(path: str | Path) -> None:
+def check_regular(path: str | Location) -> None:
     """Raises `OSError` (with `strerror`, for messages) where `path`, or what it links to, is no regular file."""
+    if isinstance(path, Url):
+        return
     mode = Path(path).stat().st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -43,13 +49,13 @@ def check_regular(path: str | Path) -> None:
         raise OSError(errno.EINVAL, f"it is {found}, not a regular file", str(path))
 
 
-def open_file(path: str | Path) -> BinaryIO:
+def open_file(path: str | Location) -> BinaryIO:
     """`path` for reading. Raises `OSError` as `open` does, and where it is no regular file, before it is opened."""
     check_regular(path)
-    return Path(path).open("rb")
+    return location(path).open("rb")
 
 
-def read_yaml(path: Path, what: str) -> Any:
+def read_yaml(path: Location, what: str) -> Any:
     """The content of a YAML file. Raises `UserError`, which calls it `what`, with the line that is wrong."""
     import yaml
 
@@ -69,7 +75,7 @@ def read_yaml(path: Path, what: str) -> Any:
         raise UserError(f"{path}: brackets of this {what} are nested too deeply") from error
 
 
-def read_file(path: str | Path) -> bytes:
+def read_file(path: str | Location) -> bytes:
     """The content of `path`. Raises as `open_file` does."""
     with open_file(path) as file:
         return file.read()

@@ -26,17 +26,18 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from vistoken.errors import UserError
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 ATTEMPTS = 9  # with the pauses between them, a store may be away for about 20 seconds
@@ -61,6 +62,11 @@ def location(text: "str | Path | Url") -> "Path | Url":
     return Url(text)
 
 
+def within(folder: "Path | Url", name: str) -> "Path | Url":
+    """`folder / name`, or what `name` says where it is a whole URL."""
+    return location(name) if _SCHEME.match(name) else folder / name
+
+
 class Stat(NamedTuple):
     """What a store knows of an object, under the names of `os.stat_result`."""
 
@@ -81,9 +87,9 @@ class Url:
     def __str__(self) -> str:
         return self.url
 
-    def __truediv__(self, other: "str | Path | Url") -> "Path | Url":
+    def __truediv__(self, other: "str | PurePath | Url") -> "Path | Url":
         """As with paths, what stands for itself (a URL, an absolute path) stays what it is."""
-        where = location(other)
+        where = other if isinstance(other, Url) else location(str(other))
         if isinstance(where, Url) or where.is_absolute():
             return where
         return Url(f"{self.url}/{where.as_posix()}")
@@ -195,10 +201,13 @@ class Url:
         return self.read_bytes().decode(encoding)
 
     def open(self, mode: str = "rb", buffering: int = BLOCK) -> BinaryIO:
-        """To read and to seek; every request is for `buffering` bytes or more. Writing is `put`, whole."""
+        """To read and to seek; a request is for `buffering` bytes or more (0: as many as are read).
+
+        Writing is `put`, whole.
+        """
         if mode != "rb":
             raise ValueError(f"{self}: mode {mode!r}: an object is opened to be read; it is written whole, with `put`")
-        return io.BufferedReader(_Ranges(self), buffering)
+        return io.BufferedReader(_Ranges(self), buffering) if buffering else _Ranges(self)  # type: ignore[return-value]
 
     def write_bytes(self, content: bytes) -> None:
         put(self, content)
@@ -207,10 +216,17 @@ class Url:
         """A store has no folders of its own."""
 
     def unlink(self, missing_ok: bool = False) -> None:
+        attempts = 0
+
+        def delete(system: Any, key: str) -> None:
+            nonlocal attempts
+            attempts += 1
+            system.delete_file(key)
+
         try:
-            _ask(self, lambda system, key: system.delete_file(key))
+            _ask(self, delete)
         except FileNotFoundError:
-            if not missing_ok:
+            if not missing_ok and attempts == 1:  # a later attempt finds that the one before did its work
                 raise
 
 
@@ -219,7 +235,7 @@ Location = Path | Url
 
 def read_range(where: Location, start: int, length: int) -> bytes:
     """`length` bytes from `start`; fewer at the end of the file."""
-    with where.open("rb", buffering=0) if isinstance(where, Path) else where.open("rb", 1) as file:
+    with where.open("rb", buffering=0) as file:
         file.seek(start)
         return file.read(length)
 
@@ -227,6 +243,18 @@ def read_range(where: Location, start: int, length: int) -> bytes:
 def stream(where: Location) -> BinaryIO:
     """A file to be read once from front to back: of a store, the next blocks are on their way while one is used."""
     return where.open("rb") if isinstance(where, Path) else io.BufferedReader(_Ahead(where), 1 << 20)
+
+
+def read_ahead(read: Callable[[A], T], things: Iterable[A], threads: int = 16) -> Iterator[T]:
+    """`map(read, things)` with this many requests on their way: a store answers slowly, but many at a time."""
+    with ThreadPoolExecutor(threads, "store") as pool:
+        coming: deque[Future[T]] = deque()
+        for thing in things:
+            coming.append(pool.submit(read, thing))
+            if len(coming) == 2 * threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def put(url: Url, content: bytes | BinaryIO) -> None:
@@ -258,14 +286,18 @@ def remove_tree(where: Location) -> None:
 def local_copy(where: Location) -> Iterator[Path]:
     """The file or folder as one on the disk: a path is itself; of a URL a copy, which goes at the end of the block.
 
-    A file that was memory-mapped in the block stays readable after it.
+    A file that was memory-mapped in the block stays readable after it. Raises `UserError` where the store does not give
+    it.
     """
     if isinstance(where, Path):
         yield where
         return
     with tempfile.TemporaryDirectory(prefix="vistoken-") as folder:
         copy = Path(folder) / where.name
-        _download(where, copy)
+        try:
+            _download(where, copy)
+        except OSError as error:
+            raise UserError(f"{where}: cannot read it ({error.strerror or error})") from error
         yield copy
 
 

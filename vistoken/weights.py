@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vistoken.errors import UserError
 from vistoken.files import check_regular
+from vistoken.store import Location, Url, local_copy, location
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -28,14 +29,19 @@ ACCEPTED = f"a {', '.join(PICKLES)} or .safetensors file, a folder that holds on
 
 
 def read_state_dict(
-    source: str | Path, *, use_ema: bool = False, keep: Iterable[str] | None = None
+    source: str | Location, *, use_ema: bool = False, keep: Iterable[str] | None = None
 ) -> dict[str, Tensor]:
     """Named CPU tensors of a checkpoint.
 
-    `source` is a file, a folder (one file, or shards with their index.json) or a hub id. A pickle may hold the
-    tensors themselves or nest them under `model` or `state_dict`; those under `ema` are used only if `use_ema`.
+    `source` is a file, a folder (one file, or shards with their index.json), the URL of either, or a hub id. A pickle
+    may hold the tensors themselves or nest them under `model` or `state_dict`; those under `ema` are used only if
+    `use_ema`.
     With `keep`, only names that start with one of these prefixes are returned. Raises `UserError`, also for none.
     """
+    where = location(source)
+    if isinstance(where, Url):
+        with local_copy(where) as copy:
+            return read_state_dict(copy, use_ema=use_ema, keep=keep)
     if not str(source):
         raise UserError(f"the checkpoint's name is empty; a checkpoint is {ACCEPTED}")
     prefixes = ("",) if keep is None else tuple(keep)
@@ -54,7 +60,7 @@ def read_state_dict(
 
 
 def load_strict(
-    module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path, ignore: Iterable[str] = ()
+    module: nn.Module, state: Mapping[str, Tensor], *, source: str | Location, ignore: Iterable[str] = ()
 ) -> None:
     """Give `module` (best built on the meta device) the tensors of `state` without copying them.
 

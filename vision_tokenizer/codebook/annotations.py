@@ -19,6 +19,7 @@ from typing import Any
 from vistoken.cli import note
 from vistoken.errors import Failed, UserError
 from vistoken.files import is_text, read_file
+from vistoken.store import Location, Url, location
 
 _FIELDS = {"root": str, "image_dir": str, "annotation_dir": str, "tokenizer_inference": bool}
 _SHARD_FIELDS = {"root": str, "shards": str, "tokenizer_inference": bool}
@@ -34,14 +35,14 @@ class Dataset:
     """One entry of the metadata config."""
 
     name: str
-    root: Path
-    image_dir: Path  # both of no use where there are shards
-    annotation_dir: Path
+    root: Location
+    image_dir: Location  # both of no use where there are shards
+    annotation_dir: Location
     tokenizer_inference: bool
     shards: str | None = None  # a name, a range in braces or a glob
     shard_options: tuple[tuple[str, str], ...] = ()
 
-    def annotation_files(self) -> list[Path]:
+    def annotation_files(self) -> list[Location]:
         """The data set's `.jsonl` and `.json` files in name order.
 
         Raises `UserError` for a folder that is missing or holds none, and for two files of one output name.
@@ -61,9 +62,9 @@ class Dataset:
         self.check_outputs([(path.stem, path) for path in files])
         return files
 
-    def check_outputs(self, files: Sequence[tuple[str, Path]]) -> None:
+    def check_outputs(self, files: Sequence[tuple[str, Location]]) -> None:
         """Raises `UserError` for two files of one output name, or a name that is not UTF-8."""
-        outputs: dict[str, Path] = {}
+        outputs: dict[str, Location] = {}
         for stem, path in files:
             if not is_text(stem):
                 raise UserError(f"data set {self.name}: not UTF-8: {path.name!r} in {path.parent}. Rename the file.")
@@ -79,7 +80,7 @@ class Dataset:
 
     def left_out(self) -> list[str]:
         """What else is in `annotation_dir` and might hold annotations, too: folders, `.jsonl.gz` and their like."""
-        if self.shards is not None:
+        if self.shards is not None or isinstance(self.annotation_dir, Url):  # a listing does not tell what is a folder
             return []
         with suppress(OSError), os.scandir(self.annotation_dir) as entries:
             return sorted(
@@ -94,7 +95,7 @@ def _is_annotations(name: str) -> bool:
     return PurePath(name).suffix.lower() in (".jsonl", ".json")
 
 
-def read_data_config(path: Path, names: Sequence[str] | None = None) -> list[Dataset]:
+def read_data_config(path: Location, names: Sequence[str] | None = None) -> list[Dataset]:
     """The data sets of a metadata config, or those of `names`.
 
     Raises `UserError` naming the data set and field that is wrong, or the name that is not in it.
@@ -122,12 +123,12 @@ def read_data_config(path: Path, names: Sequence[str] | None = None) -> list[Dat
     return [dataset for dataset in datasets if not names or dataset.name in names]
 
 
-def select_datasets(path: Path, names: Sequence[str] | None) -> list[Dataset]:
+def select_datasets(path: Location, names: Sequence[str] | None) -> list[Dataset]:
     """Those to encode; the ones that need no codes are named and left out."""
     return needing_codes(read_data_config(path, names), path)
 
 
-def needing_codes(datasets: Sequence[Dataset], path: Path) -> list[Dataset]:
+def needing_codes(datasets: Sequence[Dataset], path: Location) -> list[Dataset]:
     """Those of the config at `path` that are to be encoded; the others are named. Raises `UserError` for none."""
     chosen = [dataset for dataset in datasets if dataset.tokenizer_inference]
     if skipped := [dataset.name for dataset in datasets if not dataset.tokenizer_inference]:
@@ -155,7 +156,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _dataset(path: Path, name: str, entry: Any) -> Dataset:
+def _dataset(path: Location, name: str, entry: Any) -> Dataset:
     if not _can_be_path(name):
         raise UserError(f"{path}: {_shown(name)} cannot be the name of a data set")
     where = f"{path}: data set {name}"
@@ -182,13 +183,13 @@ def _dataset(path: Path, name: str, entry: Any) -> Dataset:
     options = tuple((key, entry[key]) for key in _SHARD_OPTIONS if key in entry)
     # a root that is yet to be made stands where the annotations were found
     read = "shards" if "shards" in entry else "annotation_dir"
-    found = Path(entry[read].partition("{")[0] if read == "shards" else entry[read])
+    found = location(entry[read].partition("{")[0] if read == "shards" else entry[read])
     here = (found.parent if read == "shards" else found).exists()
     base = Path() if here else path.parent
     root = _resolve(entry["root"], path.parent)
     return Dataset(
         name=name,
-        root=root if root.exists() else base / entry["root"],
+        root=root if isinstance(root, Url) or root.exists() else base / entry["root"],
         image_dir=_resolve(entry.get("image_dir", ""), path.parent),
         annotation_dir=_resolve(entry.get("annotation_dir", ""), path.parent),
         tokenizer_inference=entry["tokenizer_inference"],
@@ -197,7 +198,7 @@ def _dataset(path: Path, name: str, entry: Any) -> Dataset:
     )
 
 
-def _shards(base: Path, pattern: str | None) -> str | None:
+def _shards(base: Location, pattern: str | None) -> str | None:
     return pattern if pattern is None or "://" in pattern else str(base / pattern)
 
 
@@ -212,9 +213,11 @@ def _shown(value: Any) -> str:
     return f"{text if text.isprintable() else json.dumps(value):.60}"
 
 
-def _resolve(value: str, config_folder: Path) -> Path:
-    here = Path(value)
-    return here if here.exists() or not (config_folder / value).exists() else config_folder / value
+def _resolve(value: str, config_folder: Location) -> Location:
+    here = location(value)
+    if isinstance(here, Url) or here.exists() or not (config_folder / value).exists():
+        return here
+    return config_folder / value
 
 
 def image_names(item: Any) -> list[str]:
@@ -260,11 +263,18 @@ def check_conversations(item: dict[str, Any]) -> None:
         raise Failed("<image> does not match", f"{symbols} x <image> in the conversations for {images} images")
 
 
-def image_path(image_dir: Path, name: str) -> Path:
+def image_path(image_dir: Location, name: str) -> Location:
     """Where `name` lies. Raises `Failed` for one that leaves `image_dir` or cannot be a path."""
+    whole = location(name) if name else None
+    if isinstance(whole, Url) and whole.is_relative_to(image_dir):
+        return whole
     inside = PurePosixPath(os.path.normpath(name)) if name else PurePosixPath("..")
-    if inside.is_absolute() and inside.is_relative_to(os.path.normpath(image_dir.absolute())):
+    if (
+        inside.is_absolute()
+        and isinstance(image_dir, Path)
+        and inside.is_relative_to(os.path.normpath(image_dir.absolute()))
+    ):
         return Path(inside)
-    if inside.is_absolute() or inside.parts[:1] == ("..",) or "\0" in name:
+    if inside.is_absolute() or isinstance(whole, Url) or inside.parts[:1] == ("..",) or "\0" in name:
         raise Failed("image outside image_dir", f"images: {name!r} does not lie in {image_dir}")
     return image_dir / inside

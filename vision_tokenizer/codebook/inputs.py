@@ -2,7 +2,6 @@
 
 from functools import lru_cache
 from glob import has_magic
-from pathlib import Path
 from typing import Any
 
 from vision_tokenizer.codebook.annotations import Dataset, image_path
@@ -44,7 +43,7 @@ def input_stem(dataset: Dataset, path: Location) -> str:
 
 
 def input_table(
-    dataset: Dataset, path: Location, chunk_items: int, cache: Path, whole: bool = True
+    dataset: Dataset, path: Location, chunk_items: int, cache: Location, whole: bool = True
 ) -> ChunkTable | ShardTable:
     """The chunks of one of `input_files`, cached at `cache` where finding them takes time.
 
@@ -59,7 +58,7 @@ def input_table(
     return table
 
 
-def item_image(dataset: Dataset, item: Any, name: str) -> tuple[Path | str, Path | Embedded]:
+def item_image(dataset: Dataset, item: Any, name: str) -> tuple[Location | str, Location | Embedded]:
     """One of the images of an item that was just read: what tells it from others, and where it is.
 
     An image of a shard is taken out of the item, so that nobody holds it longer than the caller. Raises `Failed`.
@@ -70,7 +69,7 @@ def item_image(dataset: Dataset, item: Any, name: str) -> tuple[Path | str, Path
     return name, item.attached.pop(name)
 
 
-def stored_image(dataset: Dataset, name: str) -> Path | Embedded:
+def stored_image(dataset: Dataset, name: str) -> Location | Embedded:
     """The image that an output line names. Raises `Failed`."""
     if dataset.shards is None:
         return image_path(dataset.image_dir, name)

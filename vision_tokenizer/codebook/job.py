@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from vision_tokenizer.codebook.annotations import Dataset, image_names
@@ -23,6 +22,7 @@ from vistoken.jobs.counts import Counts, counts_table, time_line
 from vistoken.jobs.progress import Progress, Stopwatch
 from vistoken.jobs.run import OpenChunk, Task, Writer, todo
 from vistoken.jobs.workers import Workers
+from vistoken.store import Location
 
 STAGES = ("encode", "wait for decode", "wait for write")  # of the thread that feeds the device
 BESIDE = ("decode", "write")  # of the threads beside it
@@ -97,9 +97,9 @@ class CodebookChunk(OpenChunk):
         self._rows: dict[int, Any] = {}  # item -> its row of the output
         if done := self.done_before():
             self._rows = dict(zip(done, self._form.unpack(self._payload.read_bytes()), strict=True))
-        self._names: dict[int, list[Path | str]] = {}  # item -> its images, yet to be encoded
+        self._names: dict[int, list[Location | str]] = {}  # item -> its images, yet to be encoded
 
-    def images(self) -> Iterator[tuple[Path | str, Any]]:
+    def images(self) -> Iterator[tuple[Location | str, Any]]:
         """Read the chunk: the images that its items need, by name."""
         for item in self.todo():
             if item.error:

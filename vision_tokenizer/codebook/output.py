@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -30,6 +29,7 @@ from vistoken.jobs.manifest import read_manifest
 from vistoken.jobs.results import Result, Results
 from vistoken.jobs.run import WORK, JoinedSource, Output, Table
 from vistoken.jobs.shards import shard_stem
+from vistoken.store import Location, Url
 
 # a GPU does 64 images in a tenth of a second; on a shared disk that would be too many small files
 CHUNK_ITEMS = {"cpu": 64, "cuda": 512}
@@ -56,10 +56,10 @@ class Settings:
     def tag(self) -> str:
         return job_tag(self.resolution_type, self.resolution)
 
-    def folder(self, dataset: Dataset) -> Path:
+    def folder(self, dataset: Dataset) -> Location:
         return dataset.root / self.output_dirname / self.tokenizer_version / self.tag
 
-    def statistics_file(self, dataset: Dataset) -> Path:
+    def statistics_file(self, dataset: Dataset) -> Location:
         return dataset.root / self.output_dirname / f"{self.tag}_data_statistic.json"
 
 
@@ -81,7 +81,7 @@ class CodebookFile(JoinedSource):
             raise UserError(f"{self.table.path}: changed while it was encoded. Run again with --overwrite.")
 
 
-def _table(dataset: Dataset, path: Path, folder: Path, chunk_items: int) -> Table:
+def _table(dataset: Dataset, path: Location, folder: Location, chunk_items: int) -> Table:
     return input_table(dataset, path, chunk_items, folder / WORK / f"{input_stem(dataset, path)}{CHUNK_TABLE}")
 
 
@@ -110,10 +110,10 @@ class CodebookOutput(Output):
             self.unreadable.append(str(error))
         super().__init__(folder, make_manifest(tokenizer, settings, files), files)
 
-    def folders(self) -> list[Path]:
+    def folders(self) -> list[Location]:
         return [*super().folders(), self.settings.statistics_file(self.dataset).parent]
 
-    def made(self) -> list[Path]:
+    def made(self) -> list[Location]:
         """Files of other names than the inputs had are not ours and stay."""
         names = {table.name.removesuffix(CHUNK_TABLE) for table in self.work.glob(f"*{CHUNK_TABLE}")}
         if self.dataset.shards is not None:
@@ -144,7 +144,7 @@ class CodebookOutput(Output):
 
 def check_folders(datasets: Sequence[Dataset], settings: Settings) -> None:
     """Raises `UserError` where a data set would be written over another one, or over its own annotations."""
-    owners: dict[Path, Dataset] = {}
+    owners: dict[Location, Dataset] = {}
     for dataset in datasets:
         folder = settings.folder(dataset).resolve()
         other = owners.setdefault(folder, dataset)
@@ -168,6 +168,8 @@ def unwritable(datasets: Sequence[Dataset], settings: Settings) -> list[str]:
     messages = []
     for dataset in datasets:
         folder = settings.folder(dataset).absolute()
+        if isinstance(folder, Url):
+            continue  # a store tells when it is asked to write
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             messages.append(f"data set {dataset.name}: its codes go to {folder}, but {nearest} cannot be written")

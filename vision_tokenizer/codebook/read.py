@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from vision_tokenizer.models.dualvitok.model import grid_sizes
 from vistoken.errors import Failed, UserError
 from vistoken.files import open_file
 from vistoken.jobs.manifest import MANIFEST, read_manifest
+from vistoken.store import Location
 
 Grids = tuple[np.ndarray, ...]
 
@@ -35,7 +35,7 @@ class Output(NamedTuple):
     manifest: dict[str, Any]
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Location:
         return self.settings.folder(self.dataset)
 
     @property
@@ -50,7 +50,7 @@ class Output(NamedTuple):
     def choices(self) -> tuple[tuple[int, int], ...]:
         return anchors(self.settings.resolution_type, self.settings.resolution)
 
-    def files(self) -> list[Path]:
+    def files(self) -> list[Location]:
         """The files of codes, in name order."""
         return sorted(
             path
@@ -63,7 +63,7 @@ class Place(NamedTuple):
     """An image in the output."""
 
     output: Output
-    file: Path
+    file: Location
     line: int
     number: int  # among the images of the line
     image: StoredImage
@@ -92,7 +92,7 @@ def open_output(dataset: Dataset, where: Settings) -> Output:
     return Output(dataset, settings, manifest)
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
+def read_lines(path: Location) -> Iterator[bytes]:
     """The lines of an output file, without their ends; of an Arrow file what they would be as JSON.
 
     Raises `UserError` if it cannot be read.

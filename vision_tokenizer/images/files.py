@@ -20,7 +20,7 @@ from vision_tokenizer.images.anchors import Placement, place
 from vistoken.errors import Failed, Rejected
 from vistoken.files import check_regular, open_file
 from vistoken.jobs.members import indexes
-from vistoken.store import Url
+from vistoken.store import Location, Url
 
 _has_avif = "avif" in features.modules and features.check_module("avif")  # since Pillow 11.3
 # Pillow knows many more, and hands some of them to other programs: EPS to Ghostscript
@@ -47,6 +47,7 @@ _UPRIGHT = {  # what undoes each EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_REQUEST = 1 << 18  # bytes asked of a store at a time, at least: most images are one request, their headers, too
 _PREFIX = 32  # bytes by which a format is recognised
 _END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 _ENDING = 64  # bytes in which a whole file has its end mark; earlier, it may be an embedded thumbnail's
@@ -97,13 +98,17 @@ class Embedded(Protocol):
     def open(self) -> BinaryIO: ...
 
 
-def open_source(source: Path | Embedded) -> BinaryIO:
+def open_source(source: Location | Embedded) -> BinaryIO:
     """The bytes of an image file, wherever it lies. Raises as `_located`."""
     found = _located(source)
-    return open_file(found) if isinstance(found, Path) else found.open()
+    return open_file(found) if isinstance(found, Path) else _stream(found)
 
 
-def _located(source: Path | Embedded) -> Path | Embedded:
+def _stream(source: Url | Embedded) -> BinaryIO:
+    return source.open("rb", _REQUEST) if isinstance(source, Url) else source.open()
+
+
+def _located(source: Location | Embedded) -> Location | Embedded:
     """Of a path into a tar file, `shard.tar/0001.jpg`, the member. Raises `Failed` where there is none."""
     inside = isinstance(source, Path | Url) and ".tar/" in str(source).lower()
     return (indexes.find(source) if inside else None) or source
@@ -124,7 +129,7 @@ def _check_taken(prefix: bytes, name: object) -> None:
             raise Failed("image format not taken", f"{name}: {kind}; convert it to one of {', '.join(FORMATS)}")
 
 
-def open_image(path: Path | Embedded) -> Image.Image:
+def open_image(path: Location | Embedded) -> Image.Image:
     """An image whose header is read, so that size and mode are known, and of which no pixel is allocated yet.
 
     Raises `Failed`: not found, no regular file, unreadable (empty, not an image), of a format that is not taken, too
@@ -135,7 +140,7 @@ def open_image(path: Path | Embedded) -> Image.Image:
         if isinstance(found, Path):
             check_regular(found)
         try:
-            image = _open(found if isinstance(found, Path) else found.open())
+            image = _open(found if isinstance(found, Path) else _stream(found))
         except UnidentifiedImageError:
             with open_source(path) as file:
                 _check_taken(file.read(_PREFIX), path)
@@ -155,7 +160,7 @@ def embedded_format(image: Embedded) -> str:
             raise
 
 
-def read_image(path: Path | Embedded, orientation: str = "ignore") -> Image.Image:
+def read_image(path: Location | Embedded, orientation: str = "ignore") -> Image.Image:
     """The first frame of an image file, decoded, in its own mode but with 8 bits a channel.
 
     With `orientation` "apply" it is turned upright as its EXIF data say. Raises `Failed` as `open_image` does, and
@@ -184,7 +189,7 @@ def upright_size(image: Image.Image, orientation: str) -> tuple[int, int]:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def is_whole(path: Path | Embedded, image: Image.Image) -> bool:
+def is_whole(path: Location | Embedded, image: Image.Image) -> bool:
     """Whether the end of an opened file shows that nothing is cut off. If not, only decoding it tells."""
     with open_source(path) as file:
         size = file.seek(0, io.SEEK_END)
@@ -219,7 +224,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def place_image(
-    path: Path | Embedded, size: tuple[int, int], choices: tuple[tuple[int, int], ...], crop_percent_thresh: float
+    path: Location | Embedded, size: tuple[int, int], choices: tuple[tuple[int, int], ...], crop_percent_thresh: float
 ) -> Placement:
     """Match an image of `size` (h, w) to its anchor.
 

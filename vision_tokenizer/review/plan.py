@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from math import log2
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,6 +39,7 @@ from vistoken.errors import Failed, ItemError, Rejected, UserError
 from vistoken.jobs.chunks import Item
 from vistoken.jobs.counts import Counts, Problem
 from vistoken.jobs.run import Table
+from vistoken.store import Location, Url
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # at which the report says how much would be rejected
 BINS_PER_OCTAVE, MAX_OCTAVES = 12, 4  # of the histogram of width / height
@@ -122,6 +124,8 @@ def survey_dataset(
     Raises `UserError` where the data set has no files at all.
     """
     total, errors = Survey(), []
+    folders = (rules.dataset.image_dir, rules.dataset.annotation_dir)
+    stored = "://" in (rules.dataset.shards or "") or any(isinstance(folder, Url) for folder in folders)
     with tempfile.TemporaryDirectory() as cache:
         tables = []
         for file in input_files(rules.dataset):
@@ -131,7 +135,7 @@ def survey_dataset(
             except UserError as error:
                 errors.append(str(error))
         chunks = ((table, index) for table in tables for index in range(len(table)))
-        for found in _in_order(partial(_survey_chunk, rules), chunks, num_workers):
+        for found in _in_order(partial(_survey_chunk, rules), chunks, num_workers, stored):
             total.add(found)
             for problem in found.problems:
                 on_problem(problem)
@@ -139,12 +143,15 @@ def survey_dataset(
     return total, errors
 
 
-def _in_order(function: Callable[[T], R], arguments: Iterator[T], num_workers: int) -> Iterator[R]:
-    """`function` of each argument, computed by processes: results in order, and only a few under way."""
+def _in_order(function: Callable[[T], R], arguments: Iterator[T], num_workers: int, stored: bool) -> Iterator[R]:
+    """`function` of each argument, computed by processes: results in order, and only a few under way.
+
+    Where `stored`, they are no forks of this one, whose connections to a store would not work in them.
+    """
     if num_workers == 1:
         yield from map(function, arguments)
         return
-    pool = ProcessPoolExecutor(num_workers)
+    pool = ProcessPoolExecutor(num_workers, get_context("spawn" if stored else None))
     try:
         waiting = deque(pool.submit(function, each) for each in islice(arguments, WINDOW * num_workers))
         while waiting:
@@ -238,7 +245,7 @@ def _digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def _ends(image: Path | Embedded) -> bytes:
+def _ends(image: Location | Embedded) -> bytes:
     """Size, beginning and end of a file: the same for copies."""
     with open_source(image) as file:
         size = file.seek(0, io.SEEK_END)

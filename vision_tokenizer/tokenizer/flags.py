@@ -2,10 +2,10 @@
 
 import argparse
 from math import isqrt
-from pathlib import Path
 
 from vision_tokenizer.images.anchors import MAX_AREA, ORIENTATIONS, RESOLUTION_TYPES, SIDE
 from vistoken.cli import Flags, add_device, at_least, folder_name, note, share
+from vistoken.store import location
 
 ANCHORS_SIDE = 512  # the default, and what the document gives with fixed_anchors, whose area it is
 SIDES = range(
@@ -15,7 +15,7 @@ CHECKPOINT = ".bin, .pt, .safetensors, a folder or a hub id"
 
 
 def add_datasets(flags: Flags) -> None:
-    flags.add_argument("--data_config", type=Path, required=True, help="metadata config (.json)")
+    flags.add_argument("--data_config", type=location, required=True, help="metadata config (.json)")
     flags.add_argument(
         "--datasets", nargs="+", metavar="NAME", help="only these data sets of the config (default: all)"
     )
@@ -87,7 +87,7 @@ def add_tokenizer(parser: argparse.ArgumentParser, *, required: bool) -> Flags:
 def add_tokenizer_files(flags: Flags, *, required: bool) -> None:
     needed = "" if required else " (default: none)"
     flags.add_argument(
-        "--model_config", type=Path, required=required, help=f"DualViTok's .py config (code: it is run){needed}"
+        "--model_config", type=location, required=required, help=f"DualViTok's .py config (code: it is run){needed}"
     )
     flags.add_argument("--tokenizer_checkpoint", required=required, help=f"{CHECKPOINT}{needed}")
 

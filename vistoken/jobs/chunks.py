@@ -9,14 +9,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
 from vistoken.errors import Failed, ItemError, UserError
-from vistoken.files import open_file
+from vistoken.files import check_regular
 from vistoken.jobs.files import exclusive, write_bytes
+from vistoken.store import Location, read_range, stream
 
 _BLOCK = 1 << 20
 _MAX_ELEMENT = 1 << 28  # of a .json list, in bytes: a broken one must not make us read the rest of the file
@@ -50,7 +50,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkTable:
-    path: Path
+    path: Location
     sha256: str
     items: int
     rows: tuple[tuple[int, int, int, int, int], ...]  # Chunk without its index
@@ -68,15 +68,14 @@ class ChunkTable:
     def read(self, chunk: Chunk) -> Iterator[Item]:
         """The items of `chunk`, in order. An item that is not JSON comes with its error instead of a value."""
         try:
-            with open_file(self.path) as file:
-                file.seek(chunk.start)
-                content = file.read(chunk.end - chunk.start)
+            check_regular(self.path)
+            content = read_range(self.path, chunk.start, chunk.end - chunk.start)
         except OSError as error:
             raise UserError(f"{self.path}: cannot read the input ({error.strerror})") from error
         return (_list_items if _is_list(self.path) else _line_items)(chunk, content)
 
 
-def chunk_table(path: Path, chunk_items: int, cache: Path) -> ChunkTable:
+def chunk_table(path: Location, chunk_items: int, cache: Location) -> ChunkTable:
     """The table of `path`, from `cache` while the file is unchanged, else by one pass over it.
 
     Processes that ask at the same time wait for the first. Raises `UserError` for a file that is missing,
@@ -96,7 +95,7 @@ def chunk_table(path: Path, chunk_items: int, cache: Path) -> ChunkTable:
         return table
 
 
-def _cached_table(path: Path, stamp: list, cache: Path) -> ChunkTable | None:
+def _cached_table(path: Location, stamp: list, cache: Location) -> ChunkTable | None:
     try:
         stored = orjson.loads(cache.read_bytes())
         if stored["stamp"] == stamp:
@@ -106,13 +105,14 @@ def _cached_table(path: Path, stamp: list, cache: Path) -> ChunkTable | None:
     return None
 
 
-def _is_list(path: Path) -> bool:
+def _is_list(path: Location) -> bool:
     return path.suffix.lower() == ".json"
 
 
-def _survey(path: Path, chunk_items: int) -> ChunkTable:
+def _survey(path: Location, chunk_items: int) -> ChunkTable:
     spans = _list_spans if _is_list(path) else _line_spans
-    with open_file(path) as file:
+    check_regular(path)
+    with stream(path) as file:
         digest = hashlib.sha256()
         rows = tuple(_chunk_rows(spans(_Hashing(file, digest), path), chunk_items))
     items = sum(row[1] for row in rows)
@@ -135,7 +135,7 @@ def _chunk_rows(spans: Iterator[tuple[int, int, int]], chunk_items: int) -> Iter
         yield first_item, count, line, start, end
 
 
-def _line_spans(file: "_Hashing", path: Path) -> Iterator[tuple[int, int, int]]:
+def _line_spans(file: "_Hashing", path: Location) -> Iterator[tuple[int, int, int]]:
     position = 0
     for number, line in enumerate(file.lines(), start=1):
         content = line.removeprefix(codecs.BOM_UTF8)  # on any line: files that were appended to one another have more
@@ -169,7 +169,7 @@ def _item(index: int, where: str, raw: bytes) -> Item:
         return Item(index, where, raw, None, Failed("not JSON", f"{error.msg} (column {error.colno})"))
 
 
-def _list_spans(file: "_Hashing", path: Path) -> Iterator[tuple[int, int, int]]:
+def _list_spans(file: "_Hashing", path: Location) -> Iterator[tuple[int, int, int]]:
     """Walk a JSON list element by element with bounded memory."""
     text = _TextWindow(file, path)
     if text.skip_space() != "[":
@@ -226,7 +226,7 @@ class _Hashing:
 class _TextWindow:
     """A sliding window of decoded text that knows the byte and the line it stands at."""
 
-    def __init__(self, file: _Hashing, path: Path):
+    def __init__(self, file: _Hashing, path: Location):
         self._file, self._path = file, path
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._text, self._at, self._ended = "", 0, False

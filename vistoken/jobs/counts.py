@@ -4,7 +4,6 @@ import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -12,6 +11,7 @@ import orjson
 from vistoken.errors import ItemError
 from vistoken.jobs.chunks import Item
 from vistoken.jobs.files import write_bytes
+from vistoken.store import Location
 
 SUMMARY = "run_summary.json"
 
@@ -29,7 +29,7 @@ class Problem:
     detail: str
 
     @classmethod
-    def of(cls, error: ItemError, file: Path, item: Item) -> "Problem":
+    def of(cls, error: ItemError, file: Location, item: Item) -> "Problem":
         """`item` is one of `file`, or anything else with its `where`, `index` and `id`."""
         item_id = item.id if isinstance(item.id, str | int | float | None) else reprlib.repr(item.id)
         return cls(str(file), item.where, item.index, item_id, error.kind, error.reason, error.detail)
@@ -91,7 +91,7 @@ class Counts:
         return cls(stored["items"], stored["done"], reasons, Counter(stored["counts"]), Counter(stored["seconds"]))
 
 
-def write_summary(path: Path, **content: Any) -> None:
+def write_summary(path: Location, **content: Any) -> None:
     write_bytes(path, orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
 

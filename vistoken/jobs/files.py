@@ -1,4 +1,5 @@
-"""Files that are either whole or absent (temporary name, fsync, `os.replace`), and locks on folders (`flock`).
+"""Files that are either whole or absent (temporary name, fsync, `os.replace`; a store's objects are put whole), and
+locks on folders (`flock`), which a store does not have.
 
 The kernel drops a lock however its process ends. The workers of one run (torchrun's ranks, or the `--rank=i --splits=n`
 of a bash loop) let each other in; anybody else is refused and told who is there.
@@ -9,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,21 +18,29 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vistoken.errors import UserError
+from vistoken.store import Location, Url, put, stream
 
 _OWNER = f"{socket.gethostname()}-{os.getpid()}"  # two writers of one file never share a temporary name
+_IN_MEMORY = 64 << 20  # bytes of what is to be put into a store; more waits on the disk
 # a file system without locks (some Lustre mounts): the job stays correct, only the warning is lost
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
-def atomic_write(path: Path, sync: bool = True, sync_name: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(path: Location, sync: bool = True, sync_name: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of `path`; leaving the block gives it the name, an exception removes it.
 
     Without `sync` the file survives a killed process, but a power cut only once the caller has called `os.sync`.
     Without `sync_name` a power cut may leave the content without its name: then the file is absent, or the former one.
     Raises `UserError` where the disk is full or not writable; nothing is left under the final name. An `OSError` of
-    the block that names another file is none of ours: it passes.
+    the block that names another file is none of ours: it passes. Of a `Url` the block writes a file on the disk, which
+    is put when the block ends.
     """
+    if isinstance(path, Url):
+        with tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
+            yield spool  # type: ignore[misc]  # what a BinaryIO has and it lacks, nobody uses
+            _put(path, spool)
+        return
     temporary = path.with_name(f"{path.name}.{_OWNER}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,22 +64,38 @@ def atomic_write(path: Path, sync: bool = True, sync_name: bool = True) -> Itera
             temporary.unlink()
 
 
-def write_bytes(path: Path, content: bytes, sync: bool = True, sync_name: bool = True) -> None:
+def _put(url: Url, content: bytes | BinaryIO) -> None:
+    try:
+        put(url, content)
+    except OSError as error:
+        raise UserError(
+            f"{url}: cannot write ({error.strerror or error}). What was finished before is kept: see that the store "
+            "can be reached and written, then run the same command again."
+        ) from error
+
+
+def write_bytes(path: Location, content: bytes, sync: bool = True, sync_name: bool = True) -> None:
+    if isinstance(path, Url):
+        _put(path, content)
+        return
     with atomic_write(path, sync, sync_name) as file:
         file.write(content)
 
 
-def remove_file(path: Path) -> None:
+def remove_file(path: Location) -> None:
     """Remove `path`, if it is there, before anything that is written from now on."""
+    if isinstance(path, Url):
+        path.unlink(missing_ok=True)
+        return
     if path.exists():
         path.unlink()
         sync_folder(path.parent)
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Location) -> str:
     """Of the content, read in blocks."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with stream(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -84,8 +110,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Location) -> None:
     """Delete temporary files whose writer, on this machine, is dead. Other machines' are left to them."""
+    if isinstance(folder, Url):
+        return
     for path in folder.glob(f"*.{socket.gethostname()}-[0-9]*.tmp"):
         if not _alive(int(path.suffixes[-2].rpartition("-")[2])):
             path.unlink(missing_ok=True)
@@ -102,20 +130,30 @@ def _alive(pid: int) -> bool:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Wait for `path`'s lock and hold it: for a short step whose outcome the other workers then read."""
+def exclusive(path: Location) -> Iterator[None]:
+    """Wait for `path`'s lock and hold it: for a short step whose outcome the other workers then read.
+
+    In a store all may do the step at the same time: what they put must be equal.
+    """
+    if isinstance(path, Url):
+        yield
+        return
     with _open(path) as file:
         _flock(file, fcntl.LOCK_EX)
         yield
 
 
 @contextmanager
-def run_lock(folder: Path, rank: int = 0, splits: int = 1) -> Iterator[bool]:
+def run_lock(folder: Location, rank: int = 0, splits: int = 1) -> Iterator[bool]:
     """Hold lock `rank` of `splits` in `folder`; yields whether no other worker of this run is there yet.
 
     Raises `UserError` if that lock is taken, or a run with another number of splits is at work. A process that starts
-    at the same moment may mistake our look at its lock for a holder: start under one `exclusive` lock.
+    at the same moment may mistake our look at its lock for a holder: start under one `exclusive` lock. A store cannot
+    say who else is at work: there, nobody is ever alone.
     """
+    if isinstance(folder, Url):
+        yield False
+        return
     mine = folder / f"{rank}-of-{splits}.lock"
     with _open(mine) as file:
         if not _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):

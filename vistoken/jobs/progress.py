@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vistoken import store
+from vistoken.cli import note
 from vistoken.jobs.counts import Counts
 from vistoken.jobs.workers import Workers
 
@@ -35,7 +37,7 @@ class Progress:
         totals: tuple[str, ...] = (),
     ):
         self._workers, self._rates, self._totals = workers, rates, totals
-        self._names = ("items", "found", "rejected", "failed", *rates, *totals)
+        self._names = ("items", "found", "rejected", "failed", "retries", *rates, *totals)
         self._began = time.monotonic()
         self._bar = bar(description, total, disable=not workers.reports, smoothing=0.1)
         self._found = 0
@@ -46,6 +48,9 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
+        self._workers.add({"retries": store.retries.take()})
+        if self._workers.reports and not any(error) and (count := self._workers.totals(["retries"])["retries"]):
+            note(f"{count:,} requests to a store were made again, as they failed in a way that passes")
 
     def count(self, **counts: int) -> None:
         """Add to what is shown as rates or totals."""
@@ -54,7 +59,7 @@ class Progress:
 
     def done(self, counts: Counts) -> None:
         """The result of a chunk was written."""
-        self.count(items=counts.items, rejected=counts.rejected, failed=counts.failed)
+        self.count(items=counts.items, rejected=counts.rejected, failed=counts.failed, retries=store.retries.take())
 
     def found(self, counts: Counts) -> None:
         """A result was there already, from an earlier run: no progress of this one, so it is left out of the rate."""
@@ -67,6 +72,8 @@ class Progress:
             self._show()
 
     def _show(self) -> None:
+        if count := store.retries.take():
+            self._workers.add({"retries": count})
         now = self._workers.totals(self._names)
         elapsed = max(time.monotonic() - self._began, 1e-9)
         shown = {f"{name}/s": f"{now[name] / elapsed:.3g}" for name in self._rates}

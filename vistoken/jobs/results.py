@@ -8,16 +8,15 @@ which is slow on a shared disk.
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import orjson
 
 from vistoken.jobs.counts import Counts, Problem
 from vistoken.jobs.files import atomic_write, remove_file, write_bytes
+from vistoken.store import Location, Url, read_ahead, remove_tree
 
 
 @dataclass
@@ -26,21 +25,22 @@ class Result:
 
     counts: Counts
     problems: list[Problem] = field(default_factory=list)
-    files: Mapping[Path, bytes] = field(default_factory=dict)
+    files: Mapping[Location, bytes] = field(default_factory=dict)
 
 
 class Results:
     """The results of one input, in `folder`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Location):
         self.folder = folder
+        self._earlier: set[str] | None = None  # in a store: the entries that were there when the run began
 
     @property
-    def mark(self) -> Path:
+    def mark(self) -> Location:
         """Exists while the file that these results are joined into is complete; holds its counts, size and hash."""
         return self.folder.with_name(f"{self.folder.name}.done.json")
 
-    def path(self, index: int, suffix: str) -> Path:
+    def path(self, index: int, suffix: str) -> Location:
         return self.folder / f"{index:08d}{suffix}"
 
     def read(self, index: int) -> Result | None:
@@ -54,16 +54,26 @@ class Results:
             return None
         return Result(Counts.from_dict(stored["counts"]), [Problem(**problem) for problem in stored["problems"]])
 
+    def found(self, index: int) -> Result | None:
+        """The finished result of an earlier run, or None. Of a store, one listing tells which there are."""
+        if isinstance(self.folder, Url):
+            if self._earlier is None:
+                self._earlier = {path.name for path in self.folder.glob("*.json")}
+            if self.path(index, ".json").name not in self._earlier:
+                return None
+        return self.read(index)
+
     def write(self, index: int, result: Result) -> None:
         """Complete the result. Raises `UserError` where the disk refuses; then the result does not exist."""
         result.counts.check(f"{self.folder} chunk {index}")
-        self.forget(index)
+        if self._earlier is None or self.path(index, ".json").name in self._earlier:
+            self.forget(index)
         for path, content in result.files.items():
             write_bytes(path, content, sync_name=False)
         entry = {
             "counts": result.counts.as_dict(),
             "problems": [asdict(problem) for problem in result.problems],
-            "files": {os.path.relpath(path, self.folder): len(content) for path, content in result.files.items()},
+            "files": {os.path.relpath(str(p), str(self.folder)): len(content) for p, content in result.files.items()},
         }
         write_bytes(self.path(index, ".json"), orjson.dumps(entry), sync_name=False)
 
@@ -76,15 +86,18 @@ class Results:
         """Delete all results, their entries first: what is left if we are killed is no result."""
         for entry in self.folder.glob("*.json"):
             entry.unlink()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_tree(self.folder)
 
     def contents(self, chunks: Iterable[int], suffix: str) -> Iterator[tuple[Result, bytes]]:
         """The results of `chunks`, all of them complete, one at a time, each with its file of this suffix."""
-        for index in chunks:
+
+        def load(index: int) -> tuple[Result, bytes]:
             result = self.read(index)
             if result is None:
                 raise AssertionError(f"{self.folder}: the result of chunk {index} is missing")
-            yield result, self.path(index, suffix).read_bytes()
+            return result, self.path(index, suffix).read_bytes()
+
+        return read_ahead(load, chunks) if isinstance(self.folder, Url) else map(load, chunks)
 
 
 @dataclass
@@ -97,7 +110,7 @@ class Joined:
 
 
 @contextmanager
-def joining(contents: Iterable[tuple[Result, bytes]], output: Path, rejected: Path) -> Iterator[Joined]:
+def joining(contents: Iterable[tuple[Result, bytes]], output: Location, rejected: Location) -> Iterator[Joined]:
     """Join results into `output`, and their problems into `rejected`, which is removed where there are none.
 
     What is written inside the block is there before `output` is.

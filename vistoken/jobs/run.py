@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import orjson
@@ -29,6 +28,7 @@ from vistoken.jobs.manifest import MANIFEST, check_manifest
 from vistoken.jobs.progress import Progress, Stopwatch
 from vistoken.jobs.results import Result, Results, joining
 from vistoken.jobs.workers import Workers
+from vistoken.store import Location
 
 WORK = ".work"  # in an output folder: what a run knows of its chunks
 WRITES_AHEAD = 3  # finished chunks that may wait to be written, in memory
@@ -37,7 +37,7 @@ WRITES_AHEAD = 3  # finished chunks that may wait to be written, in memory
 class Table(Protocol):
     """What a `ChunkTable` is: an input file in chunks of items."""
 
-    path: Path
+    path: Location
     fingerprint: str  # changes with the content
     items: int | None  # None: not known before all of it is read
 
@@ -58,20 +58,20 @@ class Source:
 class JoinedSource(Source):
     """A source whose results are joined into one file, `output`; then they go, unless a rerun may retry what failed."""
 
-    output: Path
+    output: Location
 
     @property
-    def rejected(self) -> Path:
+    def rejected(self) -> Location:
         return self.output.with_suffix(".rejected.jsonl")
 
     def joined(self) -> Counts | None:
         """The counts of the final file, if it is there; None also where a chunk was done again since."""
         mark = self.results.mark
-        if not mark.exists():
-            return None
         try:
             stored = orjson.loads(mark.read_bytes())
             counts, size = Counts.from_dict(stored["counts"]), stored["bytes"]
+        except FileNotFoundError:
+            return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{mark}: damaged ({error}). Run with --no-resume to make the data set anew.") from error
         if not self.output.exists() or self.output.stat().st_size != size:
@@ -126,7 +126,7 @@ def todo(sources: Sequence[Source], workers: Workers, progress: Progress) -> Ite
     """The chunks that this worker claims, of all `sources`, and whose results are not there yet or have failures."""
     chunks = [(source, index) for source in sources for index in range(len(source.table))]
     for source, index in workers.claim(chunks):
-        previous = source.results.read(index)
+        previous = source.results.found(index)
         if previous is not None and not previous.counts.failed:
             progress.found(previous.counts)
         else:
@@ -165,7 +165,7 @@ class OpenChunk:
 
     def save(
         self,
-        files: Mapping[Path, bytes],
+        files: Mapping[Location, bytes],
         *,
         tallies: Mapping[str, int],
         seconds: Mapping[str, float],
@@ -222,7 +222,7 @@ class Output:
     A job derives from it, with `sources` and its own `finish`.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], sources: Sequence[Source]):
+    def __init__(self, folder: Location, manifest: Mapping[str, Any], sources: Sequence[Source]):
         self.folder, self.manifest, self.sources = folder, manifest, sources
         self.work = folder / WORK
 
@@ -256,7 +256,7 @@ class Output:
                 check_manifest(self.folder, self.manifest)
             self.prepare(workers)
 
-    def folders(self) -> list[Path]:
+    def folders(self) -> list[Location]:
         """Where a killed run may have left temporary files."""
         return [self.folder, self.work, *(source.results.folder for source in self.sources)]
 
@@ -270,7 +270,7 @@ class Output:
         """Whether anything was done with the manifest that is there: until then it binds nobody."""
         return any(self.work.glob("*/[0-9]*.json")) or any(path.exists() for path in self.made())
 
-    def made(self) -> list[Path]:
+    def made(self) -> list[Location]:
         """The final files and folders of earlier runs; for jobs to fill in."""
         return []
 

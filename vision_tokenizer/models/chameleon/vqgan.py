@@ -7,7 +7,6 @@ Legend: B batch, C channels, H W pixels or a level's height and width, h w the c
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from vision_tokenizer.models.nearest import nearest_codes
 from vistoken.device import choose_dtype, float32_products, keep_freed_memory, local_device
 from vistoken.errors import UserError
 from vistoken.files import read_yaml
+from vistoken.store import Location, location
 from vistoken.weights import fingerprint, load_strict, read_state_dict
 
 ENCODING = ("encoder.", "quant_conv.", "quantize.")
@@ -137,7 +137,7 @@ class ChameleonVQGAN(nn.Module):
             return self.decoder(self.post_quant_conv(rows.permute(0, 3, 1, 2))).float().contiguous()
 
 
-def read_sizes(path: Path) -> VqganSizes:
+def read_sizes(path: Location) -> VqganSizes:
     """Sizes from a `vqgan.yaml`. Raises `UserError`, which names the file and the field."""
     if not path.exists():
         raise UserError(f"{path}: no such file; its folder must hold vqgan.yaml and vqgan.ckpt")
@@ -149,7 +149,7 @@ def read_sizes(path: Path) -> VqganSizes:
     return sizes_of(params, path)
 
 
-def sizes_of(params: Any, source: str | Path) -> VqganSizes:
+def sizes_of(params: Any, source: str | Location) -> VqganSizes:
     """Sizes from what a `vqgan.yaml` has under model.params. Raises `UserError`, which blames `source`."""
     try:
         conv = params["ddconfig"]
@@ -170,21 +170,21 @@ def sizes_of(params: Any, source: str | Path) -> VqganSizes:
         raise UserError(f"{source}: not the YAML of a VQGAN: {error}") from error
 
 
-def _require_plain(path: str | Path, conv: Mapping[str, Any]) -> None:
+def _require_plain(path: str | Location, conv: Mapping[str, Any]) -> None:
     for key, only in (("double_z", False), ("in_channels", 3), ("out_ch", 3)):
         if conv.get(key, only) != only:
             raise UserError(f"{path}: model.params.ddconfig.{key} must be {only}, found {conv[key]!r}")
 
 
 def load_chameleon(
-    folder: str | Path,
+    folder: str | Location,
     *,
     device: str | torch.device = "auto",
     dtype: str = "fp32",
     decoder: bool = False,
 ) -> ChameleonVQGAN:
     """The VQGAN of a folder's `vqgan.yaml` and `vqgan.ckpt`, on its device and in its dtype. Raises `UserError`."""
-    folder = Path(folder).expanduser()
+    folder = location(folder).expanduser()
     target, kind, sizes = local_device(device), choose_dtype(dtype), read_sizes(folder / "vqgan.yaml")
     if target.type == "cpu":
         keep_freed_memory()

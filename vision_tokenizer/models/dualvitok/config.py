@@ -8,7 +8,6 @@ and so are settings of a part that do not matter at inference. A size left out i
 import runpy
 import types
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vision_tokenizer.models.dualvitok.semantic import PROJECTIONS, SemanticDecoderSizes, SemanticEncoderSizes
@@ -16,6 +15,7 @@ from vision_tokenizer.models.dualvitok.simvq import QuantizerSizes
 from vision_tokenizer.models.dualvitok.vit import VitSizes
 from vision_tokenizer.models.layers import ConvSizes
 from vistoken.errors import UserError
+from vistoken.store import Location, Url, local_copy, location
 
 # ViTs that a config may name; their weights come with the DualViTok's own checkpoint
 NAMED_VITS = {
@@ -77,9 +77,13 @@ class _Part:
         return value
 
 
-def run_config(path: str | Path) -> dict[str, Any]:
+def run_config(path: str | Location) -> dict[str, Any]:
     """Execute a config file; the names it defines. Raises `UserError`."""
-    path = Path(path).expanduser()
+    where = location(path)
+    if isinstance(where, Url) and where.is_file():
+        with local_copy(where) as copy:
+            return run_config(copy)
+    path = where.expanduser()
     if not path.is_file():
         raise UserError(f"{path}: no such config; the shipped ones are in configs/example/dualvitok/")
     try:
@@ -93,7 +97,7 @@ def run_config(path: str | Path) -> dict[str, Any]:
     return names
 
 
-def read_config(path: str | Path) -> DualViTokSizes:
+def read_config(path: str | Location) -> DualViTokSizes:
     """Execute a config file and read its `vq_model`. Raises `UserError`, which names the file and the key."""
     return read_model(run_config(path)["vq_model"], f"{path}: vq_model")
 

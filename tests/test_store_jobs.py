@@ -1,0 +1,220 @@
+"""Both jobs with every input and output in a store: the same bytes as on a disk, whatever the store does in between."""
+
+import io
+import json
+
+import pytest
+from codebook_job import dataset, run_here, write_config
+from PIL import Image
+from store_server import s3_server
+
+from pre_tokenize import concat_record, pre_tokenize, verify_tokens
+from pre_tokenize.token_file import TokenFiles
+from vision_tokenizer.codebook import output as codebook_output
+from vision_tokenizer.models.dualvitok.model import load_dualvitok
+from vision_tokenizer.tokenizer import plan_codebook_inference, verify_codebook
+from vistoken import store
+from vistoken.errors import UserError
+from vistoken.store import Location, Url, remove_tree
+
+FIXED = ("--resolution_type", "fixed", "--resolution", "32")
+TINY = (*FIXED, "--batch_size", "2", "--max_failed", "1", "--crop_percent_thresh", "0.5")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server("lab") as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(server, request, monkeypatch):
+    monkeypatch.setattr(store, "PAUSE", 0.001)
+    yield Url(f"s3://lab/{request.node.name}")
+    server.every = 0
+
+
+def fill(where: Location) -> None:
+    """Twelve pictures, one of them damaged and one too long, in two annotation files."""
+    for folder in (where / "images", where / "annotations"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for number in range(10):
+        picture = where / f"images/{number}.png"
+        picture.write_bytes(png((40 + number, 48), (20 * number, 90, 7)))
+    (where / "images/10.png").write_bytes(b"no picture")
+    (where / "images/11.png").write_bytes(png((400, 48), (0, 0, 0)))
+    for name, numbers in (("a", range(8)), ("b", range(8, 13))):  # 12 does not exist
+        lines = [json.dumps({"id": number, "images": [f"{number}.png"]}) for number in numbers]
+        (where / f"annotations/{name}.jsonl").write_bytes("\n".join(lines).encode())
+
+
+def png(size: tuple[int, int], colour: tuple[int, int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "png")
+    return file.getvalue()
+
+
+def final_bytes(root: Location, prefix: Location) -> dict[str, bytes]:
+    """The final files below `root`; what they say of `prefix` is left out."""
+    found = {}
+    for path in root.iterdir():
+        if path.is_dir() and path.name != ".work":
+            found |= {f"{path.name}/{name}": content for name, content in final_bytes(path, prefix).items()}
+        elif path.is_file() and not path.name.endswith("summary.json"):  # these have seconds
+            found[path.name] = path.read_bytes().replace(str(prefix).encode(), b"")
+    return found
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_dualvitok):
+    return load_dualvitok(*tiny_dualvitok, device="cpu")
+
+
+@pytest.fixture
+def encode(tmp_path, tiny_dualvitok, tokenizer, monkeypatch):
+    """`encode(where)` runs codebook inference on what lies there, in chunks of three items -> its exit code."""
+    monkeypatch.setitem(codebook_output.CHUNK_ITEMS, "cpu", 3)
+    monkeypatch.setattr("vision_tokenizer.models.dualvitok.model.load_dualvitok", lambda *args, **options: tokenizer)
+
+    def run(where, *flags):
+        config = write_config(
+            tmp_path / "meta.json", birds=dataset(where / "out", where / "images", where / "annotations")
+        )
+        return run_here(*tiny_dualvitok, config, *TINY, *flags)
+
+    return run
+
+
+@pytest.fixture
+def expected(tmp_path, encode) -> dict[str, bytes]:
+    fill(tmp_path)
+    assert encode(tmp_path) == 0
+    files = final_bytes(tmp_path / "out", tmp_path)
+    assert sum(content.count(b"\n") for name, content in files.items() if name.endswith(".rejected.jsonl")) == 3
+    return files
+
+
+def test_a_bucket_gets_the_bytes_of_a_disk(bucket, encode, expected):
+    fill(bucket)
+    assert encode(bucket) == 0
+    assert final_bytes(bucket / "out", bucket) == expected
+    (bucket / "images/10.png").write_bytes((bucket / "images/1.png").read_bytes())
+    assert encode(bucket) == 0  # tries again what failed, and nothing else
+    summary = json.loads((bucket / "out/jsonl_after_tokenizer/dualvitok/fixed_32/run_summary.json").read_bytes())
+    assert (summary["total"]["done"], summary["total"]["failed"], summary["total"]["rejected"]) == (11, 1, 1)
+
+
+def test_a_store_that_fails_every_tenth_request_changes_no_byte(server, bucket, encode, expected, capsys):
+    fill(bucket)
+    server.every, failed = 10, server.failed
+    assert encode(bucket) == 0
+    assert server.failed > failed + 5
+    server.every = 0
+    assert final_bytes(bucket / "out", bucket) == expected
+    assert f"{server.failed - failed} requests to a store were made again" in capsys.readouterr().err
+
+
+def test_killed_at_every_put_and_begun_again(bucket, encode, expected, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed_after(steps: int) -> bool:
+        left = iter(range(steps))
+
+        def put(*args):
+            if next(left, None) is None:
+                raise Killed
+            return whole(*args)
+
+        with monkeypatch.context() as patch:
+            whole = store.put
+            patch.setattr("vistoken.jobs.files.put", put)
+            try:
+                encode(bucket)
+                return False
+            except Killed:
+                return True
+
+    fill(bucket)
+    steps = 0
+    while killed_after(steps):
+        encode(bucket)
+        assert final_bytes(bucket / "out", bucket) == expected
+        remove_tree(bucket / "out")
+        steps += 4
+    assert steps > 16
+
+
+def test_other_settings_are_refused_in_a_bucket(bucket, encode):
+    fill(bucket)
+    encode(bucket)
+    with pytest.raises(UserError, match="batch_size = 2, now it is 3"):
+        encode(bucket, "--batch_size", "3")
+    assert encode(bucket, "--batch_size", "3", "--overwrite") == 0
+
+
+def test_of_two_runs_that_begin_at_once_with_other_settings_one_is_refused(bucket, encode, monkeypatch):
+    """The second one begins between the first one's look for a manifest and its put."""
+    fill(bucket)
+    monkeypatch.setattr("vistoken.jobs.manifest.read_manifest", lambda folder: None)
+    encode(bucket)
+    with pytest.raises(UserError, match="batch_size = 2, now it is 3"):
+        encode(bucket, "--batch_size", "3")
+
+
+@pytest.mark.parametrize("annotations", ["s3://lab/nowhere", "s3://no-such-bucket/x"])
+def test_a_url_that_does_not_exist_is_a_message(bucket, tmp_path, tiny_dualvitok, annotations, capsys):
+    fill(bucket)
+    lost = dataset(bucket / "lost", bucket / "images", Url(annotations))
+    birds = dataset(bucket / "out", bucket / "images", bucket / "annotations")
+    config = write_config(tmp_path / "meta.json", lost=lost, birds=birds)
+    assert run_here(*tiny_dualvitok, config, *TINY) == 1
+    assert annotations in capsys.readouterr().out
+    assert (bucket / "out/jsonl_after_tokenizer/dualvitok/fixed_32/a.jsonl").exists()  # the rest is done
+
+
+def test_tokenizer_and_config_may_lie_in_a_bucket(bucket, tiny_dualvitok):
+    urls = []
+    for path in tiny_dualvitok:
+        (bucket / path.name).write_bytes(path.read_bytes())
+        urls.append(bucket / path.name)
+    assert load_dualvitok(*urls, device="cpu").fingerprint == load_dualvitok(*tiny_dualvitok, device="cpu").fingerprint
+    with pytest.raises(UserError, match=f"{bucket}/none.bin: cannot read it"):
+        load_dualvitok(urls[0], bucket / "none.bin", device="cpu")
+
+
+def test_plan_and_verify_read_a_bucket(bucket, encode, tmp_path, tiny_dualvitok):
+    fill(bucket)
+    encode(bucket)
+    config = ["--data_config", str(tmp_path / "meta.json"), *FIXED, "--crop_percent_thresh", "0.5"]
+    assert plan_codebook_inference.main([*config, "--out_dir", str(tmp_path / "plan")]) == 1  # two images are bad
+    plan = json.loads((tmp_path / "plan/plan.json").read_text())
+    assert plan
+    model, checkpoint = map(str, tiny_dualvitok)
+    files = ["--model_config", model, "--tokenizer_checkpoint", checkpoint, "--device", "cpu"]
+    assert verify_codebook.main([*config[:-2], *files]) == 0
+
+
+def test_conversations_become_token_files_in_a_bucket(bucket, tmp_path, chameleon_folder):
+    for path in chameleon_folder.iterdir():
+        (bucket / "tokenizer" / path.name).write_bytes(path.read_bytes())
+    for number in range(6):
+        (bucket / f"images/{number}.png").write_bytes(png((80, 70), (40 * number, 90, 30)))
+    turns = [{"from": "human", "value": "<|image|> What is it?"}, {"from": "gpt", "value": "A cat."}]
+    names = [f"{number}.png" for number in range(7)]  # the last one is missing
+    items = [{"conversations": turns, "image": [name]} for name in names]
+    items[2]["image"] = [str(bucket / "images/2.png")]
+    records = {}
+    for where in (tmp_path, bucket):
+        (where / "data.json").write_bytes(json.dumps(items).encode())
+        command = ["--in_filename", where / "data.json", "--out_dir", where / "out", "--items_per_file", "4"]
+        command += ["--tokenizer_dir", bucket / "tokenizer", "--image_dir", bucket / "images", "--target_size", "64"]
+        assert pre_tokenize.main([*map(str, command), "--device", "cpu", "--max_failed", "1"]) == 0
+        files = [where / "out", where / "out/record.json"]
+        concat_record.main(["--sub_record_dir", str(files[0]), "--save_path", str(files[1])])
+        records[where] = final_bytes(where / "out", where / "data.json")
+        assert [len(sample.tokens) for sample in TokenFiles(files[1])] == list(TokenFiles(files[1]).lengths)
+        tokenizer = ["--tokenizer_dir", str(bucket / "tokenizer"), "--in_filename", str(where / "data.json")]
+        assert verify_tokens.main(["--record", str(files[1]), *tokenizer, "--device", "cpu"]) == 0
+    assert records[bucket] == records[tmp_path]
+    assert {"files/0-4.arrow", "files/4-7.arrow", "record.json", "record.rejected.jsonl"} <= records[bucket].keys()
