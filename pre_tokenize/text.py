@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 from pre_tokenize.conversation import END_MARK, IMAGE_MARK
 from vistoken.errors import Failed, UserError
 from vistoken.store import Location, location
-from vistoken.weights import looks_like_hub_id
+from vistoken.weights import check_on_hub, looks_like_hub_id
 
 TOKENIZER_FILES = ("text_tokenizer.json", "tokenizer.json")
 IMAGE, END = -1, -2  # what the marks become
@@ -104,6 +104,7 @@ def find_tokenizer(source: str) -> Location:
 
 
 def _download(hub_id: str) -> Path:
+    check_on_hub(hub_id)
     for name in TOKENIZER_FILES:
         try:
             return Path(hf_hub_download(hub_id, name))

@@ -2,12 +2,15 @@
 
 import json
 import os
+from zipfile import ZipFile
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from vistoken import weights
 from vistoken.errors import UserError
 from vistoken.weights import fingerprint, load_strict, read_state_dict
 
@@ -126,6 +129,7 @@ def test_a_missing_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
 
 
 def test_hub_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "check_on_hub", lambda hub_id: None)
     torch.save(STATE, tmp_path / "pytorch_model.bin")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, allow_patterns: str(tmp_path))
     assert_equal_states(read_state_dict("some-org/some-model"), STATE)
@@ -168,3 +172,62 @@ def test_fingerprint_is_of_contents(tmp_path):
         {"x" + name: tensor for name, tensor in STATE.items()},
     ]
     assert len({mark, fingerprint(STATE, "heads 16"), *map(fingerprint, others)}) == 6
+
+
+@pytest.mark.parametrize("wanted", ["data/1", "data.pkl"])
+def test_a_flipped_bit_is_found_by_the_files_own_checksums(tmp_path, wanted):
+    file = tmp_path / "w.bin"
+    torch.save({"a": torch.ones(64), "b": torch.arange(64.0)}, file)
+    with ZipFile(file) as archive:
+        record = next(info for info in archive.infolist() if info.filename.endswith(wanted))
+    content = bytearray(file.read_bytes())
+    start = content.index(record.filename.encode()) + len(record.filename)
+    content[content.index(torch.tensor(63.0).numpy().tobytes(), start) if wanted == "data/1" else start + 120] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"w\.bin: damaged: the checksum of w/{wanted}"):
+        read_state_dict(file)
+
+
+def test_a_file_that_was_written_without_checksums_still_loads(tmp_path):
+    set_crc32_options = pytest.importorskip("torch.serialization").set_crc32_options
+    set_crc32_options(False)
+    try:
+        torch.save(STATE, tmp_path / "w.bin")
+    finally:
+        set_crc32_options(True)
+    assert_equal_states(read_state_dict(tmp_path / "w.bin"), STATE)
+
+
+@pytest.mark.parametrize(
+    "name, tensor, told",
+    [
+        ("a", torch.eye(2).to_sparse(), "a is torch.sparse_coo, and weights are plain dense tensors"),
+        ("a", torch.ones(2, device="meta"), "a is on the meta device"),
+        ("\ud800", torch.ones(2), "a tensor's name is '\\ud800'"),
+        (7, torch.ones(2), "a tensor's name is 7"),
+    ],
+    ids=["sparse", "meta", "half a surrogate pair", "number"],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_what_only_looks_like_a_weight_is_told(tmp_path, name, tensor, told):
+    torch.save({name: tensor, "b": torch.ones(2)}, tmp_path / "w.bin")
+    with pytest.raises(UserError) as error:
+        read_state_dict(tmp_path / "w.bin")
+    assert told in str(error.value) and "w.bin" in str(error.value)
+
+
+def test_a_mistyped_path_that_looks_like_a_hub_id_is_told_at_once(monkeypatch, tmp_path):
+    """Nobody listens there, and the hub's client would try again and again."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(weights, "getproxies", dict)
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **how: asked.append(how) or refuse())
+
+    def refuse():
+        raise OSError("no copy here")
+
+    with pytest.raises(UserError, match=r"ckpts/Chameleon: no such file or folder here.*no folder ckpts in"):
+        read_state_dict("ckpts/Chameleon")
+    assert asked == [{"local_files_only": True}]

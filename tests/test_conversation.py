@@ -140,6 +140,7 @@ def test_a_hub_id_works(golden, monkeypatch):
             raise EntryNotFoundError("404")
         return str(golden / "chameleon_small" / "text_tokenizer.json")
 
+    monkeypatch.setattr("pre_tokenize.text.check_on_hub", lambda hub_id: None)
     monkeypatch.setattr("pre_tokenize.text.hf_hub_download", download)
     assert TextTokenizer("some-org/Lumina-mGPT-7B-512").ids["<racm3:break>"] == 8197
 
@@ -148,6 +149,7 @@ def test_a_hub_that_cannot_be_reached_is_told(monkeypatch):
     def download(hub_id, name):
         raise LocalEntryNotFoundError("check your connection")
 
+    monkeypatch.setattr("pre_tokenize.text.check_on_hub", lambda hub_id: None)
     monkeypatch.setattr("pre_tokenize.text.hf_hub_download", download)
     with pytest.raises(UserError, match="some-org/model: no such file or folder here, and as a hub id: check your"):
         TextTokenizer("some-org/model")

@@ -8,10 +8,14 @@ import hashlib
 import json
 import pickle
 import re
+import socket
+import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from zipfile import is_zipfile
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import safetensors
 import torch
@@ -138,9 +142,36 @@ def looks_like_hub_id(source: str) -> bool:
     return not Path(source).parent.exists()  # checkpoints/name next to a folder checkpoints/ is a mistyped path
 
 
+def check_on_hub(hub_id: str) -> None:
+    """Raises `UserError` at once where the hub cannot be reached and no copy of the repository is here.
+
+    Its own client tries five times, half a minute for a mistyped path.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        if not getproxies():  # else nobody but the client knows the way
+            socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
+        return
+    except OSError as error:
+        reason = f"{hub.hostname} cannot be reached ({_summary(error)})"
+    try:
+        huggingface_hub.snapshot_download(hub_id, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{hub_id}: no such file or folder here; as a hub id: {reason}. If a path is meant, there is no folder "
+            f"{Path(hub_id).parent} in {Path.cwd()}."
+        ) from error
+
+
 def _download(hub_id: str) -> Path:
     import huggingface_hub
 
+    check_on_hub(hub_id)
     for suffixes in ((".safetensors",), PICKLES):  # not both: a repository often ships the same weights twice
         patterns = [pattern for suffix in suffixes for pattern in (f"*{suffix}", f"*{suffix}.index.json")]
         try:
@@ -191,15 +222,57 @@ def _read_safetensors(file: Path, use_ema: bool, prefixes: tuple[str, ...]) -> d
         raise UserError(f"{file}: damaged or not a safetensors file: {_summary(error)}") from error
 
 
-def _read_pickle(file: Path, use_ema: bool, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+def _check_crc(file: Path) -> None:
+    """Raises `UserError` where a record of a zip file is not what was written: torch itself does not look.
+
+    Reads the whole file once, in four threads, and leaves it in the page cache. Records without a checksum (torch can
+    be told to write none) pass; safetensors files have none.
+    """
+
+    def damaged(part: int) -> str | None:
+        with ZipFile(file) as archive:
+            for record in archive.infolist()[part::4]:
+                if record.CRC:
+                    try:
+                        with archive.open(record) as content:
+                            while content.read(1 << 22):
+                                pass
+                    except (BadZipFile, ValueError, EOFError, zlib.error):
+                        return record.filename
+        return None
+
     try:
-        payload = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+        with ThreadPoolExecutor(4) as pool:
+            found = next(filter(None, pool.map(damaged, range(4))), None)
+    except (BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{file}: damaged or not a PyTorch checkpoint: {_summary(error)}") from error
+    if found:
+        raise UserError(f"{file}: damaged: the checksum of {found} in it is not that of its content; fetch it again")
+
+
+def _read_pickle(file: Path, use_ema: bool, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    zipped = is_zipfile(file)
+    if zipped:
+        _check_crc(file)
+    try:
+        payload = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise UserError(f"{file}: {_refusal(str(error))}") from error
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: damaged or not a PyTorch checkpoint: {_summary(error)}") from error
     tensors = _tensors_of(payload, file, use_ema)
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor, file)
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+
+
+def _check_tensor(name: object, tensor: Tensor, file: Path) -> None:
+    """Raises `UserError` for what only looks like a named tensor with its numbers."""
+    if not isinstance(name, str) or not name.isprintable():  # half of a surrogate pair is not, either
+        raise UserError(f"{file}: a tensor's name is {name!r}, which no model has; it is no state dict")
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        kind = "quantized" if tensor.is_quantized else "on the meta device" if tensor.is_meta else str(tensor.layout)
+        raise UserError(f"{file}: {name} is {kind}, and weights are plain dense tensors; save it as one")
 
 
 def _tensors_of(payload: object, file: Path, use_ema: bool) -> dict[str, Tensor]:

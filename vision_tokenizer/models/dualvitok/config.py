@@ -8,18 +8,25 @@ and so are settings of a part that do not matter at inference. A size left out i
 import runpy
 import types
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from vision_tokenizer.models.dualvitok.semantic import PROJECTIONS, SemanticDecoderSizes, SemanticEncoderSizes
 from vision_tokenizer.models.dualvitok.simvq import QuantizerSizes
 from vision_tokenizer.models.dualvitok.vit import VitSizes
 from vision_tokenizer.models.layers import ConvSizes
+from vistoken.cli import note
 from vistoken.errors import UserError
 from vistoken.store import Location, Url, local_copy, location
 
 # ViTs that a config may name; their weights come with the DualViTok's own checkpoint
 NAMED_VITS = {
     "Emova-ollm/qwen2vit600m": VitSizes(depth=32, embed_dim=1280, hidden_size=3584, num_heads=16, mlp_ratio=4)
+}
+# keys of released configs that matter in training only, or repeat others
+UNREAD = {
+    *("attn_implementation", "channel_first", "codebook_size", "double_z", "dropout", "rotation_trick"),
+    *("pixel_drop_batch_rate", "pixel_drop_rate", "pixel_noise_type", "use_vq_ckpt_ema", "vq_ckpt"),
 }
 LEVELS = 5  # of the pixel branch: one code is 16 x 16 pixels
 
@@ -44,6 +51,17 @@ class _Part:
         if not isinstance(values, dict):
             raise UserError(f"{where}: must be a dict, found {values!r}")
         self.values, self.where = values, where
+
+    def known(self, *names: str) -> None:
+        """Tell of keys that nothing reads. Raises `UserError` for one that is near to one of `names`, a slip."""
+        unread = [str(key) for key in self.values if key not in names and key not in UNREAD]
+        for key in unread:
+            if near := get_close_matches(key, names, n=1, cutoff=0.75):
+                raise UserError(f"{self.where}: unknown key {key!r}: did you mean {near[0]!r}?")
+            if key == "_base_":
+                raise UserError(f"{self.where}: `_base_` is not read: write out what the other config has")
+        if unread:
+            note(f"{self.where}: nothing here reads {', '.join(unread)}")
 
     def fail(self, key: str, wanted: str) -> UserError:
         return UserError(f"{self.where}[{key!r}]: must be {wanted}, found {self.values.get(key)!r}")
@@ -90,6 +108,8 @@ def run_config(path: str | Location) -> dict[str, Any]:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # it is somebody else's program
         raise UserError(f"{path}: this config does not run: {type(error).__name__}: {error}") from error
+    if "_base_" in names:
+        raise UserError(f"{path}: `_base_` is not read: write out what the other config has, or import it")
     imported = (types.ModuleType, types.FunctionType, type)
     names = {n: value for n, value in names.items() if not n.startswith("_") and not isinstance(value, imported)}
     if "vq_model" not in names:
@@ -106,10 +126,12 @@ def read_model(vq_model: Any, where: str) -> DualViTokSizes:
     """The sizes in `vq_model`; `where` begins the messages of errors."""
     model = _Part(vq_model, where)
     model.one_of("type", ("DualViTok",))
+    model.known("type", "config")
     return _dualvitok(model.part("config"))
 
 
 def _dualvitok(config: _Part) -> DualViTokSizes:
+    config.known(*DualViTokSizes.__dataclass_fields__)
     sizes = DualViTokSizes(
         semantic_encoder=_semantic_encoder(config.part("semantic_encoder")),
         semantic_quantizer=_quantizer(config.part("semantic_quantizer"), codebook_size=32768),
@@ -135,11 +157,16 @@ def _vit(encoder: _Part) -> VitSizes:
     if "vit" not in encoder.values:
         return NAMED_VITS[encoder.one_of("semantic_encoder", tuple(NAMED_VITS))]
     vit = encoder.part("vit")
+    vit.known(*VitSizes.__dataclass_fields__)
     released = next(iter(NAMED_VITS.values()))
-    return VitSizes(**{key: vit.size(key, getattr(released, key)) for key in VitSizes.__dataclass_fields__})
+    sizes = VitSizes(**{key: vit.size(key, getattr(released, key)) for key in VitSizes.__dataclass_fields__})
+    if sizes.embed_dim % (4 * sizes.num_heads):  # each head has frequencies for rows and columns, in pairs
+        raise vit.fail("num_heads", f"a divisor of {sizes.embed_dim} / 4, a quarter of embed_dim")
+    return sizes
 
 
 def _semantic_encoder(part: _Part) -> SemanticEncoderSizes:
+    part.known(*SemanticEncoderSizes.__dataclass_fields__, "semantic_encoder", "vit", "target_mlp")
     part.one_of("target_mlp", ("norm",))
     return SemanticEncoderSizes(
         vit=_vit(part),
@@ -151,6 +178,7 @@ def _semantic_encoder(part: _Part) -> SemanticEncoderSizes:
 
 
 def _semantic_decoder(part: _Part) -> SemanticDecoderSizes:
+    part.known(*SemanticDecoderSizes.__dataclass_fields__)
     return SemanticDecoderSizes(
         z_channels=part.size("z_channels", 32),
         num_blocks=part.size("num_blocks", 4),
@@ -161,11 +189,14 @@ def _semantic_decoder(part: _Part) -> SemanticDecoderSizes:
 
 
 def _quantizer(part: _Part, codebook_size: int) -> QuantizerSizes:
+    part.known("type", *QuantizerSizes.__dataclass_fields__)
     part.one_of("type", ("SimVQ",))
     return QuantizerSizes(codebook_size=part.size("codebook_size", codebook_size), dim=part.size("dim", 32))
 
 
 def _conv(part: _Part, ch: int, channels: int) -> ConvSizes:
+    plain = ("use_dc_up_down_blocks", "double_z", "in_channels", "out_channels")
+    part.known(*plain, "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels", "embed_dim")
     part.one_of("use_dc_up_down_blocks", (True,))
     part.one_of("double_z", (False,))
     part.one_of("in_channels", (3,))

@@ -15,6 +15,7 @@ from vision_tokenizer.models.dualvitok.config import DualViTokSizes, read_config
 from vision_tokenizer.models.dualvitok.pixel import PixelDecoder, PixelEncoder
 from vision_tokenizer.models.dualvitok.semantic import CELL, SemanticDecoder, SemanticEncoder, vit_input, vit_input_size
 from vision_tokenizer.models.dualvitok.simvq import SimVQ
+from vistoken.cli import note
 from vistoken.device import choose_dtype, float32_products, keep_freed_memory, local_device
 from vistoken.errors import UserError
 from vistoken.weights import fingerprint, load_strict, read_state_dict
@@ -141,6 +142,8 @@ def load_dualvitok(
     load_strict(model, state, source=checkpoint)
     encoding = {name: tensor for name, tensor in state.items() if name.startswith(ENCODING)}
     model.fingerprint = fingerprint(encoding, f"{sizes.semantic_encoder} {sizes.pixel_encoder}")
+    heads = sizes.semantic_encoder.vit.num_heads
+    note(f"DualViTok {model.fingerprint[:12]}: {heads} attention heads in its ViT, which no weight can confirm")
     place(model, target, dtype)
     if compile:
         compile_encoder(model)
