@@ -155,6 +155,7 @@ def test_a_released_config_is_read_as_it_is(name):
         ("--weight_decay=0.1", "nothing reads weight_decay"),
         ("--global_batch_size=0", "must be above 0"),
         ("--data_args.resolution=30", "multiple of 16"),
+        ("--vq_model.config.pixel_drop_ratio=1", "unknown key 'pixel_drop_ratio'; did you mean pixel_drop_rate"),
         ("lr=1", "settings are given as --key=value"),
     ],
 )
@@ -170,9 +171,10 @@ def test_a_config_without_losses_is_refused(dualvitok_config):
 
 def test_overrides_are_typed(config):
     overrides = ["--lr=2e-3", "--ema=False", "--vq_loss.disc_start=7", "--results_dir=a/b", "--max_steps=None"]
+    overrides.append("--resolution=48")
     settings, _ = read_settings(config, overrides)
     assert (settings.lr, settings.ema, settings.vq_loss.disc_start) == (2e-3, False, 7)
-    assert (settings.results_dir, settings.max_steps) == ("a/b", None)
+    assert (settings.results_dir, settings.max_steps, settings.data_args.resolution) == ("a/b", None, 48)
 
 
 def test_a_run_writes_what_it_says_and_its_weights_load(config, pictures, tmp_path):

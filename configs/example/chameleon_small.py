@@ -36,7 +36,7 @@ data_args = dict(
 )
 global_seed = 1
 global_batch_size = 8
-max_steps = 450
+max_steps = 350
 lr = 8e-4
 code_transform_lr_scale = 10.0
 fit_codebooks = "covariance"
@@ -46,4 +46,4 @@ ema = True
 ema_decay = 0.995
 num_workers = 0
 log_every = 25
-ckpt_every = 150
+ckpt_every = 175

@@ -143,6 +143,11 @@ UNREAD = (
     "finetune", "finetune_decoder", "infer_interpolate", "weight_decay", "image_size",
     "use_group_image_resolution", "training_with_anyres", "use_local_data",
 )  # fmt: skip
+# in vq_model's config, read for training alone; absent from many configs
+MODEL_KEYS = (
+    "pixel_drop_rate", "pixel_drop_batch_rate", "pixel_noise_type", "rotation_trick", "commitment_weight",
+    "input_to_quantize_commit_loss_weight", "vq_ckpt", "use_vq_ckpt_ema",
+)  # fmt: skip
 # may differ when a run is resumed
 FREE_ON_RESUME = (
     "results_dir", "device", "num_workers", "vq_ckpt", "log_every", "ckpt_every", "keep_checkpoints", "eval_path",
@@ -195,6 +200,8 @@ def _override(names: dict[str, Any], text: str) -> None:
     *path, last = key.split(".")
     if last in UNREAD:
         raise UserError(f"{text}: nothing reads {last}, so setting it would change nothing")
+    if not path and last in {f.name for f in fields(DataSettings)}:
+        path = ["data_args"]
     place = names
     for part in path:
         place = place.setdefault(part, {})
@@ -202,6 +209,8 @@ def _override(names: dict[str, Any], text: str) -> None:
             raise UserError(f"{text}: {part} is no dict of settings")
     if path and path[0] in _PARTS and "config" in place:
         place = place["config"]
+    if path[:1] == ["vq_model"] and last not in (*place, *MODEL_KEYS):
+        raise UserError(f"{text}: unknown key {last!r}; {_nearby(last, [*place, *MODEL_KEYS])}")
     try:
         place[last] = ast.literal_eval(value)
     except (ValueError, SyntaxError):

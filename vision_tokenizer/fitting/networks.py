@@ -34,6 +34,10 @@ def build(settings: RunSettings) -> Trainable:
     model = DualViTok(read_model(settings.vq_model, "vq_model"), decoder=True)
     if config.get("semantic_detail_merge_type", "cat") != "cat":
         raise UserError("vq_model.config.semantic_detail_merge_type: only 'cat' is supported")
+    if config.get("pixel_noise_type", "random") not in ("random", "zero"):
+        raise UserError(
+            f"vq_model.config.pixel_noise_type: must be 'random' or 'zero', not {config['pixel_noise_type']!r}"
+        )
     draw_dualvitok(model)
     return TrainableDualViTok(
         model,

@@ -125,9 +125,11 @@ class Updater:
                 terms |= self._discriminator_pass(pixels, outputs.reconstruction, step, len(batches))
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / len(batches)
-        self._require_finite(sums, step, names)
         for name, side in zip(("grad_norm", "discriminator_grad_norm"), self.sides, strict=False):
-            sums[name] = side.step(lr, self.settings.max_grad_norm)
+            sums[name] = side.clip(self.settings.max_grad_norm)
+        self._require_finite(sums, step, names)
+        for side in self.sides:
+            side.step(lr)
         if self.ema is not None:
             self.ema.update(self.network.model)
         self.step = step
@@ -173,7 +175,8 @@ class Updater:
         }
 
     def _require_finite(self, sums: dict[str, Tensor], step: int, names: Callable[[], str]) -> None:
-        bad = [name for name, value in sums.items() if not torch.isfinite(value)]
+        scaled = self.settings.mixed_precision == "fp16"  # its gradients may overflow: then the step is left out
+        bad = [n for n, value in sums.items() if not (torch.isfinite(value) or (scaled and n.endswith("grad_norm")))]
         anywhere = torch.tensor(float(bool(bad)), device=self.device)
         if dist.is_initialized():
             dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
@@ -196,18 +199,19 @@ class _Side:
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def step(self, lr: float, max_grad_norm: float) -> Tensor:
-        """Average gradients over ranks, clip, step. Returns the gradients' norm before clipping."""
+    def clip(self, max_grad_norm: float) -> Tensor:
+        """Average gradients over ranks and clip them. Returns their norm before that."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.scaler.unscale_(self.optimizer)
         average_gradients(parameters)
         limit = max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=False)
+        return torch.nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=False).detach()
+
+    def step(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return norm.detach()
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
