@@ -135,7 +135,7 @@ def make_encoder(vqgan: ChameleonVQGAN, settings: Settings, num_workers: int, pr
         partial(prepare, sizes=crop_sizes(settings.target_size, settings.crop), orientation=settings.exif_orientation),
         batch_size=settings.batch_size,
         num_workers=num_workers,
-        on_images=lambda count: progress.count(images=count),
+        on_image=lambda chunk, name, encoded: chunk.under_way.image_done(name, encoded),
     )
 
 

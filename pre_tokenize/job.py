@@ -12,7 +12,7 @@ from pre_tokenize.token_file import TokenSample
 from vision_tokenizer.codebook.encoder import Images
 from vistoken.errors import ItemError
 from vistoken.jobs.counts import Counts, counts_table, time_line
-from vistoken.jobs.progress import Progress, Stopwatch
+from vistoken.jobs.progress import ItemsUnderWay, Progress, Stopwatch
 from vistoken.jobs.run import OpenChunk, Task, Writer, todo
 from vistoken.jobs.workers import Workers
 
@@ -82,7 +82,7 @@ def run_pre_tokenization(
     ):
         for task in todo([output.source], workers, progress):
             with encoder.watch("text"):
-                chunk = TokenChunk(task, sequences, output)
+                chunk = TokenChunk(task, sequences, output, progress)
             encoder.add(chunk, chunk.images())
             for chunk, images in encoder.finished():
                 writer.write(chunk, images, encoder.watch, progress)
@@ -97,8 +97,9 @@ def run_pre_tokenization(
 class TokenChunk(OpenChunk):
     """A chunk of conversations: those whose text is tokenised, and the samples that it already has."""
 
-    def __init__(self, task: Task, sequences: SequenceFormat, output: TokenOutput):
+    def __init__(self, task: Task, sequences: SequenceFormat, output: TokenOutput, progress: Progress):
         super().__init__(task)
+        self.under_way = ItemsUnderWay(progress)
         self._sequences, self._output = sequences, output
         self._samples: dict[int, TokenSample] = {}
         if done := self.done_before():
@@ -110,6 +111,7 @@ class TokenChunk(OpenChunk):
                 self.fail(item, draft)
             else:
                 self._drafts[item.index] = draft
+                self.under_way.expect(item.index, draft.paths)
 
     def images(self) -> Iterator[tuple[Path, Path]]:
         for draft in self._drafts.values():

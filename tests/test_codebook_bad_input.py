@@ -10,6 +10,7 @@ import pytest
 from codebook_job import OUTPUT_FIELDS, dataset, launch, read_lines, run_here, write_config
 from PIL import Image
 
+from vision_tokenizer.codebook import job
 from vistoken.errors import UserError
 
 SMALL = ("--resolution_type", "fixed", "--resolution", "64", "--batch_size", "4")
@@ -343,3 +344,27 @@ def test_half_a_surrogate_pair_in_the_config_is_told(tmp_path, photo, run, field
     told = rf"birds: {field} cannot be a path, with a NUL or half a surrogate pair" if field else "cannot be the name"
     with pytest.raises(UserError, match=told):
         run(config)
+
+
+def test_an_annotation_file_that_goes_in_mid_run_fails_alone(tmp_path, photo, run, monkeypatch, capsys):
+    line = b'{"images": "good.png"}\n'
+    config = make_dataset(tmp_path, {"good.png": photo}, line * 3)
+    for name in ("b", "c"):
+        (tmp_path / "annotations" / f"{name}.jsonl").write_bytes(line * 2)
+    gone, begin = tmp_path / "annotations" / "b.jsonl", job.CodebookChunk.__init__
+
+    def went(self, *given):
+        gone.unlink(missing_ok=True)
+        begin(self, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job.CodebookChunk, "__init__", went)
+        assert run(config) == 1
+    assert f"not done: {gone}: cannot read the input (No such file or directory)" in capsys.readouterr().out
+    assert [len(read_lines(output(tmp_path / "out", f"{name}.jsonl"))) for name in "ac"] == [3, 2]
+    assert not output(tmp_path / "out", "b.jsonl").exists()
+    summary = json.loads(output(tmp_path / "out", "run_summary.json").read_text())
+    assert summary["total"]["done"] == 5 and len(summary["unreadable"]) == 1
+    gone.write_bytes(line * 2)
+    assert run(config) == 0
+    assert len(read_lines(output(tmp_path / "out", "b.jsonl"))) == 2

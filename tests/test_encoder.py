@@ -69,8 +69,8 @@ def test_the_last_batch_is_padded():
 
 def test_an_image_named_twice_is_encoded_once():
     seen = []
-    results, _ = run([("a", [(1, 32), (2, 32), (1, 32)])], on_images=seen.append)
-    assert sum(seen) == 2
+    results, _ = run([("a", [(1, 32), (2, 32), (1, 32)])], on_image=lambda *told: seen.append(told))
+    assert sorted(seen) == [("a", (1, 32), True), ("a", (2, 32), True)]
     assert set(results["a"]) == {(1, 32), (2, 32)}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vistoken.errors import Failed, UserError
+from vistoken.jobs import progress
 from vistoken.jobs.chunks import Item, chunk_table
 from vistoken.jobs.counts import Counts, Problem, counts_table
 from vistoken.jobs.files import atomic_write, remove_leftovers, run_lock, write_bytes
@@ -221,3 +222,27 @@ def test_the_table_shows_that_items_add_up():
     text = counts_table({"birds": counts(1200, failed=3)})
     assert text.splitlines()[2].split() == ["birds", "1,200", "1,197", "0", "3"]
     assert "failed: image not found: 3" in text
+
+
+def test_the_bar_moves_with_every_item_and_counts_images_as_the_summary_does(monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN", 0.0)
+    workers, names = OneProcess(), ("items", "images", "failed")
+    with progress.Progress(workers, 4, "codes") as shown:
+        chunk = progress.ItemsUnderWay(shown)
+
+        def now(image=None, encoded=True):
+            if image:
+                chunk.image_done(image, encoded)
+            return tuple(workers.totals(names).values())
+
+        chunk.expect(0, ["a", "b", "a"])
+        chunk.expect(1, ["a"])
+        assert now() == (0, 0, 0)
+        assert now("a") == (1, 1, 0)
+        assert now("b") == (2, 4, 0)  # item 0 names an image twice, and the summary counts it twice
+        chunk.expect(2, ["b", "c"])
+        assert now("c", encoded=False) == (3, 4, 0)
+        counts = Counts(items=4, done=2)
+        counts.reasons["failed", "image not found"] = 2  # the fourth was no JSON: nothing of it was to be encoded
+        shown.done(counts, chunk.shown)
+        assert now() == (4, 4, 2)

@@ -179,6 +179,7 @@ class Encoder(Generic[C]):
     Images are read as they are needed, so that a chunk of any size holds few of them. Pillow and torch release the
     interpreter lock while they decode, resize and compute, so threads overlap. Images are decoded so many
     `seconds_ahead` of a fast device that a few large ones, or a slow disk, do not keep it waiting.
+    `on_image` is told each image's chunk and name, and whether it was encoded.
     `watch` has the seconds of this thread ("wait for decode", "encode") and of the pool ("decode").
     """
 
@@ -190,9 +191,9 @@ class Encoder(Generic[C]):
         batch_size: int,
         num_workers: int,
         seconds_ahead: float = 0.0,
-        on_images: Callable[[int], None] = lambda count: None,
+        on_image: Callable[[C, Any, bool], None] = lambda chunk, name, encoded: None,
     ):
-        self._prepare, self._on_images = prepare, on_images
+        self._prepare, self._on_image = prepare, on_image
         self._pinned = tokenizer.device.type == "cuda"
         self._runner = GpuRunner(tokenizer) if self._pinned else CpuRunner(tokenizer)
         self._batcher = Batcher(batch_size)
@@ -266,7 +267,8 @@ class Encoder(Generic[C]):
         with self.watch("wait for decode"):
             error = decoded.exception()
         if isinstance(error, ItemError):
-            opened.images[name] = type(error)(error.reason, error.detail)  # its traceback would keep the image alive
+            # its own traceback would keep the image alive
+            self._finish(opened, name, type(error)(error.reason, error.detail))
             return
         pixels, info, seconds = decoded.result()
         self.watch.add("decode", seconds)
@@ -296,11 +298,14 @@ class Encoder(Generic[C]):
         for row, slot in enumerate(slots):
             codes = tuple(grid[row] for grid in branches)
             finite = all(grid.min() >= 0 for grid in codes)
-            slot.owner.images[slot.name] = Encoded(codes, slot.info) if finite else _not_finite(slot.name)
-        self._on_images(len(slots))
+            self._finish(slot.owner, slot.name, Encoded(codes, slot.info) if finite else _not_finite(slot.name))
         self._encoded += len(slots)
         rate = self._encoded / max(time.monotonic() - self._began, 1.0)
         self.window = max(self.window, min(int(rate * self._seconds_ahead), MOST_AHEAD))
+
+    def _finish(self, opened: _Open[C], name: Hashable, result: Encoded | ItemError) -> None:
+        opened.images[name] = result
+        self._on_image(opened.chunk, name, isinstance(result, Encoded))
 
 
 def _not_finite(name: Hashable) -> Failed:

@@ -16,10 +16,10 @@ from vision_tokenizer.images.dualvitok import prepare
 from vision_tokenizer.images.files import CROP_ABOVE_THRESHOLD
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vistoken.cli import note
-from vistoken.errors import ItemError
+from vistoken.errors import ItemError, UserError
 from vistoken.jobs.chunks import Item
 from vistoken.jobs.counts import Counts, counts_table, time_line
-from vistoken.jobs.progress import Progress, Stopwatch
+from vistoken.jobs.progress import ItemsUnderWay, Progress, Stopwatch
 from vistoken.jobs.run import OpenChunk, Task, Writer, todo
 from vistoken.jobs.workers import Workers
 from vistoken.store import Location
@@ -69,12 +69,12 @@ def run_codebook_inference(
                 batch_size=settings.batch_size,
                 num_workers=num_workers,
                 seconds_ahead=2.0 if tokenizer.device.type == "cuda" else 0.0,
-                on_images=lambda count: progress.count(images=count),
+                on_image=lambda chunk, name, encoded: chunk.under_way.image_done(name, encoded),
             )
         )
         writer = held.enter_context(Writer(encoder.watch))
         for task in todo(sources, workers, progress):
-            chunk = CodebookChunk(task)
+            chunk = CodebookChunk(task, progress)
             encoder.add(chunk, chunk.images())
             for chunk, images in encoder.finished():
                 writer.write(chunk, images, encoder.watch, progress)
@@ -90,8 +90,10 @@ def run_codebook_inference(
 class CodebookChunk(OpenChunk):
     """A chunk of annotations or a shard, the images its items need, and the rows that it already has."""
 
-    def __init__(self, task: Task):
+    def __init__(self, task: Task, progress: Progress):
         super().__init__(task)
+        self.under_way = ItemsUnderWay(progress)
+        self.unread = False  # the input could not be read to the chunk's end
         self._form = self.source.form
         self._payload = self.source.results.path(self.chunk.index, self._form.suffix)
         self._rows: dict[int, Any] = {}  # item -> its row of the output
@@ -101,7 +103,7 @@ class CodebookChunk(OpenChunk):
 
     def images(self) -> Iterator[tuple[Location | str, Any]]:
         """Read the chunk: the images that its items need, by name."""
-        for item in self.todo():
+        for item in self._read():
             if item.error:
                 self.fail(item, item.error)
                 continue
@@ -111,11 +113,20 @@ class CodebookChunk(OpenChunk):
                 self.fail(item, error)
                 continue
             self._names[item.index] = [name for name, _ in images]
+            self.under_way.expect(item.index, self._names[item.index])
             while images:
                 yield images.pop(0)  # and hold none while the encoder has no room for more
 
+    def _read(self) -> Iterator[Item]:
+        try:
+            yield from self.todo()
+        except UserError:  # told at the end, by `CodebookOutput.finish`: the other files go on
+            self.unread = True
+
     def write(self, images: Images, watch: Stopwatch, progress: Progress) -> None:
         """Put the codes to the items, in input order, and save the chunk."""
+        if self.unread:
+            return
         with watch("write"):
             tallies = Counter(self.previous.counts.tallies if self.previous else ())
             for index, names in self._names.items():

@@ -74,6 +74,20 @@ class CodebookFile(JoinedSource):
     def contents(self) -> Iterator[tuple[Result, bytes]]:
         return self.form.joined(self.results.contents(range(len(self.table)), self.form.suffix))
 
+    def unread(self) -> str | None:
+        """Why the file, which could be read when the run began, could not be read to its end, if it could not."""
+        if self.finished() is not None:
+            return None
+        try:
+            for index in range(len(self.table)):
+                if self.results.read(index) is None:
+                    for _ in self.table.read(self.table[index]):
+                        pass
+                    return f"{self.table.path}: could not be read in between. Run the same command again."
+        except UserError as error:
+            return str(error)
+        return None
+
     def check_unchanged(self) -> None:
         now = _table(self.dataset, self.table.path, self.output.parent, self.chunk_items)
         if now.fingerprint != self.table.fingerprint:
@@ -126,8 +140,13 @@ class CodebookOutput(Output):
     def finish(self) -> Counts:
         """Write the final files, the statistics and the summary. Returns the counts of the data set."""
         total = Counts()
+        finished = []
         for file in self.sources:
-            total.add(file.finish())
+            if reason := file.unread():
+                self.unreadable.append(reason)
+            else:
+                total.add(file.finish())
+                finished.append(file)
         total.check(f"data set {self.dataset.name}")
         statistics = {name: n for name, n in sorted(total.tallies.items()) if name.startswith(RATIO) and n}
         write_bytes(self.settings.statistics_file(self.dataset), orjson.dumps(statistics, option=orjson.OPT_INDENT_2))
@@ -136,7 +155,7 @@ class CodebookOutput(Output):
             dataset=self.dataset.name,
             image_dir=str(self.dataset.image_dir.resolve()),
             total=total.as_dict(),
-            files={file.table.path.name: file.summary() for file in self.sources},
+            files={file.table.path.name: file.summary() for file in finished},
             unreadable=self.unreadable,
         )
         return total

@@ -3,8 +3,8 @@
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,8 @@ from vistoken import store
 from vistoken.cli import note
 from vistoken.jobs.counts import Counts
 from vistoken.jobs.workers import Workers
+
+SECONDS_BETWEEN = 0.2  # tellings of what happens often: torchrun's ranks count in a store that all of them share
 
 
 def bar(description: str, total: int | None = None, **more: Any) -> tqdm:
@@ -42,6 +44,8 @@ class Progress:
         self._bar = bar(description, total, disable=not workers.reports, smoothing=0.1)
         self._found = 0
         self._lock = threading.Lock()  # images are counted in one thread, results in another
+        self._pending: Counter[str] = Counter()
+        self._told = 0.0
 
     def __enter__(self) -> "Progress":
         return self
@@ -57,9 +61,25 @@ class Progress:
         self._workers.add(counts)
         self.refresh()
 
-    def done(self, counts: Counts) -> None:
-        """The result of a chunk was written."""
-        self.count(items=counts.items, rejected=counts.rejected, failed=counts.failed, retries=store.retries.take())
+    def count_soon(self, **counts: int) -> None:
+        """The same, but a few times a second only: for what happens thousands of times."""
+        with self._lock:
+            self._pending.update(counts)
+            if time.monotonic() - self._told < SECONDS_BETWEEN:
+                return
+        self._tell()
+
+    def _tell(self, **counts: int) -> None:
+        with self._lock:
+            counts = dict(self._pending + Counter(counts))
+            self._pending.clear()
+            self._told = time.monotonic()
+        self.count(**counts)
+
+    def done(self, counts: Counts, shown: int = 0) -> None:
+        """The result of a chunk was written, of whose items so many were `shown` before."""
+        told = {"rejected": counts.rejected, "failed": counts.failed, "retries": store.retries.take()}
+        self._tell(items=counts.items - shown, **told)
 
     def found(self, counts: Counts) -> None:
         """A result was there already, from an earlier run: no progress of this one, so it is left out of the rate."""
@@ -84,6 +104,41 @@ class Progress:
             self._bar.n += now["found"] - self._found
             self._found = now["found"]
         self._bar.update(now["items"] + now["found"] - self._bar.n)
+
+
+class ItemsUnderWay:
+    """Moves the bar as the images of a chunk's items are done, long before the result of the chunk is written.
+
+    Counts images as the summary does: each time an item names one, where all images of the item were encoded.
+    """
+
+    def __init__(self, progress: Progress):
+        self._progress, self.shown = progress, 0
+        self._encoded: dict[Hashable, bool] = {}  # image -> whether it was
+        self._images: dict[int, Sequence[Hashable]] = {}
+        self._waiting: defaultdict[Hashable, list[int]] = defaultdict(list)  # image -> items
+        self._left: Counter[int] = Counter()  # images that an item waits for
+
+    def expect(self, item: int, images: Sequence[Hashable]) -> None:
+        self._images[item] = images
+        for image in dict.fromkeys(images):
+            if image not in self._encoded:
+                self._waiting[image].append(item)
+                self._left[item] += 1
+        if not self._left[item]:
+            self._show(item)
+
+    def image_done(self, image: Hashable, encoded: bool) -> None:
+        self._encoded[image] = encoded
+        for item in self._waiting.pop(image, ()):
+            self._left[item] -= 1
+            if not self._left[item]:
+                self._show(item)
+
+    def _show(self, item: int) -> None:
+        self.shown += 1
+        images = self._images.pop(item)
+        self._progress.count_soon(items=1, images=len(images) if all(self._encoded[i] for i in images) else 0)
 
 
 class Stopwatch:

@@ -25,7 +25,7 @@ from vistoken.jobs.chunks import Chunk, Item
 from vistoken.jobs.counts import Counts, Problem
 from vistoken.jobs.files import exclusive, remove_leftovers, run_lock, write_bytes
 from vistoken.jobs.manifest import MANIFEST, check_manifest
-from vistoken.jobs.progress import Progress, Stopwatch
+from vistoken.jobs.progress import ItemsUnderWay, Progress, Stopwatch
 from vistoken.jobs.results import Result, Results, joining
 from vistoken.jobs.workers import Workers
 from vistoken.store import Location
@@ -136,6 +136,8 @@ def todo(sources: Sequence[Source], workers: Workers, progress: Progress) -> Ite
 class OpenChunk:
     """A chunk while a job works on it: which items are to be done, and what becomes of each."""
 
+    under_way: ItemsUnderWay | None = None  # of jobs that tell each item as it is done
+
     def __init__(self, task: Task):
         self.source, self.chunk, self.previous = task
         self.items: dict[int, Item] = {}  # those that were read
@@ -178,7 +180,7 @@ class OpenChunk:
         counts.tallies.update(tallies)
         counts.seconds.update(seconds)
         self.source.results.write(self.chunk.index, Result(counts, problems, files))
-        progress.done(counts)
+        progress.done(counts, self.under_way.shown if self.under_way else 0)
 
 
 class Writer:
