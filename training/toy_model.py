@@ -1,9 +1,11 @@
 """A small untrained model, to try the trainer without a checkpoint of gigabytes.
 
     python training/toy_model.py --tokenizer text_tokenizer.json --output_dir output/toy
+    python training/toy_model.py --output_dir output/toy
 
-Writes llm/ (a Chameleon language model for that tokenizer's vocabulary) and siglip/ (a vision tower), which are what
---init_from and --vit_from of training/train.py take.
+The first writes llm/ (a Chameleon language model for that tokenizer's vocabulary) and siglip/ (a vision tower), which
+are what --init_from and --vit_from of training/train.py take. The second writes lm/, a Qwen2 with a tokenizer of bytes
+and ChatML's marks, for --variant lm.
 """
 
 from pathlib import Path
@@ -17,10 +19,13 @@ TILE = {"image_size": 112, "patch_size": 14}  # 64 continuous tokens an image
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="text_tokenizer.json, or a folder that holds it")
-    parser.add_argument("--output_dir", type=Path, required=True, help="llm/ and siglip/ are written here")
+    parser.add_argument("--tokenizer", type=Path, help="Chameleon's text_tokenizer.json, or a folder that holds it")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the models' folders go")
     args = parser.parse_args(argv)
-    write_toy(args.tokenizer, args.output_dir)
+    if args.tokenizer:
+        write_toy(args.tokenizer, args.output_dir)
+    else:
+        write_toy_lm(args.output_dir / "lm")
     return 0
 
 
@@ -52,6 +57,24 @@ def write_toy(tokenizer: Path, output: Path) -> None:
     tower_config = {"model_type": "siglip", "vision_config": vision}
     save_folder(output / "siglip", tower.items(), sum(t.nbytes for t in tower.values()), tower_config, [])
     print(f"a toy language model is in {output / 'llm'}, a toy vision tower in {output / 'siglip'}")
+
+
+def write_toy_lm(folder: Path) -> None:
+    import torch
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    marks = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer.add_special_tokens([AddedToken(mark, normalized=False, special=True) for mark in marks])
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=len(alphabet) + len(marks), num_key_value_heads=2, **LLM)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    print(f"a toy language model with a tokenizer of bytes is in {folder}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from vistoken.jobs.chunks import Item
 
 TASKS = ("image", "text", "free")  # a picture, no picture, or what the model likes
 DEFAULT_SIZE = (512, 512)
+STAND_IN = "."  # for the answer, where a prompt is tokenised as a conversation is; cut off again
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class UniTokenInterpreter:
                 images = images[: len(images) - target.count(self.symbol)]
             picture = self.symbol in target if target is not None else not images
             task = task or ("image" if picture else "text")
-            turns = [*turns, {"from": "gpt", "value": ""}]
+            turns = [*turns, {"from": "gpt", "value": STAND_IN}]
             item = item._replace(value={**item.value, "conversations": turns, "image": images})
         draft = _draft(self.format, item)
         codes: dict[Path, Encoded] = {}
@@ -278,7 +279,7 @@ class LMInterpreter:
                 stand_in = ("", list(size), blank, list(size))
                 names = ("images", "image_sizes", "image_embed_inds", "matched_ratios")
                 given = {name: [*given.get(name, ()), last] for name, last in zip(names, stand_in, strict=True)}
-            turns = [*turns, {"from": "gpt", "value": self.symbol if task == "image" else ""}]
+            turns = [*turns, {"from": "gpt", "value": self.symbol if task == "image" else STAND_IN}]
             item = item._replace(value={**value, **given, "conversations": turns})
         sample = self.format.sample(_draft(self.format, item), {})
         ids = sample.tokens[: _answer_start(sample.loss_mask)]
