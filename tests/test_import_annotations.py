@@ -348,10 +348,23 @@ def test_captions_that_were_edited_are_not_taken_for_those_of_before(tmp_path, p
         (pictures / f"{name}.txt").write_text(name)
     run(tmp_path, "pairs", pictures)
     (pictures / "gray.txt").write_text("a grey picture")
-    with pytest.raises(UserError, match=r"this output was begun with inputs\.pictures"):
-        run(tmp_path, "pairs", pictures)
-    _, items, _, _ = run(tmp_path, "pairs", pictures, "--overwrite", task="understanding")
-    assert items[0]["conversations"][1]["value"] == "a grey picture"
+    _, items, _, _ = run(tmp_path, "pairs", pictures)
+    assert "a grey picture" in items[0]["conversations"][0]["value"]
+
+
+def test_a_caption_or_an_image_may_be_added_to_a_folder_of_pairs(tmp_path, pictures):
+    for name in ("photo", "gray"):
+        (pictures / f"{name}.txt").write_text(name)
+    code, items, problems, _ = run(tmp_path, "pairs", pictures)
+    assert (code, len(items), reasons(problems)) == (1, 2, ["no text"])
+    (pictures / "palette.txt").write_text("palette")
+    shutil.copy(pictures / "gray.png", pictures / "a.png")
+    (pictures / "a.txt").write_text("the first of all")
+    code, items, problems, _ = run(tmp_path, "pairs", pictures)
+    assert (code, [item["id"] for item in items], problems) == (0, ["a", "gray", "palette", "photo"], [])
+    written = (tmp_path / "imported/annotations/pictures.jsonl").stat().st_mtime_ns
+    assert run(tmp_path, "pairs", pictures)[0] == 0
+    assert (tmp_path / "imported/annotations/pictures.jsonl").stat().st_mtime_ns == written
 
 
 def test_another_import_in_the_same_folder_is_refused(tmp_path, pictures):

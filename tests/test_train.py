@@ -1,13 +1,17 @@
 """Training through the command line: the published curve, any number of processes, interruption, and bad input."""
 
+import errno
 import json
 import shutil
+import threading
 import time
 from pathlib import Path
+from traceback import StackSummary
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import CheckpointException
 from train_small import (
     flags,
     golden_samples,
@@ -22,7 +26,7 @@ from train_small import (
 )
 from unitoken_small import golden, synthetic_state
 
-from training import loop, run
+from training import loop, run, state
 from training.config import build_parser, resolve
 from training.loop import learning_rate
 from training.models.folder import open_unitoken
@@ -434,3 +438,25 @@ def test_utilisation_is_told_where_the_peak_of_the_precision_is_known(monkeypatc
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert bool(peak_flops(precision)) is known
+
+
+def test_a_full_disk_is_said_where_a_checkpoint_or_a_log_cannot_be_written(tmp_path, model, text, monkeypatch, capsys):
+    failure = RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598")  # what PyTorch says
+
+    def save(*given, **more):
+        raise CheckpointException("save", {0: (failure, StackSummary())})
+
+    monkeypatch.setattr(state.dcp, "save", save)
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 1000, 0))
+    with pytest.raises(
+        UserError, match=r"step_00000001\.tmp: cannot write .*the disk is full, 0\.0 MB are left and the"
+    ):
+        train(model, text, tmp_path / "output", max_steps=1)
+
+    capsys.readouterr()
+    for error in (OSError(errno.ENOSPC, "No space left on device"), ValueError("a defect")):
+        thread = threading.Thread(target=lambda error=error: (_ for _ in ()).throw(error))
+        thread.start()  # as TensorBoard's dies, whose error comes back in ours
+        thread.join()
+    told = capsys.readouterr().err
+    assert "a defect" in told and "No space" not in told

@@ -1,6 +1,7 @@
 """What a run tells: a line per interval, metrics.jsonl, TensorBoard, loss.png."""
 
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from torch import nn
 from training.data.packing import Batch, Skipped
 from training.models.llm import LLMConfig
 from training.models.siglip import VisionConfig
+from vistoken.cli import FULL
 from vistoken.errors import UserError
 from vistoken.jobs.files import write_bytes
 
@@ -33,11 +35,13 @@ class Report:
 
         self.output, self.total_steps, self.interval = output, total_steps, interval
         self.peak = peak_flops(precision) * world
-        _drop_after(output / METRICS, step)
-        _drop_after(output / SKIPPED, step)
-        self._metrics = (output / METRICS).open("a", buffering=1)
-        self._skipped = (output / SKIPPED).open("a", buffering=1)
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+        threading.excepthook = _quiet_on_full_disk
+        with _writing(output):
+            _drop_after(output / METRICS, step)
+            _drop_after(output / SKIPPED, step)
+            self._metrics = (output / METRICS).open("a", buffering=1)
+            self._skipped = (output / SKIPPED).open("a", buffering=1)
+            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
         self._since, self._tokens, self._flops, self._steps = time.monotonic(), 0, 0.0, 0
 
     def step(self, metrics: dict[str, Any], skipped: Sequence[Skipped], flops: float) -> None:
@@ -100,6 +104,12 @@ class Report:
             self._metrics.close()
             self._skipped.close()
             self._board.close()
+
+
+def _quiet_on_full_disk(died: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread, and raises what that met in ours, too: one message is enough."""
+    if not (isinstance(died.exc_value, OSError) and died.exc_value.errno in FULL):
+        threading.__excepthook__(died)
 
 
 @contextmanager

@@ -89,9 +89,11 @@ def save(
     try:
         dcp.save(_state(model, optimizer), checkpoint_id=temporary)
     except CheckpointException as error:
+        weights, free = sum(p.numel() * 4 for p in model.parameters()), shutil.disk_usage(temporary).free
+        full = f"the disk is full, {free / 1e6:.1f} MB are left and the weights alone take {weights / 1e6:.1f}"
         raise UserError(
-            f"{temporary}: cannot write this checkpoint ({_first_failure(error)}). Earlier ones are kept: make room, "
-            "then run the same command again."
+            f"{temporary}: cannot write this checkpoint ({full if free < weights else _first_failure(error)}). "
+            "Earlier ones are kept: make room, then run the same command again."
         ) from error
     if dist.get_rank() == 0:
         content = {"progress": dataclasses.asdict(progress), "fixed": fixed, "config": dataclasses.asdict(config)}

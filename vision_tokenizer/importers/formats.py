@@ -58,6 +58,10 @@ class Format:
         stat = file.stat()
         return f"{stat.st_size} bytes, {stat.st_mtime_ns}"
 
+    def state(self, file: Path) -> str:
+        """Changes with what may be edited between runs; then `file` is imported anew, which must be cheap."""
+        return ""
+
     def chunks(self, file: Path) -> Sequence[Chunk]:
         """`file` in chunks that are done, and after an interruption done again, as a whole."""
         raise NotImplementedError
@@ -163,6 +167,9 @@ class Pairs(Format):
     """A folder, with folders in it or not, of images that each have a `.txt` of the same name beside them."""
 
     def fingerprint(self, file: Path) -> str:
+        return "any"  # captions are added and corrected all the time, and read in a minute: see `state`
+
+    def state(self, file: Path) -> str:
         digest = hashlib.sha256()
         for name, text in self._pairs:
             digest.update(f"{name}\n".encode(errors="surrogateescape"))

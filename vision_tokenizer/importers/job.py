@@ -134,6 +134,14 @@ class ImportOutput(Output):
     def prepare(self, workers: Workers) -> None:
         if self.source.embeds_images:
             self.source.image_dir.mkdir(parents=True, exist_ok=True)
+        state = orjson.dumps({file.path.name: self.source.state(file.path) for file in self.sources})
+        stored = self.work / "state.json"
+        if not stored.exists() or stored.read_bytes() != state:
+            for file in self.sources:
+                if self.source.state(file.path):
+                    file.results.mark.unlink(missing_ok=True)
+                    file.results.remove()
+            write_bytes(stored, state)
 
     def _earlier(self) -> dict[str, Any]:
         """The manifest of an earlier import; empty where there is none, or a broken one."""
