@@ -177,6 +177,7 @@ def test_overrides_are_typed(config):
     assert (settings.results_dir, settings.max_steps, settings.data_args.resolution) == ("a/b", None, 48)
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_it_says_and_its_weights_load(config, pictures, tmp_path):
     state = run(
         config, pictures, tmp_path / "run", f"--eval_path={pictures}", "--eval_side=32", "--fit_codebooks=kmeans"
@@ -315,6 +316,7 @@ def test_no_pictures_or_too_few_are_told(config, pictures, tmp_path):
         batch_order(files, DataSettings(augment="dualvitok_anyres_resolution_train"), 5, 0)
 
 
+@pytest.mark.slow
 def test_an_unreadable_picture_is_replaced_and_too_many_stop_the_run(config, pictures, tmp_path, capsys):
     folder = pictures / "of_a_class"
     shutil.copy(GOLDEN / "images" / "broken.jpg", folder / "a.jpg")

@@ -100,6 +100,7 @@ def close(found, wanted, tolerance=5e-7):
 
 
 SLOW = ("square128", "square128_adversarial", "rect96x160", "one256")  # the larger pictures
+SLOW += ("rotation_trick", "noise_zero", "noise_random")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])

@@ -142,6 +142,7 @@ def test_an_image_that_occurs_often_is_encoded_once(tokenize, picture, monkeypat
     assert len(batches) == 1
 
 
+@pytest.mark.slow
 def test_a_written_block_decodes_to_the_picture(tokenize, tmp_path, chameleon_folder, golden):
     assert tokenize([ask("draw", "<|image|>", [golden / "images" / "sq_chelsea.png"])], target_size=512) == 0
     sample = samples(tmp_path / "out")[0]

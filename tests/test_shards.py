@@ -116,6 +116,7 @@ def test_tar_shards_give_the_bytes_of_an_import_and_a_run(suffix, tiny_dualvitok
     assert summary["total"]["items"] == 30 and summary["total"]["done"] == 27
 
 
+@pytest.mark.slow
 def test_parquet_gives_the_bytes_of_an_import_and_the_images_of_the_tar(tiny_dualvitok, tmp_path):
     pictures = [picture(n) for n in range(90)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -244,6 +245,7 @@ def test_a_wrong_entry_is_named(entry, message, tmp_path):
         read_data_config(config)
 
 
+@pytest.mark.slow
 def test_few_images_of_a_shard_are_held_at_a_time(tiny_dualvitok, tmp_path, monkeypatch):
     """However large the shard: its images are read as the encoder has room for them."""
     alive = 0

@@ -250,6 +250,7 @@ def test_sharded_and_bin_folders_and_what_releases_carry_along(tmp_path, model, 
     assert found == train(model, text, tmp_path / "other", **TEXT, max_steps=2)
 
 
+@pytest.mark.slow
 def test_a_large_model_is_saved_in_shards_that_load_again(tmp_path, model, text, monkeypatch):
     monkeypatch.setattr("training.models.folder.SHARD_BYTES", 1 << 20)
     one = train(model, text, tmp_path / "one", **TEXT, max_steps=2)

@@ -91,6 +91,7 @@ def test_one_process_or_two_it_learns_and_transformers_loads_the_result(tmp_path
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_whole_one(tmp_path, model, data):
     whole = train(model, data, tmp_path / "whole", **LM)
     train(model, data, tmp_path / "parts", **LM, max_steps=3)

@@ -152,6 +152,7 @@ def test_smoke_train(tmp_path):
     assert (tmp_path / "output" / "stage2" / "final" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_an_exported_checkpoint_is_the_model_it_holds(tmp_path):
     model = write_model(tmp_path / "model")
     data = write_data_config(tmp_path / "data.yaml", write_record(tmp_path / "tokens", text_samples(8)))

@@ -63,6 +63,7 @@ def test_sound_files_pass_and_tokenise_to_the_same(tokenized, chameleon_folder, 
     assert "no issues" in said
 
 
+@pytest.mark.slow
 def test_images_are_found_from_another_folder(golden, chameleon_folder, tmp_path, monkeypatch):
     """The tokens were made beside the images, which are named by relative paths."""
     source = golden / "chameleon_small" / "conversations.json"
