@@ -42,6 +42,13 @@ def _mean_square(rows: Tensor) -> Tensor:
     return rows.float().square().mean((1, 2))
 
 
+def _scaled(rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """rows * scale + shift, in their place; `scale` and `shift` (B, 1, 1, C) are fp32."""
+    if rows.is_cuda:  # one pass in fp32, where bytes are what it waits for
+        return torch.addcmul(shift, rows, scale, out=rows)
+    return rows.mul_(scale.to(rows.dtype)).add_(shift.to(rows.dtype))
+
+
 class GroupNorm(nn.GroupNorm):
     """Group normalisation in channels-last layout whose statistics hold for flat images too.
 
@@ -67,8 +74,7 @@ class GroupNorm(nn.GroupNorm):
         variance = (power.view_as(groups) + offset.square()).mean(2, keepdim=True)
         scale = (variance + self.eps).rsqrt() * self.weight.float().view(self.num_groups, -1)
         shift = (offset - rest.view_as(groups)) * scale + self.bias.float().view(self.num_groups, -1)
-        scale, shift = (term.flatten(1).to(x.dtype)[:, None, None] for term in (scale, shift))
-        return centred.mul_(scale).add_(shift).permute(0, 3, 1, 2)
+        return _scaled(centred, scale.flatten(1)[:, None, None], shift.flatten(1)[:, None, None]).permute(0, 3, 1, 2)
 
 
 class ResnetBlock(nn.Module):

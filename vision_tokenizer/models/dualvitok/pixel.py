@@ -20,8 +20,11 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels // 4, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H / 2, W / 2). Unshuffled, 4 consecutive channels are 2 x 2 pixels: a plain mean."""
-        return F.pixel_unshuffle(self.conv(x), 2) + F.avg_pool2d(x, 2)
+        """(B, C, H, W) -> (B, C, H / 2, W / 2). Unshuffled, 4 consecutive channels are 2 x 2 pixels: a plain mean.
+
+        A sum has the layout of its first term, and on CUDA the unshuffled one is not channels-last.
+        """
+        return F.avg_pool2d(x, 2) + F.pixel_unshuffle(self.conv(x), 2)
 
 
 class Upsample(nn.Module):
@@ -31,7 +34,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, 2 H, 2 W). Shuffled, a channel repeated 4 times is each pixel repeated 2 x 2 times."""
-        return F.pixel_shuffle(self.conv(x), 2) + F.interpolate(x, scale_factor=2, mode="nearest")
+        return F.interpolate(x, scale_factor=2, mode="nearest") + F.pixel_shuffle(self.conv(x), 2)
 
 
 def nearest(x: Tensor, size: torch.Size) -> Tensor:
