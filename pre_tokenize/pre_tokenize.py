@@ -37,12 +37,15 @@ from typing import TYPE_CHECKING, Any
 
 from vision_tokenizer.tokenizer.flags import add_exif_orientation
 from vistoken.cli import (
+    Outcome,
     add_batches,
     add_device,
     add_dtype,
     add_max_failed,
     add_other_devices,
+    add_workers,
     at_least,
+    check_workers,
     command_parser,
     run_command,
 )
@@ -51,6 +54,7 @@ from vistoken.store import location
 
 if TYPE_CHECKING:
     from pre_tokenize.sequences import SequenceFormat
+    from vistoken.jobs.workers import Workers
 
 if __name__ == "pre_tokenize":  # started as a file, a command has this folder first on its path, and this file for the
     __path__ = [str(Path(__file__).parent)]  # package of its name: so it is the package
@@ -144,12 +148,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_dtype(chameleon)
     add_device(chameleon)
     job = parser.add_argument_group("job")
-    job.add_argument("--splits", type=at_least(1), default=1, help="number of processes of a shell loop")
-    job.add_argument("--rank", type=int, default=0, help="which of them this is, from 0")
     add_batches(job)
     add_max_failed(job)
     add_other_devices(job)
     job.add_argument("--overwrite", action="store_true", help="delete what is in --out_dir and begin anew")
+    add_workers(job)
     args = parser.parse_args(argv)
     _check(args, parser)
     args.tokenizer_dir = args.tokenizer_dir or "ckpts/chameleon/tokenizer"
@@ -158,12 +161,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    if not 0 <= args.rank < args.splits:
-        parser.error(f"--rank {args.rank} is outside of 0 to {args.splits - 1}, given --splits {args.splits}")
-    if args.splits > 1 and args.overwrite:
-        parser.error(f"--overwrite would delete what other ranks are writing: delete {args.out_dir} before the loop")
-    if args.splits > 1 and "RANK" in os.environ:
-        parser.error("--splits is for shell loops; under torchrun the processes share the work by themselves")
+    check_workers(args, parser)
     if args.target_size < 32 or args.target_size % 32 or args.target_size > 1024:
         parser.error(f"--target_size must be a multiple of 32 from 32 to 1024, not {args.target_size}")
     if args.image_tokenizer == "dualvitok":
@@ -217,13 +215,25 @@ def dualvitok_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.ray is not None:
+        from vistoken.jobs.ray_workers import run_on_ray
+
+        return run_on_ray("pre_tokenize.pre_tokenize", args, "tokens", totals=("tokens",))
+
+    from vistoken.jobs.workers import adopt_slurm_step, launched_workers
+
+    adopt_slurm_step()
+    return run(args, partial(launched_workers, args.rank, args.splits)).tell()
+
+
+def run(args: argparse.Namespace, make_workers: "Callable[[], Workers]") -> Outcome:
+    """The job as one of its workers."""
     processor, processor_hash = load_item_processor(args.item_processor)
 
     from pre_tokenize.job import report, run_pre_tokenization
     from pre_tokenize.output import TokenOutput, open_source
     from vistoken.jobs.members import indexes
     from vistoken.jobs.run import WORK
-    from vistoken.jobs.workers import FixedRange, launched_workers
 
     indexes.folder = args.out_dir / WORK / "members"
     parts = dualvitok_parts if args.image_tokenizer == "dualvitok" else chameleon_parts
@@ -235,18 +245,16 @@ def main(argv: list[str] | None = None) -> int:
         TokenOutput(args.out_dir, manifest, source),
         sequences,
         make_encoder,
-        FixedRange(args.rank, args.splits) if args.splits > 1 else launched_workers(),
+        make_workers(),
         overwrite=args.overwrite,
         other_devices=args.allow_other_devices,
     )
     if finished is None:
-        return 0
+        return Outcome()
     record, counts, lengths = finished
-    print(report(args.in_filename, record, counts, lengths, args.max_seq_len))
-    if counts.failed_share > args.max_failed:
-        print(f"more than --max_failed {args.max_failed:g} of the items failed", file=sys.stderr)
-        return 1
-    return 0
+    too_many = counts.failed_share > args.max_failed
+    warning = f"more than --max_failed {args.max_failed:g} of the items failed" if too_many else ""
+    return Outcome(report(args.in_filename, record, counts, lengths, args.max_seq_len), warning, int(too_many))
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def sources(tmp_path: Path) -> list[Source]:
 def run_job(tmp_path: Path, fail: bool) -> list[tuple[str, int, bool]]:
     workers, seen = OneProcess(), []
     with Progress(workers, 8, "test") as progress:
-        for source, chunk, previous in todo(sources(tmp_path), workers, progress):
+        for source, chunk, previous, *_ in todo(sources(tmp_path), workers, progress):
             seen.append((source.table.path.stem, chunk.index, previous is not None))
             failed = int(fail and chunk.index == 1)
             source.results.write(chunk.index, Result(counts(chunk.items, failed), [PROBLEM] * failed))

@@ -295,7 +295,7 @@ def test_a_missing_input_is_named(tokenize, tmp_path):
     "more, message",
     [
         (("--rank", "8", "--splits", "8"), "--rank 8 is outside of 0 to 7"),
-        (("--rank", "-1"), "--rank -1 is outside"),
+        (("--rank", "-1"), "--rank: must be at least 0"),
         (("--splits", "0"), "--splits: must be at least 1"),
         (("--target_size", "500"), "multiple of 32"),
         (("--max_failed", "7"), "a share from 0 to 1"),

@@ -9,23 +9,26 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
-from vistoken.errors import DataError, UserError, is_out_of_memory
+from vistoken.errors import DataError, Preempted, UserError, is_out_of_memory
 from vistoken.files import is_text
 
 OK, BAD_DATA, BAD_CALL, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
+PREEMPTED = os.EX_TEMPFAIL  # 75: a batch system may start the same command again
 EXIT_CODES = """exit codes:
   0    all right
   1    the data were not all right: items failed, or something is missing, damaged or does not agree
   2    the call, a config, or the place to write to is wrong
+  75   stopped by SIGTERM or SIGUSR1 before the end: the same command, started again, goes on
   130  interrupted"""
 
 DTYPES = ("fp32", "tf32", "bf16", "fp16")  # what they are to torch: see device.py
@@ -33,6 +36,24 @@ DEVICES = ("auto", "cpu", "cuda")
 BATCH_ON_CPU, BATCH_ON_GPU = 1, 32  # one image fills a core, its activations stay near to it; a GPU wants many
 MAX_WORKERS = 16
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Outcome(NamedTuple):
+    """What a worker of a job has to say at its end: of those that do one together, only the first says something."""
+
+    report: str = ""
+    warning: str = ""
+    code: int = OK
+
+    def tell(self) -> int:
+        if self.report:
+            print(self.report)
+        if self.warning:
+            print(self.warning, file=sys.stderr, flush=True)
+        return self.code
+
+
+stopping = threading.Event()  # after SIGUSR1: a worker takes no more chunks and finishes those it has
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -138,6 +159,45 @@ def add_other_devices(flags: Flags) -> None:
     )
 
 
+def add_workers(flags: Flags) -> None:
+    """Who does the work, where it is not torchrun or srun that says so."""
+    splits = "processes that share nothing but the output: a shell loop, a Slurm array, a Kubernetes indexed job"
+    flags.add_argument("--splits", type=at_least(1), default=1, help=splits)
+    number = "which of them this is, from 0 (default: what SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX say, else 0)"
+    flags.add_argument("--rank", type=at_least(0), help=number)
+    address = "run on Ray: on the cluster at ADDRESS or in RAY_ADDRESS, else one on this machine (default: without Ray)"
+    flags.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=address)
+    cpus = "CPUs of one Ray actor (default: a GPU's share of the cluster's, without GPUs 1)"
+    flags.add_argument("--ray_cpus", type=at_least(1), help=cpus)
+
+
+def check_workers(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.ray is None and args.ray_cpus is not None:
+        parser.error("--ray_cpus is for --ray")
+    if args.ray is not None and args.splits > 1:
+        parser.error("--splits is for processes that share nothing; those of --ray share the work by themselves")
+    if args.rank is None:
+        args.rank = _array_rank(os.environ, parser) if args.splits > 1 else 0
+    if args.rank >= args.splits:
+        parser.error(f"--rank {args.rank} is outside of 0 to {args.splits - 1}, given --splits {args.splits}")
+    if args.splits > 1 and args.overwrite:
+        parser.error("--overwrite would delete what other ranks are writing: delete the output before they start")
+    if args.splits > 1 and "RANK" in os.environ:
+        parser.error(
+            "--splits is for shell loops and arrays; under torchrun the processes share the work by themselves"
+        )
+
+
+def _array_rank(environment: Mapping[str, str], parser: argparse.ArgumentParser) -> int:
+    """The number of this task of a Slurm array or of a Kubernetes indexed job; 0 outside of both."""
+    if "SLURM_ARRAY_TASK_ID" not in environment:
+        return int(environment.get("JOB_COMPLETION_INDEX", "0"))
+    number, low, high, count = (int(environment[f"SLURM_ARRAY_TASK_{key}"]) for key in ("ID", "MIN", "MAX", "COUNT"))
+    if high - low + 1 != count:  # resubmitted in part, or with a step: their places are not to be known
+        parser.error("the array is not a range of numbers in steps of 1: say which --rank this task is")
+    return number - low
+
+
 def add_sample(flags: Flags, what: str, default: int, low: int = 1) -> None:
     """How much of the data is looked at, and which."""
     flags.add_argument("--sample", type=at_least(low), default=default, help=what)
@@ -159,6 +219,9 @@ def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = s
             leave(BAD_DATA)
 
         sys.excepthook = hook
+    if resumes:
+        signal.signal(signal.SIGTERM, _drop_open_work)
+        signal.signal(signal.SIGUSR1, _finish_open_work)
     try:
         code = main() or OK
         sys.stdout.flush()  # a pipe that nobody reads any more, or a full disk, shows here at the latest
@@ -168,6 +231,9 @@ def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = s
     except UserError as error:
         _tell(f"error: {error}")
         code = BAD_CALL
+    except Preempted as error:
+        _tell(f"{error}; run the same command again to go on from here")
+        code = PREEMPTED
     except KeyboardInterrupt:
         again = "; run the same command again to go on from here" if resumes else ""
         _tell(f"interrupted{again}")
@@ -188,6 +254,15 @@ def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = s
             raise
         code = BAD_CALL
     leave(code)
+
+
+def _drop_open_work(*signal_and_frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    raise Preempted("stopped by SIGTERM: chunks that were open are dropped, finished ones are kept")
+
+
+def _finish_open_work(*signal_and_frame: object) -> None:
+    stopping.set()
 
 
 def leave_at_once(code: int) -> None:

@@ -15,6 +15,10 @@ class DataError(UserError):
     """Data that are missing, damaged or do not agree. The call, the configs and the place to write to are all right."""
 
 
+class Preempted(Exception):
+    """This process was asked to make room; what it has not finished is for the next run of the same command."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: Python's, torch's on the CPU (a plain RuntimeError) or on a GPU."""
     message = str(error).lower()

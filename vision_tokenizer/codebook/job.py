@@ -19,6 +19,7 @@ from vistoken.cli import note
 from vistoken.errors import ItemError, UserError
 from vistoken.jobs.chunks import Item
 from vistoken.jobs.counts import Counts, counts_table, time_line
+from vistoken.jobs.files import exclusive
 from vistoken.jobs.progress import ItemsUnderWay, Progress, Stopwatch
 from vistoken.jobs.run import OpenChunk, Task, Writer, todo
 from vistoken.jobs.workers import Workers
@@ -56,10 +57,12 @@ def run_codebook_inference(
     with ExitStack() as held:
         for output in readable:
             held.enter_context(output.begin(workers, restart, other_devices))
-        sources = [file for output in readable for file in output.sources if file.finished() is None]
-        if readable and not sources:
+        files = [file for output in readable for file in output.sources]
+        open_files = [file for file in files if not file.was_finished]
+        if files and not open_files:
             note("nothing to do: every file was finished before")
-        items = [file.table.items for file in sources]
+        sources = open_files if workers.waits else files  # ranges are of all: others may begin when some are finished
+        items = [file.table.items for file in open_files]
         total = None if None in items else sum(items)  # of tar files nobody knows before they are read
         progress = held.enter_context(Progress(workers, total, "codes"))
         encoder: Encoder[CodebookChunk] = held.enter_context(
@@ -83,8 +86,21 @@ def run_codebook_inference(
         writer.flush()
         workers.wait_for_all(meanwhile=progress.refresh)
         progress.refresh()
-        counts = {output.dataset.name: output.finish() for output in readable} if workers.rank == 0 else {}
+        counts = {}
+        for output in readable:
+            if joins(output, workers):
+                with exclusive(output.work / "join.lock"):
+                    counts[output.dataset.name] = output.finish()
     return counts, {output.dataset.name: output.unreadable for output in outputs if output.unreadable}
+
+
+def joins(output: CodebookOutput, workers: Workers) -> bool:
+    """Whether this worker writes the final files: the first of those that wait for each other, of ranges the last."""
+    if workers.waits:
+        return workers.rank == 0
+    if not (complete := output.complete()):
+        note(f"data set {output.dataset.name}: others are not through; who ends last writes the final files")
+    return complete
 
 
 class CodebookChunk(OpenChunk):

@@ -12,6 +12,9 @@ every annotation file was read and at most `--max_failed` of a data set's items 
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 from vision_tokenizer.codebook.annotations import note_left_out, select_datasets
 from vision_tokenizer.tokenizer.flags import (
@@ -23,7 +26,20 @@ from vision_tokenizer.tokenizer.flags import (
     add_tokenizer,
     note_resolution,
 )
-from vistoken.cli import add_batches, add_dtype, add_max_failed, add_other_devices, command_parser, note, run_command
+from vistoken.cli import (
+    Outcome,
+    add_batches,
+    add_dtype,
+    add_max_failed,
+    add_other_devices,
+    add_workers,
+    check_workers,
+    command_parser,
+    run_command,
+)
+
+if TYPE_CHECKING:
+    from vistoken.jobs.workers import Workers
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -44,11 +60,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_other_devices(job)
     job.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from what is there")
     job.add_argument("--overwrite", action="store_true", help="begin anew even if other settings made what is there")
-    return parser.parse_args(argv)
+    add_workers(job)
+    args = parser.parse_args(argv)
+    check_workers(args, parser)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.ray is not None:
+        from vistoken.jobs.ray_workers import run_on_ray
+
+        return run_on_ray("vision_tokenizer.tokenizer.tokenizer_codebook_inference", args, "codes")
+
+    from vistoken.jobs.workers import adopt_slurm_step, launched_workers
+
+    adopt_slurm_step()
+    return run(args, partial(launched_workers, args.rank, args.splits)).tell()
+
+
+def run(args: argparse.Namespace, make_workers: "Callable[[], Workers]") -> Outcome:
+    """The job as one of its workers."""
     note_resolution(args)
     datasets = select_datasets(args.data_config, args.datasets)
     note_left_out(datasets)
@@ -57,7 +89,6 @@ def main(argv: list[str] | None = None) -> int:
     from vision_tokenizer.codebook.output import Settings
     from vision_tokenizer.models.dualvitok.model import load_dualvitok
     from vistoken.device import default_batch_size, default_workers, local_device
-    from vistoken.jobs.workers import launched_workers
 
     device = local_device(args.device)
     settings = Settings(
@@ -81,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         decoder=False,
         compile=args.compile,
     )
-    workers = launched_workers()
+    workers = make_workers()
     counts, unreadable = run_codebook_inference(
         datasets,
         tokenizer,
@@ -91,13 +122,12 @@ def main(argv: list[str] | None = None) -> int:
         restart="any" if args.overwrite else None if args.resume else "same",
         other_devices=args.allow_other_devices,
     )
-    if workers.rank != 0:
-        return 0
-    print(report(datasets, settings, counts, unreadable))
+    if workers.waits and workers.rank != 0:
+        return Outcome()
     too_many = [name for name, of_dataset in counts.items() if of_dataset.failed_share > args.max_failed]
-    if too_many:
-        note(f"more than --max_failed {args.max_failed:g} of the items failed: {', '.join(too_many)}")
-    return 1 if unreadable or too_many else 0
+    warning = f"more than --max_failed {args.max_failed:g} of the items failed: {', '.join(too_many)}"
+    code = 1 if unreadable or too_many else 0
+    return Outcome(report(datasets, settings, counts, unreadable), warning if too_many else "", code)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class Progress:
         self._workers, self._rates, self._totals = workers, rates, totals
         self._names = ("items", "found", "rejected", "failed", "retries", *rates, *totals)
         self._began = time.monotonic()
+        workers.expect(total)
         self._bar = bar(description, total, disable=not workers.reports, smoothing=0.1)
         self._found = 0
         self._lock = threading.Lock()  # images are counted in one thread, results in another
@@ -52,8 +53,10 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
+        if not self._workers.reports or any(error):
+            return
         self._workers.add({"retries": store.retries.take()})
-        if self._workers.reports and not any(error) and (count := self._workers.totals(["retries"])["retries"]):
+        if count := self._workers.totals(["retries"])["retries"]:
             note(f"{count:,} requests to a store were made again, as they failed in a way that passes")
 
     def count(self, **counts: int) -> None:

@@ -28,6 +28,10 @@ class Result:
     files: Mapping[Location, bytes] = field(default_factory=dict)
 
 
+class ResultMissing(AssertionError):
+    """A chunk has no result where all must have one."""
+
+
 class Results:
     """The results of one input, in `folder`."""
 
@@ -82,6 +86,10 @@ class Results:
         remove_file(self.mark)
         remove_file(self.path(index, ".json"))
 
+    def count(self) -> int:
+        """How many chunks have a result."""
+        return sum(1 for _ in self.folder.glob("[0-9]*.json"))
+
     def remove(self) -> None:
         """Delete all results, their entries first: what is left if we are killed is no result."""
         for entry in self.folder.glob("*.json"):
@@ -94,7 +102,7 @@ class Results:
         def load(index: int) -> tuple[Result, bytes]:
             result = self.read(index)
             if result is None:
-                raise AssertionError(f"{self.folder}: the result of chunk {index} is missing")
+                raise ResultMissing(f"{self.folder}: the result of chunk {index} is missing")
             return result, self.path(index, suffix).read_bytes()
 
         return read_ahead(load, chunks) if isinstance(self.folder, Url) else map(load, chunks)

@@ -12,10 +12,11 @@ Killing a process anywhere loses only the chunks that are open in it; the next r
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import orjson
@@ -26,7 +27,7 @@ from vistoken.jobs.counts import Counts, Problem
 from vistoken.jobs.files import exclusive, remove_leftovers, run_lock, write_bytes
 from vistoken.jobs.manifest import MANIFEST, check_manifest
 from vistoken.jobs.progress import ItemsUnderWay, Progress, Stopwatch
-from vistoken.jobs.results import Result, Results, joining
+from vistoken.jobs.results import Result, ResultMissing, Results, joining
 from vistoken.jobs.workers import Workers
 from vistoken.store import Location
 
@@ -52,6 +53,11 @@ class Source:
 
     table: Table
     results: Results
+    was_finished = False  # whether nothing was left to do when the run began
+
+    def is_complete(self) -> bool:
+        """Whether every chunk has a result."""
+        return self.results.count() >= len(self.table)
 
 
 @dataclass(frozen=True)
@@ -83,18 +89,30 @@ class JoinedSource(Source):
             )
         return counts
 
+    @cached_property
+    def was_finished(self) -> bool:  # type: ignore[override]
+        return self.finished() is not None
+
     def finished(self) -> Counts | None:
         """The counts of a final file in which nothing failed, else None: there is work to do."""
         counts = self.joined()
         return None if counts is None or counts.failed else counts
+
+    def is_complete(self) -> bool:
+        return self.joined() is not None or super().is_complete()
 
     def finish(self) -> Counts:
         """Join the results into `output` and `rejected`, if that is not done; drop them where nothing failed."""
         counts = self.joined()
         if counts is None:
             self.check_unchanged()
-            with joining(self.contents(), self.output, self.rejected) as joined:
-                counts = joined.counts
+            try:
+                with joining(self.contents(), self.output, self.rejected) as joined:
+                    counts = joined.counts
+            except (ResultMissing, FileNotFoundError):
+                if (counts := self.joined()) is None:  # else another worker, in a store, has joined them meanwhile
+                    raise
+                return counts
             written = {"bytes": joined.bytes, "sha256": joined.sha256}
             write_bytes(self.results.mark, orjson.dumps({"counts": counts.as_dict(), **written}))
         if not counts.failed:
@@ -115,22 +133,31 @@ class JoinedSource(Source):
 
 
 class Task(NamedTuple):
-    """One chunk to do. `previous` is its result of an earlier run in which items failed: only those are tried again."""
+    """One chunk to do. `previous` is its result of an earlier run in which items failed: only those are tried again.
+
+    `given_up` says why nothing of it is tried, and `done` is to be called when its result is complete.
+    """
 
     source: Source
     chunk: Chunk
     previous: Result | None
+    given_up: ItemError | None = None
+    done: Callable[[], None] = lambda: None
 
 
 def todo(sources: Sequence[Source], workers: Workers, progress: Progress) -> Iterator[Task]:
     """The chunks that this worker claims, of all `sources`, and whose results are not there yet or have failures."""
     chunks = [(source, index) for source in sources for index in range(len(source.table))]
-    for source, index in workers.claim(chunks):
+    for number, (source, index) in workers.claim(list(enumerate(chunks))):
+        if source.was_finished:
+            continue
         previous = source.results.found(index)
         if previous is not None and not previous.counts.failed:
             progress.found(previous.counts)
+            workers.finished(number)
         else:
-            yield Task(source, source.table[index], previous)
+            done = partial(workers.finished, number)
+            yield Task(source, source.table[index], previous, workers.given_up(number), done)
 
 
 class OpenChunk:
@@ -139,7 +166,7 @@ class OpenChunk:
     under_way: ItemsUnderWay | None = None  # of jobs that tell each item as it is done
 
     def __init__(self, task: Task):
-        self.source, self.chunk, self.previous = task
+        self.source, self.chunk, self.previous, self._given_up, self._done = task
         self.items: dict[int, Item] = {}  # those that were read
         self._problems: dict[int, Problem] = {}
         if self.previous:  # what a rule rejected stays rejected
@@ -158,7 +185,11 @@ class OpenChunk:
         """Read the chunk: the items to do now, all of a new chunk, of one done before only those that failed."""
         for item in self.source.table.read(self.chunk):
             self.items[item.index] = item
-            if item.index not in self._settled:
+            if item.index in self._settled:
+                continue
+            if self._given_up:
+                self.fail(item, self._given_up)
+            else:
                 yield item
 
     def fail(self, item: Item, error: ItemError) -> None:
@@ -181,6 +212,7 @@ class OpenChunk:
         counts.seconds.update(seconds)
         self.source.results.write(self.chunk.index, Result(counts, problems, files))
         progress.done(counts, self.under_way.shown if self.under_way else 0)
+        self._done()
 
 
 class Writer:
@@ -257,6 +289,10 @@ class Output:
                 self.remove()
                 check_manifest(self.folder, self.manifest)
             self.prepare(workers)
+
+    def complete(self) -> bool:
+        """Whether every chunk has a result, whoever did it."""
+        return all(source.is_complete() for source in self.sources)
 
     def folders(self) -> list[Location]:
         """Where a killed run may have left temporary files."""

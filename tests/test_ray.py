@@ -1,0 +1,121 @@
+"""Both jobs on a real Ray of this machine: equal bytes with two actors, whatever dies."""
+
+import json
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from codebook_job import arguments, dataset, output_bytes, write_config
+from PIL import Image
+
+from vision_tokenizer.tokenizer.tokenizer_codebook_inference import main
+from vistoken.jobs.ray_workers import ATTEMPTS, Queue
+
+TINY = ("--resolution_type", "fixed", "--resolution", "32", "--batch_size", "2")
+
+
+def test_the_queue_hands_out_again_what_a_dead_actor_had():
+    queue = Queue()
+    assert [queue.claim(0, 5, True), queue.claim(0, 5, False), queue.claim(1, 5, True)] == [(0, 0), (1, 0), (2, 0)]
+    queue.finish(0)
+    assert queue.lost(0) == 1
+    assert queue.claim(1, 5, False) == (3, 0)  # a round that goes on is not given what may be its death
+    assert queue.claim(2, 5, True) == (1, 1) and queue.claim(2, 5, False) is None  # alone in its round
+    queue.finish(1)
+    assert queue.claim(1, 5, False) == (4, 0) and queue.claim(1, 5, False) is None
+    assert not queue.state().complete
+    for chunk in (2, 3, 4):
+        queue.finish(chunk)
+    assert queue.state().complete
+
+
+def test_another_actor_does_the_step_of_a_dead_one():
+    queue = Queue()
+    assert [queue.step(0, 1), queue.step(1, 1)] == ["do", "wait"]
+    queue.lost(0)
+    assert queue.step(1, 1) == "do"
+    queue.step_done(1)
+    assert queue.step(0, 1) == "done"
+
+
+@pytest.fixture
+def job(tmp_path, tiny_dualvitok):
+    """`job(root, *flags)` encodes 400 lines, in chunks of 64, into `root`."""
+    pytest.importorskip("ray")
+    for folder in ("images", "annotations"):
+        (tmp_path / folder).mkdir()
+    for number in range(40):
+        Image.new("RGB", (40, 48), (6 * number, 90, 7)).save(tmp_path / "images" / f"{number}.png")
+    for name in "ab":
+        lines = [json.dumps({"id": number, "images": [f"{number % 40}.png"]}) for number in range(200)]
+        (tmp_path / f"annotations/{name}.jsonl").write_text("\n".join(lines))
+
+    def run(root, *flags):
+        folders = dataset(tmp_path / root, tmp_path / "images", tmp_path / "annotations")
+        config = write_config(tmp_path / f"{root}.json", birds=folders)
+        return main(arguments(*tiny_dualvitok, config, *TINY, *flags))
+
+    return run
+
+
+def actors(mark: str = "ray::Actor") -> list[int]:
+    """The processes of actors: Ray gives them titles."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (folder / "cmdline").read_bytes().startswith(mark.encode()):
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.slow
+def test_two_actors_one_of_them_killed_write_the_bytes_of_one_process(job, tmp_path, capsys):
+    assert job("alone") == 0
+    killed = []
+
+    def kill_one():
+        results = tmp_path / "ray/jsonl_after_tokenizer/dualvitok/fixed_32/.work"
+        while not killed:
+            if any(results.glob("[ab]/0*.json")) and (found := actors()):
+                os.kill(found[0], signal.SIGKILL)
+                killed.append(found[0])
+            time.sleep(0.01)
+
+    threading.Thread(target=kill_one, daemon=True).start()
+    assert job("ray", "--ray", "--ray_cpus", "1") == 0
+    assert killed
+    assert output_bytes(tmp_path / "ray") == output_bytes(tmp_path / "alone")
+    assert "400 images encoded" in capsys.readouterr().out.rpartition("data set")[2]  # the driver's report
+
+
+@pytest.mark.slow
+def test_a_chunk_that_kills_its_actors_fails_alone(job, tmp_path, monkeypatch):
+    """Its picture ends the process that decodes it, as a crash in a library would."""
+    bad = tmp_path / "images/bad.png"
+    bad.write_bytes((tmp_path / "images/0.png").read_bytes())
+    file = tmp_path / "annotations/b.jsonl"
+    file.write_text(file.read_text().replace('"id": 199, "images": ["39.png"]', '"id": 399, "images": ["bad.png"]'))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(
+        "import os, sys\n"
+        "def look(event, args):\n"
+        "    if event == 'open' and str(args[0]).endswith('bad.png'): os.kill(os.getpid(), 9)\n"
+        "sys.addaudithook(look)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    assert job("ray", "--ray", "--ray_cpus", "1", "--max_failed", "1") == 0
+    folder = tmp_path / "ray/jsonl_after_tokenizer/dualvitok/fixed_32"
+    failed = [json.loads(line) for line in (folder / "b.rejected.jsonl").read_text().splitlines()]
+    assert {line["reason"] for line in failed} == {"worker died"} and len(failed) == 200 % 64
+    assert failed[0]["detail"].startswith(f"{ATTEMPTS} workers died")
+    assert json.loads((folder / "run_summary.json").read_text())["total"]["done"] == 400 - 200 % 64
+
+
+def test_without_ray_the_flag_names_the_extra(job, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(Exception, match=r"Please install vistoken\[ray\]"):
+        job("ray", "--ray")
