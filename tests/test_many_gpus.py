@@ -168,11 +168,11 @@ def test_the_forward_pass_on_cuda_mixes_no_devices_and_never_waits(monkeypatch, 
     """On tensors that say they are on a GPU. Attention stands in for the kernel that CUDA has."""
     seen = []
 
-    def varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, window_size):
-        seen.append((q.device.type, bounds_q.device.type, bounds_q.dtype, longest_q, window_size))
+    def varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, **options):
+        seen.append((q.device.type, bounds_q.device.type, bounds_q.dtype, longest_q, options))
         return q + k + v
 
-    monkeypatch.setattr(attention, "varlen_attention", lambda: varlen)
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
     monkeypatch.setattr(
         torch._C, "_conv_determine_backend_memory_format", lambda *_: torch.contiguous_format
     )  # asks for a cuDNN
@@ -196,8 +196,8 @@ def test_the_forward_pass_on_cuda_mixes_no_devices_and_never_waits(monkeypatch, 
     assert not log.mixed and not log.waits
     assert len(log.kernels) <= 150, "a budget for two layers of each kind"
     tower, decoder = seen[0], seen[-1]
-    assert tower == ("cuda", "cuda", torch.int32, 4, (-1, -1))
-    assert decoder == ("cuda", "cuda", torch.int32, 42, (-1, 0))
+    assert tower == ("cuda", "cuda", torch.int32, 4, {})
+    assert decoder == ("cuda", "cuda", torch.int32, 42, attention.CAUSAL)
 
 
 def test_new_words_are_drawn_as_transformers_draws_them():

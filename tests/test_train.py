@@ -132,6 +132,16 @@ def test_checkpoints_are_pruned_and_a_half_written_one_is_ignored(tmp_path, mode
 
 
 @pytest.mark.slow
+def test_checkpoints_written_beside_the_training_are_the_same(tmp_path, model, text):
+    """A run that saves every third step and one that stops and goes on in between, with copies of the weights."""
+    whole = train(model, text, tmp_path / "whole", **TEXT)
+    train(model, text, tmp_path / "parts", **TEXT, max_steps=11, async_save=True)
+    kept = sorted(path.name for path in (tmp_path / "parts" / "checkpoints").iterdir())
+    assert kept == ["step_00000009", "step_00000011"]
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step_00000011")
+    assert train(model, text, tmp_path / "parts", **TEXT, async_save=True) == whole
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path, model, text):
     train(model, text, tmp_path, **TEXT, max_steps=3)
     (data,) = tmp_path.glob("checkpoints/*/*.distcp")

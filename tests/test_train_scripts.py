@@ -153,7 +153,7 @@ def test_smoke_train(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_exported_checkpoint_is_the_model_it_holds(tmp_path):
+def test_an_exported_checkpoint_is_the_model_it_holds_and_no_gpu_is_taken(tmp_path, monkeypatch):
     model = write_model(tmp_path / "model")
     data = write_data_config(tmp_path / "data.yaml", write_record(tmp_path / "tokens", text_samples(8)))
     train(model, data, tmp_path / "output", epochs=1)
@@ -163,6 +163,8 @@ def test_an_exported_checkpoint_is_the_model_it_holds(tmp_path):
     assert final.keys() == exported.keys() and all(torch.equal(final[name], exported[name]) for name in final)
     files = [{path.name for path in (tmp_path / name).iterdir()} for name in ("output/final", "exported")]
     assert files[0] == files[1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU that must not be touched
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail(f"took {device}"))
     with pytest.raises(UserError, match="not a complete checkpoint"):
         export_checkpoint.export(tmp_path / "output", tmp_path / "other")
     copied = shutil.copytree(checkpoint, tmp_path / "copied")

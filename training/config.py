@@ -96,6 +96,10 @@ class TrainConfig:
     max_failed: float = option(0.01, "stop when a greater share of samples had to be replaced", low=0)
     # checkpoints and logs
     save_iteration_interval: int = option(1000, "iterations (batches of a process) between checkpoints", low=1)
+    async_save: bool = option(
+        False,
+        "write checkpoints beside the training, from a copy in main memory that all processes share out",
+    )
     ckpt_max_keep: int = option(2, "newest checkpoints kept", low=1)
     auto_resume: bool = option(True, "go on from the newest checkpoint in output_dir")
     resume_path: str = option("", "go on from this checkpoint")

@@ -11,13 +11,12 @@ from torch import nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from training import state
 from training.config import TrainConfig
 from training.data.packing import Batch, Skipped
 from training.data.sampler import Sampler
 from training.parallel import synchronise_gradients
 from training.report import Flops, Report
-from training.state import Progress
+from training.state import Progress, Saver
 from vistoken.errors import UserError, is_out_of_memory
 
 FEW_FAILURES = 10  # the share of failed samples is not judged before there are more
@@ -37,7 +36,7 @@ class Run:
     whole_gradients: bool  # until the last of them
     device: torch.device
     flops: Flops
-    fixed: dict  # what a checkpoint must have been trained with
+    saver: Saver
     sampler: Sampler
 
     @property
@@ -104,9 +103,11 @@ def train(run: Run, progress: Progress, report: Report | None) -> None:
         if iterations // interval > (iterations - run.accumulation) // interval or progress.step == run.total_steps:
             if run.scaler.is_enabled():
                 progress.loss_scale = run.scaler.get_scale()
-            state.save(config, run.model, run.optimizer, progress, run.fixed)
+            run.saver.save(run.model, run.optimizer, progress)
             if report:
                 report.plot()
+        run.saver.poll()
+    run.saver.finish()
 
 
 def next_batches(run: Run, loader) -> tuple[list[Batch], Counts]:

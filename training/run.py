@@ -69,7 +69,7 @@ def run(config: TrainConfig, world: int, local_rank: int) -> None:
             whole_gradients=whole,
             device=device,
             flops=flops,
-            fixed=settled,
+            saver=state.Saver(config, settled),
             sampler=data.sampler,
         )
         report = None

@@ -7,16 +7,20 @@ by the step and the order of the data is a function of the position, so no state
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from training.config import TrainConfig
 from vistoken.errors import UserError
@@ -75,36 +79,83 @@ def _stored(checkpoint: Path) -> tuple[Progress, dict[str, Any], TrainConfig]:
         raise UserError(f"{path}: not a complete checkpoint of this trainer ({error})") from error
 
 
-def save(
-    config: TrainConfig, model: nn.Module, optimizer: Optimizer, progress: Progress, fixed: dict[str, Any]
-) -> None:
-    """Write a checkpoint; all processes take part. It gets its name when everything in it is on disk."""
-    output = Path(config.output_dir)
-    target = output / FOLDER / f"step_{progress.step:08d}"
-    temporary = target.with_name(f"{target.name}.tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
+class Saver:
+    """Writes checkpoints; all processes take part. One gets its name when everything in it is on disk.
+
+    With `config.async_save` a step waits only until the tensors are copied to main memory. They are then written beside
+    the training, and `poll`, called after every step, gives the checkpoint its name.
+    """
+
+    def __init__(self, config: TrainConfig, fixed: dict[str, Any]):
+        self._config, self._fixed, self._folder = config, fixed, Path(config.output_dir) / FOLDER
+        # of its own: messages of the writing thread must not meet those of the training
+        self._group = dist.new_group(backend="gloo") if config.async_save else None
+        self._writing: Future | None = None
+        self._progress, self._weights = Progress(), 0  # of the checkpoint that is being written, and its bytes
+
+    def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
+        self.finish()
+        self._progress = dataclasses.replace(progress)
+        self._weights = sum(parameter.numel() * 4 for parameter in model.parameters())
+        temporary = self._temporary()
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        state = _state(model, optimizer)
+        if self._group:
+            if next(model.parameters()).device.type == "cpu":  # which PyTorch does not always copy
+                state = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, state)
+            self._writing = dcp.async_save(state, checkpoint_id=temporary, process_group=self._group)
+            return
+        with _failures_named(temporary, self._weights):
+            dcp.save(state, checkpoint_id=temporary)
+        self._publish()
+        dist.barrier()
+
+    def poll(self) -> None:
+        """Finish the checkpoint that is being written, if all of it is on disk."""
+        if self._writing and self._writing.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        if self._writing:
+            writing, self._writing = self._writing, None
+            with _failures_named(self._temporary(), self._weights):
+                writing.result()
+            self._publish()
+
+    def _temporary(self) -> Path:
+        return self._folder / f"step_{self._progress.step:08d}.tmp"
+
+    def _publish(self) -> None:
+        if dist.get_rank() > 0:
+            return
+        temporary, target = self._temporary(), self._folder / f"step_{self._progress.step:08d}"
+        parts = {"progress": self._progress, "fixed": self._fixed, "config": self._config}
+        content = {name: part if name == "fixed" else dataclasses.asdict(part) for name, part in parts.items()}
+        write_bytes(temporary / PROGRESS, json.dumps(content, indent=2).encode())
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        sync_folder(target.parent)
+        for old in checkpoints(self._folder.parent)[: -self._config.ckpt_max_keep]:
+            (old / PROGRESS).unlink()  # first, so that a half-removed one is never taken for complete
+            shutil.rmtree(old)
+
+
+@contextmanager
+def _failures_named(temporary: Path, weights: int) -> Iterator[None]:
+    """`weights` is the least that a checkpoint takes, in bytes."""
     try:
-        dcp.save(_state(model, optimizer), checkpoint_id=temporary)
+        yield
     except CheckpointException as error:
-        weights, free = sum(p.numel() * 4 for p in model.parameters()), shutil.disk_usage(temporary).free
+        free = shutil.disk_usage(temporary).free
         full = f"the disk is full, {free / 1e6:.1f} MB are left and the weights alone take {weights / 1e6:.1f}"
         raise UserError(
             f"{temporary}: cannot write this checkpoint ({full if free < weights else _first_failure(error)}). "
             "Earlier ones are kept: make room, then run the same command again."
         ) from error
-    if dist.get_rank() == 0:
-        content = {"progress": dataclasses.asdict(progress), "fixed": fixed, "config": dataclasses.asdict(config)}
-        write_bytes(temporary / PROGRESS, json.dumps(content, indent=2).encode())
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        sync_folder(target.parent)
-        for old in checkpoints(output)[: -config.ckpt_max_keep]:
-            (old / PROGRESS).unlink()  # first, so that a half-removed one is never taken for complete
-            shutil.rmtree(old)
-    dist.barrier()
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:

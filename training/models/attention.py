@@ -6,15 +6,21 @@ fused kernels a sample, or a single one where all samples are equally long. No (
 Legend: T packed tokens, H heads, K key/value heads, D head size.
 """
 
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
+from inspect import signature
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-VARLEN = find_spec("torch.nn.attention.varlen") is not None  # PyTorch 2.10 and later
+try:
+    from torch.nn.attention.varlen import varlen_attn  # PyTorch 2.10 and later
+except ImportError:
+    varlen_attn = None
+CAUSAL = {"window_size": (-1, 0)}
+if varlen_attn and "window_size" not in signature(varlen_attn).parameters:  # in its first release
+    CAUSAL = {"is_causal": True}
 
 
 class Spans(NamedTuple):
@@ -35,21 +41,14 @@ def packed_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, *, causal: bool = True
 ) -> torch.Tensor:
     """q is (T, H, D), k and v are (T, K, D). Returns (T, H, D)."""
-    if VARLEN and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if varlen_attn and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         if q.shape[1] != k.shape[1]:  # the flag for fewer key/value heads is younger than the function
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        window = (-1, 0 if causal else -1)
         bounds, longest = spans.on_device, spans.longest
-        return varlen_attention()(q, k, v, bounds, bounds, longest, longest, window_size=window)
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, **(CAUSAL if causal else {}))
     if torch.compiler.is_compiling():  # the number of samples changes with every batch: the loop stays out of the graph
         return _opaque_attention(q, k, v, spans.bounds, causal)
     return _attention_by_sample(q, k, v, spans.bounds, causal)
-
-
-def varlen_attention() -> Callable:
-    from torch.nn.attention.varlen import varlen_attn  # what an older PyTorch does not have
-
-    return varlen_attn
 
 
 def _attention_by_sample(
