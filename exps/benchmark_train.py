@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +192,32 @@ def utilisation() -> dict[str, float | str]:
 def sharded_steps(stage: str, compiled: bool, device: torch.device) -> dict[str, float]:
     """Steps of packed text through eight layers of the 7B model and the whole tower, with the sharded trainer."""
     sizes, vision = LLMConfig(num_hidden_layers=8), VisionConfig()
+    step, flops = sharded_step(stage, sizes, vision, device, compiled=compiled)
+    batch = drawn_batch(sizes, vision, samples=4, length=4096, tiles=1).to(device)
+    for _ in range(3):
+        step(batch)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = timed(lambda: [step(batch) for _ in range(5)]) / 5
+    return {
+        "tokens_per_second": len(batch.tokens) / seconds,
+        "tflops": flops.of(batch) / seconds / 1e12,
+        "peak_gib": memory_used() / 2**30,
+    }
+
+
+def sharded_step(
+    stage: str,
+    sizes: LLMConfig,
+    vision: VisionConfig,
+    device: torch.device,
+    *,
+    checkpointing: str = "full",
+    compiled: bool = False,
+) -> tuple[Callable[[Batch], torch.Tensor], Flops]:
+    """An optimizer step of one batch, as the trainer makes it, of a model with drawn weights; it returns the loss.
+
+    `checkpointing` is none, selective or full.
+    """
     with torch.device("meta"):
         model = UniToken(sizes, vision, z_weight=1e-5, dropout=0.05)
     freeze(model, STAGES[stage]["trainable_params"])
@@ -199,33 +225,35 @@ def sharded_steps(stage: str, compiled: bool, device: torch.device) -> dict[str,
     model.to_empty(device=device)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
-    for unit in model.units():
-        recompute(unit, selective=False)
+    for unit in model.units() if checkpointing != "none" else ():
+        recompute(unit, selective=checkpointing == "selective")
     shard(model, device, "bf16", reshard=True)
-    if compiled:
-        for unit in model.units():
-            compile_unit(unit)
+    for unit in model.units() if compiled else ():
+        compile_unit(unit)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-    random = np.random.default_rng(0)
-    ids = random.integers(9000, sizes.vocab_size, 4096)
-    sample = Sample("0", ids, ids, np.full(4096, -1), [np.zeros((1, 3, 384, 384), np.uint8)], 729)
-    batch = pack([sample] * 4, 384).to(device)
 
-    def step() -> None:
-        (model(batch)[0] / batch.label_count).backward()
+    def step(batch: Batch) -> torch.Tensor:
+        loss = model(batch)[0] / batch.label_count
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 4.0)
         optimizer.step()
         optimizer.zero_grad()
+        return loss.detach()
 
-    for _ in range(3):
-        step()
-    torch.cuda.reset_peak_memory_stats()
-    seconds = timed(lambda: [step() for _ in range(5)]) / 5
-    return {
-        "tokens_per_second": len(batch.tokens) / seconds,
-        "tflops": flops.of(batch) / seconds / 1e12,
-        "peak_gib": memory_used() / 2**30,
-    }
+    return step, flops
+
+
+def drawn_batch(sizes: LLMConfig, vision: VisionConfig, *, samples: int, length: int, tiles: int) -> Batch:
+    """Samples of `length` tokens, the first of them continuous ones of `tiles` tiles where there are any."""
+    random, made = np.random.default_rng(0), []
+    blank = np.zeros((tiles, 3, vision.image_size, vision.image_size), np.uint8)
+    for number in range(samples):
+        ids = random.integers(sizes.vocab_size // 2, sizes.vocab_size, length)
+        rows = np.full(length, -1)
+        count = min(tiles * vision.grid**2, length // 2)
+        rows[:count] = np.arange(count)
+        made.append(Sample(str(number), ids, ids, rows, [blank] if tiles else [], tiles * vision.grid**2))
+    return pack(made, vision.image_size)
 
 
 def anonymous_memory() -> int:

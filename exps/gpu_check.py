@@ -1,4 +1,4 @@
-"""What a first hour on a GPU should settle about the codes: speed, memory, and whether they are the same everywhere.
+"""What a first hour on a GPU should settle: speed, memory, whether codes are the same everywhere, and the training.
 
     python exps/gpu_check.py speed,invariance            some parts
     python exps/gpu_check.py                             all of them
@@ -15,6 +15,8 @@ to look at. Weights are drawn, which changes no timing. Parts:
     syncs       encoding never waits for the GPU
     attention   which kernel runs, and how far it is from fp64
     job         the whole job from JPEGs, by decoding threads: what is the limit?
+    train       tokens/s and MFU of eight 7B-shaped layers and the whole tower, by stage, recomputation and shape
+    packed      attention over packed samples in one call against one call a sample
 """
 
 import gc
@@ -24,15 +26,22 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from benchmark_codebook import CONFIGS, flop_per_image, write_dataset
+from benchmark_train import drawn_batch, sharded_step
 from measure import describe_machine, make_images, matrix_rate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import training.models.attention as attention_of
+from training.models.llm import LLMConfig
+from training.models.siglip import VisionConfig
+from training.parallel import process_group
+from training.report import peak_flops
 from vision_tokenizer.codebook.annotations import read_data_config
 from vision_tokenizer.codebook.job import run_codebook_inference
 from vision_tokenizer.codebook.output import Settings
@@ -41,7 +50,7 @@ from vision_tokenizer.models.dualvitok.config import read_config
 from vision_tokenizer.models.dualvitok.model import DualViTok, compile_encoder, place
 from vision_tokenizer.models.nearest import NO_CODE, nearest_codes
 from vistoken.cli import command_parser
-from vistoken.device import default_workers, local_device
+from vistoken.device import default_workers, float32_products, local_device
 from vistoken.jobs.workers import OneProcess
 
 EXPECTED = {"bf16": 650, "tf32": 200, "fp32": 70}  # images/s at 256, batch 32: half of the peak, a third, all of it
@@ -272,7 +281,68 @@ def job(check: Check) -> None:
                 )
 
 
-PARTS = {part.__name__: part for part in (env, speed, kernels, invariance, search, syncs, attention, job)}
+def train(check: Check) -> None:
+    """Expected: half of the peak without recomputation, an MFU of 37 % with all of it, 43 % with `selective`."""
+    sizes, vision = LLMConfig(num_hidden_layers=8), VisionConfig()
+    shapes = {"pictures": (4, 4096, 1), "anyres": (4, 4096, 5), "short": (4, 200, 0), "many short": (64, 200, 0)}
+    if check.small:
+        sizes, vision = LLMConfig(9100, 64, 128, 2, 4, 4), VisionConfig(32, 64, 2, 2, image_size=56)
+        shapes = {"pictures": (2, 64, 1), "many short": (8, 16, 0)}
+    ways = [("I", "full"), ("II", "full"), ("II", "selective"), ("II", "none")]
+    for (stage, checkpointing), compiled in product(ways, (False, True) if check.on_gpu else (False,)):
+        check.free()
+        with process_group(check.device.type) as device, float32_products(tf32=True):
+            step, flops = sharded_step(stage, sizes, vision, device, checkpointing=checkpointing, compiled=compiled)
+            for shape, (samples, length, tiles) in shapes.items():
+                on_cpu = drawn_batch(sizes, vision, samples=samples, length=length, tiles=tiles)
+                batch = on_cpu.to(device)
+                began = time.perf_counter()
+                step(batch)
+                check.wait()
+                first = time.perf_counter() - began
+                took, launching = check.seconds(step, batch)
+                rate = flops.of(on_cpu) / took
+                tell(
+                    "train",
+                    stage=stage,
+                    recomputed=checkpointing,
+                    compiled=compiled,
+                    shape=shape,
+                    tokens_s=len(batch.tokens) / took,
+                    tflops=rate / 1e12,
+                    mfu=rate / peak if (peak := peak_flops("bf16")) else None,
+                    ms=took * 1e3,
+                    launch_ms=launching * 1e3,
+                    first_seconds=first,
+                    peak_gib=check.peak_gib(),
+                )
+            if check.on_gpu:  # does a step wait for the GPU? clipping's norm is not asked for here
+                torch.cuda.set_sync_debug_mode("warn")
+                step(batch)
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def packed(check: Check) -> None:
+    heads, width = (4, 16) if check.small else (32, 128)
+    dtype = torch.bfloat16 if check.on_gpu else torch.float32
+    for sizes in ([64, 3, 17], [16] * 4) if check.small else ([4096] * 4, [200] * 64, [100, 4000, 700, 3000]):
+        q, k, v = (torch.randn(sum(sizes), heads, width, device=check.device, dtype=dtype) for _ in "qkv")
+        spans = attention_of.Spans.of(sizes, check.device)
+        together = attention_of.packed_attention(q, k, v, spans)
+        alone = attention_of.attention_by_sample(q, k, v, spans.bounds, causal=True)
+        tell(
+            "packed",
+            samples=len(sizes),
+            tokens=sum(sizes),
+            one_call_ms=check.seconds(attention_of.packed_attention, q, k, v, spans)[0] * 1e3,
+            by_sample_ms=check.seconds(attention_of.attention_by_sample, q, k, v, spans.bounds, True)[0] * 1e3,
+            largest_difference=float((together - alone).abs().max()),
+        )
+
+
+PARTS = {
+    part.__name__: part for part in (env, speed, kernels, invariance, search, syncs, attention, job, train, packed)
+}
 
 
 def main() -> None:

@@ -48,10 +48,10 @@ def packed_attention(
         return varlen_attn(q, k, v, bounds, bounds, longest, longest, **(CAUSAL if causal else {}))
     if torch.compiler.is_compiling():  # the number of samples changes with every batch: the loop stays out of the graph
         return _opaque_attention(q, k, v, spans.bounds, causal)
-    return _attention_by_sample(q, k, v, spans.bounds, causal)
+    return attention_by_sample(q, k, v, spans.bounds, causal)
 
 
-def _attention_by_sample(
+def attention_by_sample(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, causal: bool
 ) -> torch.Tensor:
     options = {"is_causal": causal, "enable_gqa": q.shape[1] != k.shape[1]}
@@ -70,8 +70,8 @@ def _attention_by_sample(
 def _opaque_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, causal: bool
 ) -> torch.Tensor:
-    """`_attention_by_sample` as one node of a compiled graph. Its forward runs once more in the backward pass."""
-    return _attention_by_sample(q, k, v, bounds, causal).contiguous()
+    """`attention_by_sample` as one node of a compiled graph. Its forward runs once more in the backward pass."""
+    return attention_by_sample(q, k, v, bounds, causal).contiguous()
 
 
 @_opaque_attention.register_fake
