@@ -40,7 +40,7 @@ def compile_unit(unit: nn.Module, backend: str = "inductor") -> None:
         for tensor in tree_leaves([args, kwargs]):
             if isinstance(tensor, torch.Tensor):
                 last = max(tensor.ndim - 1, 1)  # the width, which never changes
-                torch._dynamo.mark_dynamic(tensor, [n for n, size in enumerate(tensor.shape[:last]) if size > 1])
+                torch._dynamo.maybe_mark_dynamic(tensor, [n for n, size in enumerate(tensor.shape[:last]) if size > 1])
         return compiled(*args, **kwargs)
 
     unit.forward = run
