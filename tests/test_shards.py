@@ -325,7 +325,9 @@ def test_plan_reads_headers_only_and_counts_as_the_run(tiny_dualvitok, tmp_path,
     write_tar(tmp_path / "in" / "0.tar", members)
     write_tar(tmp_path / "in" / "1.tar.gz", samples(2))
     (tmp_path / "in" / "2.tar").write_bytes(write_tar(tmp_path / "in" / "2.tar", samples(2)).read_bytes()[:900])
-    code, folder = encode(tiny_dualvitok, tmp_path / "job", f"{tmp_path}/in/{{0.tar,1.tar.gz,2.tar}}")
+    whole = write_tar(tmp_path / "in" / "3.tar", samples(2)).read_bytes()
+    (tmp_path / "in" / "3.tar").write_bytes(whole[: whole.index(b"00001.jpg")])
+    code, folder = encode(tiny_dualvitok, tmp_path / "job", f"{tmp_path}/in/{{0.tar,1.tar.gz,2.tar,3.tar}}")
     assert code == 0
     read = []
     original = shards.Window.readinto
@@ -386,3 +388,37 @@ def test_arrow_says_what_the_lines_say(tiny_dualvitok, tmp_path):
     (as_arrow / "0.arrow").write_bytes(content)
     with pytest.raises(UserError, match=r"0\.arrow"):
         list(lines_of(as_arrow / "0.arrow"))
+
+
+@pytest.mark.slow
+def test_shards_in_a_store_are_read_by_ranges_and_give_the_same_lines(tiny_dualvitok, tmp_path, monkeypatch):
+    from store_server import s3_server
+
+    from vision_tokenizer.tokenizer.plan_codebook_inference import main as plan
+    from vistoken import store
+    from vistoken.store import location, put
+
+    monkeypatch.setattr(store, "PAUSE", 0.001)
+    names = [f"{number:02}.tar" for number in range(18)]  # enough of them for their folder to be listed
+    for number, name in enumerate(names):
+        write_tar(tmp_path / "in" / name, samples(2, first=10 * number))
+    table = pa.table({"image": [picture(n) for n in range(4)], "text": ["a"] * 4})
+    pq.write_table(table, tmp_path / "in" / "18.parquet", row_group_size=2)
+    cut = tmp_path / "in" / names[3]
+    cut.write_bytes(cut.read_bytes()[:3000])
+    pattern = "{{{},18.parquet,99.tar}}".format(",".join(names))
+    code, local = encode(tiny_dualvitok, tmp_path / "local", f"{tmp_path}/in/{pattern}")
+    assert code == 1
+    with s3_server("data") as server:
+        for path in (tmp_path / "in").iterdir():
+            put(location("s3://data/in") / path.name, path.read_bytes())
+        server.every = 10  # requests fail now and then
+        code, stored = encode(tiny_dualvitok, tmp_path / "stored", f"s3://data/in/{pattern}")
+        assert code == 1 and codes(stored) == codes(local)
+        assert problems(stored) == problems(local) == [("after 1 samples", "shard damaged")]
+        (message,) = json.loads((stored / "run_summary.json").read_text())["unreadable"]
+        assert message.startswith("s3://data/in/99.tar: cannot read the shard (No such file")
+        arguments = ["--data_config", tmp_path / "stored" / "meta.json", *FAST[:4], "--num_workers", 1]
+        assert plan([*map(str, arguments), "--out_dir", str(tmp_path / "plan")]) == 1
+        (planned,) = json.loads((tmp_path / "plan" / "plan.json").read_text())["datasets"].values()
+        assert (planned["done"], planned["failed"]) == (39, 1)

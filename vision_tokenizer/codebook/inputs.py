@@ -1,5 +1,7 @@
 """What a data set is read from, annotation files or shards, and where the images of its items are."""
 
+from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from glob import has_magic
 from typing import Any
@@ -9,7 +11,9 @@ from vision_tokenizer.codebook.shards import Embedded, ShardRules, ShardTable, f
 from vistoken.errors import UserError
 from vistoken.jobs.chunks import ChunkTable, chunk_table
 from vistoken.jobs.shards import PARQUET, TAR, expand, shard_stem
-from vistoken.store import Location, location
+from vistoken.store import Location, Stat, Url, folder_stats, location
+
+_LISTED = 16  # shards of a folder for which it is listed
 
 
 def input_files(dataset: Dataset) -> tuple[Location, ...]:
@@ -43,19 +47,31 @@ def input_stem(dataset: Dataset, path: Location) -> str:
 
 
 def input_table(
-    dataset: Dataset, path: Location, chunk_items: int, cache: Location, whole: bool = True
+    dataset: Dataset,
+    path: Location,
+    chunk_items: int,
+    cache: Location,
+    whole: bool = True,
+    known: Stat | None = None,
 ) -> ChunkTable | ShardTable:
     """The chunks of one of `input_files`, cached at `cache` where finding them takes time.
 
-    Without `whole`, images of a shard are read only where they are opened. Raises `UserError` for a file that is
-    missing or cannot be read.
+    Without `whole`, images of a shard are read only where they are opened; `known` is of `shard_stats`. Raises
+    `UserError` for a file that is missing or cannot be read.
     """
     if dataset.shards is None:
         return chunk_table(path, chunk_items, cache)
-    table = shard_table(path, _rules(dataset), whole=whole)
+    table = shard_table(path, _rules(dataset), whole=whole, known=known)
     if not len(table):
         raise UserError(f"{path}: no rows in it")
     return table
+
+
+def shard_stats(files: Sequence[Location]) -> dict[Location, Stat]:
+    """Of shards in a store what a listing of their folders tells: a request for each of 100,000 takes minutes."""
+    of_folder = Counter(path.parent for path in files if isinstance(path, Url))
+    listed = {folder: folder_stats(folder) for folder, count in of_folder.items() if count > _LISTED}
+    return {path: found for path in files if (found := listed.get(path.parent, {}).get(path.name))} if listed else {}
 
 
 def item_image(dataset: Dataset, item: Any, name: str) -> tuple[Location | str, Location | Embedded]:

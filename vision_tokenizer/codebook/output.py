@@ -18,7 +18,7 @@ import orjson
 
 from vision_tokenizer.codebook.annotations import Dataset
 from vision_tokenizer.codebook.forms import Form, output_form
-from vision_tokenizer.codebook.inputs import input_files, input_stem, input_table
+from vision_tokenizer.codebook.inputs import input_files, input_stem, input_table, shard_stats
 from vision_tokenizer.images.anchors import job_tag
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vistoken.device import device_facts
@@ -29,7 +29,7 @@ from vistoken.jobs.manifest import read_manifest
 from vistoken.jobs.results import Result, Results
 from vistoken.jobs.run import WORK, JoinedSource, Output, Table
 from vistoken.jobs.shards import shard_stem
-from vistoken.store import Location, Url
+from vistoken.store import Location, Stat, Url
 
 # a GPU does 64 images in a tenth of a second; on a shared disk that would be too many small files
 CHUNK_ITEMS = {"cpu": 64, "cuda": 512}
@@ -89,14 +89,15 @@ class CodebookFile(JoinedSource):
         return None
 
     def check_unchanged(self) -> None:
-        now = _table(self.dataset, self.table.path, self.output.parent, self.chunk_items)
+        now = _table(self.dataset, self.table.path, self.output.parent / WORK, self.chunk_items)
         if now.fingerprint != self.table.fingerprint:
             self.results.remove()  # nobody knows which of them hold old items, and which new
             raise UserError(f"{self.table.path}: changed while it was encoded. Run again with --overwrite.")
 
 
-def _table(dataset: Dataset, path: Location, folder: Location, chunk_items: int) -> Table:
-    return input_table(dataset, path, chunk_items, folder / WORK / f"{input_stem(dataset, path)}{CHUNK_TABLE}")
+def _table(dataset: Dataset, path: Location, work: Location, chunk_items: int, known: Stat | None = None) -> Table:
+    cache = work if dataset.shards else work / f"{path.stem}{CHUNK_TABLE}"
+    return input_table(dataset, path, chunk_items, cache, known=known)
 
 
 class CodebookOutput(Output):
@@ -111,14 +112,16 @@ class CodebookOutput(Output):
         files: list[CodebookFile] = []
         self.unreadable: list[str] = []
         try:
-            for path in input_files(dataset):
+            paths, work = input_files(dataset), folder / WORK
+            known = shard_stats(paths)
+            for path in paths:
                 try:
-                    table = _table(dataset, path, folder, chunk_items)
+                    table = _table(dataset, path, work, chunk_items, known.get(path))
                 except UserError as error:
                     self.unreadable.append(str(error))
                 else:
                     stem = input_stem(dataset, path)
-                    results, final = Results(folder / WORK / stem), folder / f"{stem}{form.suffix}"
+                    results, final = Results(work / stem), folder / f"{stem}{form.suffix}"
                     files.append(CodebookFile(table, results, final, dataset, chunk_items, form))
         except UserError as error:
             self.unreadable.append(str(error))

@@ -4,10 +4,11 @@ A tar file's sample is one image with a `.txt`, its caption, or a `.json` that h
 a parquet file has them as columns; its image is `{bytes, path}`, bytes, or a list of either.
 """
 
+import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple
 
 import orjson
@@ -32,7 +33,7 @@ from vistoken.jobs.shards import (
     split_name,
     tar_samples,
 )
-from vistoken.store import Location
+from vistoken.store import Location, Stat
 
 CHUNK_ROWS = 64  # of a parquet file: smaller row groups are done together
 
@@ -147,17 +148,20 @@ def is_tar(path: Location) -> bool:
     return path.name.lower().endswith(TAR)
 
 
-def shard_table(path: Location, rules: ShardRules, chunk_rows: int = CHUNK_ROWS, whole: bool = True) -> ShardTable:
+def shard_table(
+    path: Location, rules: ShardRules, chunk_rows: int = CHUNK_ROWS, whole: bool = True, known: Stat | None = None
+) -> ShardTable:
     """The table of a shard; of a tar file nothing is read for it, of parquet its footer.
 
-    Raises `UserError` for one that is missing, no shard, or a parquet file without the columns.
+    `known` is what a listing said of it. Raises `UserError` for one that is missing, no shard, or a parquet file
+    without the columns.
     """
     if not path.name.lower().endswith((*TAR, *PARQUET)):
         raise UserError(f"{path}: not a shard. They end in {', '.join((*TAR, *PARQUET))}.")
     try:
-        if isinstance(path, Path):
-            check_regular(path)
-        stat = path.stat()
+        stat = known or path.stat()
+        if isinstance(stat, os.stat_result) and not S_ISREG(stat.st_mode):
+            check_regular(path)  # says what it is
     except OSError as error:
         raise UserError(f"{path}: cannot read the shard ({error.strerror})") from error
     fingerprint = f"{stat.st_size} bytes, {stat.st_mtime_ns}"

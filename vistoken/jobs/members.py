@@ -44,7 +44,7 @@ class MemberIndexes:
     """The indexes of tar files. With a `folder` they are kept there, for other processes and the next run."""
 
     def __init__(self) -> None:
-        self.folder: Path | None = None
+        self.folder: Location | None = None
         self._read: OrderedDict[Location, dict[str, tuple[int, int]]] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -150,7 +150,13 @@ def tar_samples(path: Location, whole: bool) -> Iterator[Sample]:
     packed = path.name.lower().endswith((".gz", ".tgz"))
     whole = whole or packed
     try:
-        with stream(path) if whole else path.open("rb", _SMALL if isinstance(path, Path) else _BUFFER) as source:
+        source = stream(path) if whole else path.open("rb", _SMALL if isinstance(path, Path) else _BUFFER)
+    except OSError as error:
+        damage = Failed("shard unreadable", f"{path}: {error.strerror or error}")
+        yield Sample(0, "after 0 samples", None, [], damage)
+        return
+    with source:  # stays open while the caller looks into the members of the last sample
+        try:
             end = None if whole else source.seek(0, io.SEEK_END)
             for member in tar_members(gzip.GzipFile(fileobj=source) if packed else source):
                 if end is not None and member.offset + member.size > end:
@@ -163,20 +169,17 @@ def tar_samples(path: Location, whole: bool) -> Iterator[Sample]:
                     where, open_key = member.name, key
                 held = whole and member.size <= MAX_MEMBER
                 parts.append((suffix, NamedBytes(member.name, member.read()) if held else member))
-            if parts:
-                yield Sample(index, where, open_key, parts)
-                index, parts = index + 1, []
-            if not index:
-                damage = Failed("empty shard", f"{path}: there is no sample in it")
-    except Failed as error:
-        damage = Failed(error.reason, f"{path}: {error.detail}; what follows is lost. Fetch the file again.")
-    except (OSError, EOFError, zlib.error) as error:
-        damage = Failed("shard damaged", f"{path}: {error}; what follows is lost. Fetch the file again.")
-    if parts:
-        yield Sample(index, where, open_key, parts)
-        index += 1
-    if damage:
-        yield Sample(index, f"after {index} samples", None, [], damage)
+        except Failed as error:
+            damage = Failed(error.reason, f"{path}: {error.detail}; what follows is lost. Fetch the file again.")
+        except (OSError, EOFError, zlib.error) as error:
+            damage = Failed("shard damaged", f"{path}: {error}; what follows is lost. Fetch the file again.")
+        if parts:
+            yield Sample(index, where, open_key, parts)
+            index += 1
+        if not index and not damage:
+            damage = Failed("empty shard", f"{path}: there is no sample in it")
+        if damage:
+            yield Sample(index, f"after {index} samples", None, [], damage)
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -1,0 +1,201 @@
+"""Measure shards in place against the same images in a folder, and against webdataset's own reading of the same tars.
+
+Physics. A sample is read, decoded and resized on the CPU, then encoded. With a tokenizer that does nothing, what is
+measured is the feeding: decoding and resizing a JPEG of a megapixel takes some 15 ms of one core, reading it from the
+page cache a tenth of a millisecond, so folder, tar and parquet should be as fast as each other, and as webdataset with
+as many workers doing the same to each image (`pip install webdataset`, for this benchmark only). Sides run by turns;
+the best of each counts. Then: peak memory of the command with 1 and with many shards, and how long it takes to the
+first chunk with 100,000 names. The last line of the output is JSON.
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from measure import REPO, Clock, Rates, best_by_turns, describe_machine, make_images, measure_command, print_report
+
+from vision_tokenizer.codebook.annotations import Dataset, read_data_config
+from vision_tokenizer.codebook.job import run_codebook_inference
+from vision_tokenizer.codebook.output import CodebookOutput, Settings
+from vision_tokenizer.images.anchors import anchors
+from vision_tokenizer.images.dualvitok import prepare
+from vision_tokenizer.models.dualvitok.untrained import main as write_untrained
+from vistoken.cli import command_parser
+from vistoken.device import default_workers
+from vistoken.jobs.progress import Progress
+from vistoken.jobs.run import todo
+from vistoken.jobs.shards import NamedBytes
+from vistoken.jobs.workers import OneProcess
+
+COMMAND = REPO / "vision_tokenizer/tokenizer/tokenizer_codebook_inference.py"
+SMALL = REPO / "configs/example/dualvitok/dualvitok_small.py"
+load = partial(prepare, choices=anchors("fixed", 256), crop_percent_thresh=0.0)
+
+
+class Nothing:
+    """A tokenizer that takes no time, so that what feeds it is measured."""
+
+    name, fingerprint, device = "nothing", "0", torch.device("cpu")
+    branches, codebook_sizes = ("semantic", "pixel"), (32768, 98304)
+
+    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.zeros(len(pixels), side, side, dtype=torch.int64) for side in (9, 16))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    parser.add_argument("--images", type=int, default=400, help="distinct JPEGs of a megapixel")
+    parser.add_argument("--samples", type=int, default=100, help="of a shard")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--shards", type=int, default=100, help="for peak memory, of 20 samples")
+    parser.add_argument("--names", type=int, default=100_000, help="of shards, for the time to the first chunk")
+    return parser.parse_args()
+
+
+def caption(path: Path) -> str:
+    return f"Photograph {path.stem}"
+
+
+def write_tar(target: Path, images: list[Path], keys: list[str]) -> None:
+    with tarfile.open(target, "w") as tar:
+        for path, key in zip(images, keys, strict=True):
+            for suffix, content in ((".jpg", path.read_bytes()), (".txt", caption(path).encode())):
+                info = tarfile.TarInfo(key + suffix)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def make_forms(base: Path, images: list[Path], samples: int) -> dict[str, dict]:
+    """The same items three times: name -> entry of the metadata config without its root."""
+    (base / "annotations").mkdir()
+    for number, start in enumerate(range(0, len(images), samples)):
+        some = images[start : start + samples]
+        lines = [{"images": [path.name], "caption": caption(path)} for path in some]
+        (base / "annotations" / f"{number:04}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_tar(base / f"{number:04}.tar", some, [path.stem for path in some])
+        table = pa.table({"image": [path.read_bytes() for path in some], "text": [caption(path) for path in some]})
+        pq.write_table(table, base / f"{number:04}.parquet", compression="none", row_group_size=64)
+    return {
+        "folder": {"image_dir": str(images[0].parent), "annotation_dir": str(base / "annotations")},
+        "tar": {"shards": f"{base}/*.tar"},
+        "parquet": {"shards": f"{base}/*.parquet"},
+    }
+
+
+def dataset(root: Path, entry: dict) -> Dataset:
+    root.mkdir()
+    config = root / "meta.json"
+    config.write_text(json.dumps({"bench": {**entry, "root": str(root), "tokenizer_inference": True}}))
+    return read_data_config(config)[0]
+
+
+def job(scratch: Path, name: str, entry: dict, count: int, turn: int, output_format: str = "jsonl") -> Rates:
+    data = dataset(scratch / f"{name}-{output_format}-{turn}", entry)
+    settings = Settings("fixed", 256, crop_percent_thresh=0.0, batch_size=8, output_format=output_format)
+    clock = Clock()
+    counts, _ = run_codebook_inference([data], Nothing(), settings, OneProcess(), num_workers=default_workers())
+    if counts["bench"].done != count:
+        raise SystemExit(f"{name}: only {counts['bench'].done} of {count} images were done")
+    return clock.rates(count)
+
+
+def webdataset_side(pattern: list[str], count: int, to_pixels: Callable[[bytes], object] | None, turn: int) -> Rates:
+    """Its own reader in as many processes; `to_pixels` None: its decoder ("pilrgb"), nothing resized."""
+    import webdataset
+
+    data = webdataset.WebDataset(pattern, shardshuffle=False, empty_check=False)
+    data = data.decode("pilrgb").to_tuple("jpg") if to_pixels is None else data.to_tuple("jpg").map_tuple(to_pixels)
+    workers = default_workers()
+    clock = Clock()
+    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers, collate_fn=lambda sample: 0)
+    seen = sum(1 for _ in loader)
+    if seen != count:
+        raise SystemExit(f"webdataset: {seen} of {count} samples")
+    return clock.rates(count)
+
+
+def resized(content: bytes) -> np.ndarray:
+    return load(NamedBytes("image", content))[0].numpy()
+
+
+def bench_rates(args: argparse.Namespace, scratch: Path) -> list[dict]:
+    images = make_images(scratch / "images", args.images)
+    base = scratch / "shards"
+    base.mkdir()
+    forms = make_forms(base, images, args.samples)
+    tars = [str(path) for path in sorted(base.glob("*.tar"))]
+    sides = {name: partial(job, scratch, name, entry, len(images)) for name, entry in forms.items()}
+    sides["tar, codes as Arrow"] = lambda turn: job(scratch, "arrow", forms["tar"], len(images), turn, "arrow")
+    sides["webdataset, decoded and resized as ours"] = partial(webdataset_side, tars, len(images), resized)
+    sides["webdataset, decoded alone"] = partial(webdataset_side, tars, len(images), None)
+    rates = best_by_turns(args.turns, *sides.values())
+    rows = []
+    for name, rate in zip(sides, rates, strict=True):
+        row = {"side": name, "images_s": round(rate.wall, 1), "of_the_folder": round(rate.wall / rates[0].wall, 2)}
+        ours = not name.startswith("webdataset")  # its processes' CPU time is not this one's
+        rows.append({**row, "images_cpu_s": round(rate.cpu, 1) if ours else "-"})
+    return rows
+
+
+def bench_memory(args: argparse.Namespace, scratch: Path) -> dict[int, float]:
+    """Number of shards -> peak MiB of the command."""
+    checkpoint, peaks = scratch / "small" / "pytorch_model.bin", {}
+    write_untrained(["--config", str(SMALL), "--out", str(checkpoint)])
+    images = sorted((scratch / "images").glob("*.jpg"))[:20]
+    (scratch / "many").mkdir()
+    for number in range(args.shards):
+        write_tar(scratch / "many" / f"{number:04}.tar", images, [f"{number}-{path.stem}" for path in images])
+    for shards in (1, args.shards):
+        root = scratch / f"memory-{shards}"
+        entry = {"shards": f"{scratch}/many/{{0000..{shards - 1:04}}}.tar"}
+        dataset(root, entry)
+        command = [COMMAND, "--model_config", SMALL, "--tokenizer_checkpoint", checkpoint, "--device", "cpu"]
+        command += ["--data_config", root / "meta.json", "--resolution_type", "fixed", "--resolution", 32]
+        peaks[shards] = round(measure_command(command)[1])
+    return peaks
+
+
+def bench_names(args: argparse.Namespace, scratch: Path) -> float:
+    """Seconds until the first of so many shards may be read; which are links to a few."""
+    folder = scratch / "names"
+    folder.mkdir()
+    first = next((scratch / "shards").glob("*.tar"))
+    for number in range(args.names):
+        name = folder / f"{number:06}.tar"
+        if number % 50_000 == 0:  # a file system has a limit of links to one file
+            first = Path(shutil.copy(first, name))
+        else:
+            os.link(first, name)
+    data = dataset(scratch / "many-names", {"shards": f"{folder}/{{000000..{args.names - 1:06}}}.tar"})
+    clock = Clock()
+    output = CodebookOutput(data, Nothing(), Settings("fixed", 256))
+    with output.begin(OneProcess()), Progress(OneProcess(), None, "codes") as progress:
+        sources = [file for file in output.sources if file.finished() is None]
+        next(todo(sources, OneProcess(), progress))
+        return round(1 / clock.rates(1).wall, 1)
+
+
+def main() -> None:
+    args = parse_args()
+    report = describe_machine(torch.device("cpu")) | {"workers": default_workers()}
+    with tempfile.TemporaryDirectory(prefix="vistoken-benchmark-") as folder:
+        scratch = Path(folder)
+        rows = bench_rates(args, scratch)
+        report["seconds_to_the_first_chunk"] = {args.names: bench_names(args, scratch)}
+        report["peak_mib"] = bench_memory(args, scratch)
+    print_report(report, rows, ["side", "images_s", "of_the_folder", "images_cpu_s"])
+
+
+if __name__ == "__main__":
+    main()
