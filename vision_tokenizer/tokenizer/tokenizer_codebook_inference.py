@@ -53,7 +53,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_crop_threshold(data)
     add_exif_orientation(data)
     add_output_names(data)
-    data.add_argument("--output_format", choices=("jsonl", "arrow"), default="jsonl", help="arrow: a third of the size")
+    data.add_argument(
+        "--output_format", choices=("jsonl", "arrow"), default="jsonl", help="arrow: smaller, and read faster"
+    )
     job = parser.add_argument_group("job")
     add_batches(job)
     add_max_failed(job)
