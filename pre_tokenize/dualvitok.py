@@ -10,7 +10,7 @@ an input image in the form in which it writes one: as its codes, which are not l
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from pre_tokenize.text import IMAGE, TextTokenizer
 from pre_tokenize.token_file import TokenSample
 from vision_tokenizer.models.dualvitok.model import grid_sizes
 from vision_tokenizer.models.dualvitok.vocabulary import DualViTokVocabulary, code_place
-from vistoken.errors import ItemError, UserError
+from vistoken.errors import DataError, ItemError, UserError
 from vistoken.jobs.chunks import Item
 from vistoken.jobs.counts import SUMMARY
 from vistoken.jobs.manifest import MANIFEST, read_manifest
@@ -157,6 +157,21 @@ class DualViTokFormat:
         return mask
 
 
+def _check_unchanged(table: Table) -> None:
+    """Hold the lines against the hash in the summary of codebook inference, where that lies beside them."""
+    try:
+        files = orjson.loads((table.path.parent / SUMMARY).read_bytes())["files"]
+        written = {PurePath(name).stem: of_file["sha256"] for name, of_file in files.items()}.get(table.path.stem)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # codes that were moved, or made elsewhere
+        return
+    if written is not None and written != table.fingerprint:
+        raise DataError(
+            f"{table.path}: not the bytes that codebook inference wrote: their SHA-256 is {table.fingerprint[:16]}..., "
+            f"{SUMMARY} says {str(written)[:16]}... Where the file is damaged, delete it and run codebook inference "
+            "again with --no-resume; where you changed it on purpose, move it to another folder."
+        )
+
+
 def encoded_images(codes: Location) -> Location:
     """Where codebook inference, which wrote the file `codes`, found the images; the current folder if nobody knows."""
     try:
@@ -166,7 +181,12 @@ def encoded_images(codes: Location) -> Location:
 
 
 def make_manifest(items_per_file: int, text: TextTokenizer, sequences: DualViTokFormat, table: Table) -> dict[str, Any]:
-    """What decides the token files. Raises `UserError` where the lines come from codebooks of other sizes."""
+    """What decides the token files.
+
+    Raises `UserError` where the lines come from codebooks of other sizes, `DataError` where they are no longer those
+    that codebook inference wrote.
+    """
+    _check_unchanged(table)
     codebook = read_manifest(table.path.parent) or {}  # absent beside lines that were moved, or made elsewhere
     tokenizer = codebook.get("tokenizer", {})
     known = sequences.vocabulary.codebook_sizes

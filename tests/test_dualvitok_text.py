@@ -1,6 +1,7 @@
 """Lines of codebook inference as text, as the published form has it, and as token files of a language model."""
 
 import copy
+import hashlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from pre_tokenize.token_file import TokenFiles
 from pre_tokenize.verify_tokens import main as verify_tokens
 from vision_tokenizer.codebook.annotations import OUTPUT_FIELDS
 from vision_tokenizer.codebook.forms import ArrowRows, Row
-from vistoken.errors import Failed, UserError
+from vistoken.errors import DataError, Failed, UserError
 from vistoken.jobs.counts import Counts
 from vistoken.jobs.results import Result
 
@@ -232,6 +233,15 @@ def test_the_manifest_names_the_codes_tokenizer_and_checks_its_sizes(tokenize, t
     (tmp_path / "manifest.json").write_text(json.dumps(codebook))
     with pytest.raises(UserError, match=r"codebooks of \[32768, 98304\].*has words for \[2048, 6144\]"):
         tokenize([changed()], out="other")
+
+
+def test_codes_that_were_changed_since_are_refused(tokenize, tmp_path):
+    assert tokenize([changed()]) == 0
+    written = hashlib.sha256((tmp_path / "0000.jsonl").read_bytes()).hexdigest()
+    (tmp_path / "run_summary.json").write_text(json.dumps({"files": {"0000.json": {"sha256": written}}}))
+    assert tokenize([changed()], out="again") == 0
+    with pytest.raises(DataError, match=r"0000\.jsonl: not the bytes that codebook inference wrote"):
+        tokenize([with_code(0, 3)], out="other")
 
 
 def single_record(folder):
