@@ -231,3 +231,19 @@ def test_a_mistyped_path_that_looks_like_a_hub_id_is_told_at_once(monkeypatch, t
     with pytest.raises(UserError, match=r"ckpts/Chameleon: no such file or folder here.*no folder ckpts in"):
         read_state_dict("ckpts/Chameleon")
     assert asked == [{"local_files_only": True}]
+
+
+def test_a_damaged_directory_of_the_zip_is_told(tmp_path):
+    """A name in it that is no text, and sizes and offsets that lead nowhere."""
+    path = tmp_path / "w.bin"
+    torch.save({"a.weight": torch.ones(3)}, path)
+    good = path.read_bytes()
+    at = good.index(b"PK\x01\x02")
+    for shift, content in ((10, b"\x63"), (20, b"\xff" * 8), (42, b"\xff" * 4), (46, b"\xff\xfe")):
+        damaged = bytearray(good)
+        damaged[at + shift : at + shift + len(content)] = content
+        if shift == 46:
+            damaged[at + 9] |= 8  # the name is said to be UTF-8
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"w\.bin: damaged"):
+            read_state_dict(path)

@@ -359,6 +359,9 @@ def test_configuration_comes_from_stage_then_file_then_flags(tmp_path):
     (tmp_path / "c.yaml").write_text("lr: fast\ninit_from: a\ndata_config: b\noutput_dir: c\n")
     with pytest.raises(UserError, match="--lr: expected float, found 'fast'"):
         resolve({"config": tmp_path / "c.yaml"})
+    (tmp_path / "c.yaml").write_text("stage: [I]\ninit_from: a\ndata_config: b\noutput_dir: c\n")
+    with pytest.raises(UserError, match=r"--stage: expected str, found \['I'\]"):
+        resolve({"config": tmp_path / "c.yaml"})
 
 
 def test_learning_rate_rises_then_falls_along_half_a_cosine():

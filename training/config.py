@@ -198,7 +198,8 @@ def resolve(arguments: dict[str, Any]) -> TrainConfig:
     chosen = from_file | flags
     stage = chosen.get("stage", _FIELDS["stage"].default)
     variant = LANGUAGE_MODEL if chosen.get("variant") == "lm" else {}
-    return TrainConfig(**(STAGES.get(stage, {}) | variant | chosen))
+    defaults = STAGES[stage] if isinstance(stage, str) and stage in STAGES else {}
+    return TrainConfig(**(defaults | variant | chosen))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -244,7 +244,7 @@ def _check_crc(file: Path) -> None:
     try:
         with ThreadPoolExecutor(4) as pool:
             found = next(filter(None, pool.map(damaged, range(4))), None)
-    except (BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+    except (BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: damaged or not a PyTorch checkpoint: {_summary(error)}") from error
     if found:
         raise UserError(f"{file}: damaged: the checksum of {found} in it is not that of its content; fetch it again")

@@ -194,6 +194,7 @@ class Encoder(Generic[C]):
         on_image: Callable[[C, Any, bool], None] = lambda chunk, name, encoded: None,
     ):
         self._prepare, self._on_image = prepare, on_image
+        self._device = tokenizer.device
         self._pinned = tokenizer.device.type == "cuda"
         self._runner = GpuRunner(tokenizer) if self._pinned else CpuRunner(tokenizer)
         self._batcher = Batcher(batch_size)
@@ -278,7 +279,9 @@ class Encoder(Generic[C]):
     def _start(self, slots: list[Slot]) -> None:
         """Start a batch; its codes are collected while later ones run."""
         with self.watch("encode"):
-            batch = self._batcher.stack(slots, pinned=self._pinned)
+            size, pixels = self._batcher.batch_size, slots[0].pixels
+            with memory_named(self._device, "--batch_size", size, f"images of {pixels.shape[1]} x {pixels.shape[2]}"):
+                batch = self._batcher.stack(slots, pinned=self._pinned)
             self._encoding.append((slots, self._runner.start(batch)))
         while len(self._encoding) > self._runner.streams:
             self._collect()

@@ -204,6 +204,10 @@ def _conv(part: _Part, ch: int, channels: int) -> ConvSizes:
     mults = part.sizes("ch_mult", (1, 1, 2, 2, 4))
     if len(mults) != LEVELS:
         raise part.fail("ch_mult", f"{LEVELS} integers (16 pixels per code)")
+    if min(mults) < 1:
+        raise part.fail("ch_mult", "integers of at least 1")
+    if part.size("ch", ch) % 32:
+        raise part.fail("ch", "a multiple of 32, the groups of its normalisation")
     return ConvSizes(
         ch=part.size("ch", ch),
         ch_mult=mults,
