@@ -55,6 +55,11 @@ class Record:
         columns = {name: [np.empty(0, dtype), *(b[name] for b in blocks)] for name, dtype in COLUMNS.items()}
         return cls(path, {name: np.concatenate(arrays) for name, arrays in columns.items()})
 
+    def part(self, chosen: np.ndarray) -> "Record":
+        """The entries of these numbers, as a record in memory."""
+        names = ("file_numbers", "rows", "lengths", "ids")
+        return Record(self.path, {**self._columns, **{name: self._columns[name][chosen] for name in names}})
+
     @classmethod
     def mapped(cls, path: Location, folder: Location) -> "Record":
         """A record whose columns lie in `folder`."""

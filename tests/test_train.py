@@ -10,6 +10,7 @@ from traceback import StackSummary
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import CheckpointException
 from train_small import (
@@ -26,8 +27,13 @@ from train_small import (
 )
 from unitoken_small import golden, synthetic_state
 
+from pre_tokenize.record import Record
+from pre_tokenize.token_file import TokenFiles
 from training import loop, run, state
+from training.assemble import open_model
 from training.config import build_parser, resolve
+from training.data.loading import read_data_config, split_record
+from training.data.packing import discrete, pack
 from training.loop import learning_rate
 from training.models.folder import open_unitoken
 from training.report import Report, peak_flops
@@ -474,3 +480,45 @@ def test_a_full_disk_is_said_where_a_checkpoint_or_a_log_cannot_be_written(tmp_p
         thread.join()
     told = capsys.readouterr().err
     assert "a defect" in told and "No space" not in told
+
+
+def test_held_out_samples_are_measured_and_never_trained_on(tmp_path):
+    """By id, so that a run that goes on holds out the same ones."""
+    model = write_model(tmp_path / "model")
+    records = [write_record(tmp_path / name, text_samples(count, count)) for name, count in (("a", 24), ("b", 6))]
+    entries = [{"path": str(records[0]), "validation": 0.25}, {"path": str(records[1]), "split": "validation"}]
+    data = tmp_path / "data.yaml"
+    data.write_text(yaml.safe_dump({"META": entries}))
+    settings = {"eval_interval": 2, "epochs": 2, "batch_size": 4, "save_iteration_interval": 2}
+    first = train(model, data, tmp_path / "run", max_steps=2, **settings)
+    lines = train(model, data, tmp_path / "run", **settings)
+    assert lines[:2] == first
+    evaluated = {line["step"]: line["validation"] for line in lines if "validation" in line}
+    assert list(evaluated) == sorted({*range(2, len(lines) + 1, 2), len(lines)})
+    assert all(set(losses) == {"all", *map(str, records)} for losses in evaluated.values())
+
+    record = Record.load(records[0])
+    kept, held = split_record(record, 0.25)
+    assert not set(kept.ids) & set(held.ids) and len(kept) + len(held) == 24 and 0 < len(held) < 12
+    paths = {"init_from": str(tmp_path / "run"), "data_config": "-", "output_dir": "-"}
+    tuned, _ = open_model(resolve({**paths, "unmask_image_logits": True}))
+    tuned.eval()
+    sums = {}
+    for name, part in ((records[0], held), (records[1], Record.load(records[1]))):
+        files = TokenFiles(part)
+        batch = pack([discrete("", sample.tokens, sample.labels) for sample in files], 384)
+        with torch.no_grad():
+            sums[str(name)] = (tuned(batch)[1][0].item(), batch.label_count)
+    for name, (loss, labels) in sums.items():
+        assert evaluated[len(lines)][name] == pytest.approx(loss / labels, rel=1e-5)
+    total = [sum(column) for column in zip(*sums.values(), strict=True)]
+    assert evaluated[len(lines)]["all"] == pytest.approx(total[0] / total[1], rel=1e-5)
+    assert (tmp_path / "run" / "loss.png").exists()
+
+
+@pytest.mark.parametrize("entry", [{"validation": 1.0}, {"validation": "x"}, {"split": "test"}])
+def test_a_wrong_share_for_validation_is_refused(tmp_path, entry):
+    record = write_record(tmp_path / "a", text_samples(4))
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"META": [{"path": str(record), **entry}]}))
+    with pytest.raises(UserError, match=r"META entry 0: (validation is a share|split is validation)"):
+        read_data_config(tmp_path / "data.yaml")

@@ -18,7 +18,7 @@ from pre_tokenize.text import TOKENIZER_FILES, TextTokenizer
 from pre_tokenize.token_file import CheckedFiles, TokenFiles
 from training.config import ALWAYS_FROZEN, TrainConfig
 from training.data.index import fingerprint, open_indexed
-from training.data.loading import Batches, ImageReader, SampleRules, check_manifest
+from training.data.loading import Batches, ImageReader, SampleRules, check_manifest, split_record
 from training.data.sampler import Sampler, Source
 from training.models.folder import ModelFolder, open_unitoken
 from training.models.unitoken import UniToken
@@ -98,7 +98,8 @@ class Data:
 
     dataset: Batches
     sampler: Sampler
-    identity: list  # of each record: fingerprint, ratio, type
+    identity: list  # of each record: fingerprint, ratio, type, and the share held out if there is one
+    validation: Batches | None = None  # what is held out
 
 
 def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, step_size: int, local_rank: int) -> Data:
@@ -116,8 +117,17 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
         for marks, record in zip(checked, open_records(), strict=True):
             marks.begin(record.files)
     dist.barrier()
-    records = open_records()
-    sources = [replace(source, lengths=record.lengths) for source, record in zip(sources, records, strict=True)]
+    parts = [split_record(record, source.validation) for record, source in zip(open_records(), sources, strict=True)]
+    identity = [
+        [digest, source.ratio, source.type, *([source.validation] if source.validation else [])]
+        for digest, source in zip(digests, sources, strict=True)
+    ]
+    opened = list(zip(sources, parts, checked, strict=True))
+    held_out = [TokenFiles(held, source.image_dir, marks) for source, (_, held), marks in opened if held]
+    opened = [one for one in opened if one[0].validation < 1]
+    if not opened:
+        raise UserError(f"{config.data_config}: all records are for validation, so there is nothing to train on")
+    sources = [replace(source, lengths=record.lengths) for source, (record, _), _ in opened]
     sampler = Sampler(sources, step_size, config.seed)
     for source in sources:
         if not source.drawn:
@@ -129,18 +139,16 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
                 f"{config.data_config}: {drawn} samples of type {kind!r} are too few for one step of {step_size}, so "
                 "they would never be used. Draw more of them, lower the global batch, or give them another's type."
             )
-    opened = zip(records, sources, checked, strict=True)
-    files = [TokenFiles(record, source.image_dir, marks) for record, source, marks in opened]
+    files = [TokenFiles(record, source.image_dir, marks) for source, (record, _), marks in opened]
     vocabulary = check_tokenizer(folder.tokenizer, chameleon=config.variant != "lm")
-    for one in files:
+    for one in (*files, *held_out):
         check_manifest(one.manifest(), one.record.path, vocabulary, folder.llm.vocab_size)
     reader = None
     if folder.vision:
         reader = ImageReader(folder.vision.image_size, folder.vision.grid, config.variant == "anyres")
     format = sequence_format(folder.tokenizer, config) if config.condition_dropout else None
     rules = SampleRules(folder.llm.vocab_size, config.max_seq_len, masked_words(config), reader, format)
-    identity = [[digest, source.ratio, source.type] for digest, source in zip(digests, sources, strict=True)]
-    return Data(Batches(files, rules), sampler, identity)
+    return Data(Batches(files, rules), sampler, identity, Batches(held_out, rules) if held_out else None)
 
 
 def on_rank_0(action: Callable[[], Result]) -> Result:

@@ -103,6 +103,7 @@ class TrainConfig:
     ckpt_max_keep: int = option(2, "newest checkpoints kept", low=1)
     auto_resume: bool = option(True, "go on from the newest checkpoint in output_dir")
     resume_path: str = option("", "go on from this checkpoint")
+    eval_interval: int = option(500, "steps between losses of what the data config holds out for validation", low=1)
     log_interval: int = option(10, "steps between log lines; metrics.jsonl has every step", low=1)
 
     def __post_init__(self) -> None:

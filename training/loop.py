@@ -12,11 +12,13 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from training.config import TrainConfig
+from training.data.loading import Batches
 from training.data.packing import Batch, Skipped
 from training.data.sampler import Sampler
 from training.parallel import synchronise_gradients
 from training.report import Flops, Report
 from training.state import Progress, Saver
+from training.validation import validation_losses
 from vistoken.errors import UserError, is_out_of_memory
 
 FEW_FAILURES = 10  # the share of failed samples is not judged before there are more
@@ -38,6 +40,8 @@ class Run:
     flops: Flops
     saver: Saver
     sampler: Sampler
+    validation: Batches | None  # samples that are never trained on
+    batch_size: int  # of a process
 
     @property
     def total_steps(self) -> int:
@@ -81,6 +85,9 @@ def train(run: Run, progress: Progress, report: Report | None) -> None:
         progress.samples += counts.samples
         progress.skipped += len(counts.skipped)
         judge_skipped(progress, counts.skipped, config.max_failed)
+        held_out = {}
+        if run.validation and (progress.step % config.eval_interval == 0 or progress.step == run.total_steps):
+            held_out = validation_losses(run.model, run.validation, run.batch_size, config.num_workers, run.device)
         if report:
             metrics = {
                 "epoch": progress.epoch,
@@ -94,6 +101,8 @@ def train(run: Run, progress: Progress, report: Report | None) -> None:
                 "tokens": counts.tokens,
                 "type": run.sampler.types[order[progress.epoch_step - 1]],  # of all samples of the step
             }
+            if held_out:
+                metrics["validation"] = held_out
             report.step(metrics, counts.skipped, counts.flops)
 
         if progress.epoch_step == run.epoch_steps:

@@ -54,6 +54,8 @@ def data_lines(data: Data) -> str:
         )
         if longer := np.count_nonzero(source.lengths > limit):
             lines[-1] += f"; {longer:,} are longer than --max_seq_len {limit} and are cut off there"
+    for files in data.validation.sources if data.validation else ():
+        lines.append(f"{files.record.path}: {len(files):,} samples held out for validation")
     by_type = ", ".join(f"{kind!r} {steps:,}" for kind, steps in zip(sampler.types, sampler.type_steps, strict=True))
     return "\n".join([*lines, f"{len(sampler):,} steps of {sampler.step_size} samples an epoch: {by_type}"])
 

@@ -45,7 +45,9 @@ class Report:
         self._since, self._tokens, self._flops, self._steps = time.monotonic(), 0, 0.0, 0
 
     def step(self, metrics: dict[str, Any], skipped: Sequence[Skipped], flops: float) -> None:
-        """Log a step. `metrics` has epoch, iter, step, c_loss, z_loss, grad_norm, lr, vit_lr, tokens."""
+        """Log a step. `metrics` has epoch, iter, step, c_loss, z_loss, grad_norm, lr, vit_lr, tokens;
+        now and then validation, the loss of each record's held-out samples.
+        """
         left_out = not isfinite(metrics["grad_norm"])
         self._append(self._metrics, metrics | ({"grad_norm": None} if left_out else {}))
         if left_out:
@@ -56,6 +58,12 @@ class Report:
         self._tokens += metrics["tokens"]
         self._flops += flops
         self._steps += 1
+        if held_out := metrics.get("validation"):
+            losses = ", ".join(f"{name} {loss:.4f}" for name, loss in held_out.items())
+            print(f"step {metrics['step']} | loss of held-out samples: {losses}", flush=True)
+            with _writing(self.output):
+                for name, loss in held_out.items():
+                    self._board.add_scalar(f"validation/{name}", loss, metrics["step"])
         if metrics["step"] % self.interval == 0 or metrics["step"] in (1, self.total_steps):
             self._line(metrics)
 
@@ -75,7 +83,7 @@ class Report:
             flush=True,
         )
         with _writing(self.output):
-            numbers = {name: value for name, value in metrics.items() if name != "type"}
+            numbers = {name: value for name, value in metrics.items() if name not in ("type", "validation")}
             for name, value in (numbers | {"tokens_per_second": rate}).items():
                 self._board.add_scalar(name, value, metrics["step"])
         self._since, self._tokens, self._flops, self._steps = time.monotonic(), 0, 0.0, 0
@@ -93,7 +101,10 @@ class Report:
         for name in types:  # text alone has another loss than images: one line for both would only jump
             of_type = [line for line in lines if line.get("type", "") == name]
             axes.plot([line["step"] for line in of_type], [line["c_loss"] for line in of_type], linewidth=1, label=name)
-        if len(types) > 1:
+        if held_out := [line for line in lines if "validation" in line]:
+            losses = [line["validation"]["all"] for line in held_out]
+            axes.plot([line["step"] for line in held_out], losses, marker="o", markersize=3, label="validation")
+        if len(types) > 1 or held_out:
             axes.legend(frameon=False)
         axes.grid(alpha=0.3)
         with _writing(self.output):

@@ -71,6 +71,8 @@ def run(config: TrainConfig, world: int, local_rank: int) -> None:
             flops=flops,
             saver=state.Saver(config, settled),
             sampler=data.sampler,
+            validation=data.validation,
+            batch_size=samples,
         )
         report = None
         if dist.get_rank() == 0:

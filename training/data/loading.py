@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from pre_tokenize.record import Record
 from pre_tokenize.sequences import SequenceFormat
 from pre_tokenize.token_file import IGNORE, TokenFiles, TokenSample
 from training.data.anyres import ImageInput, image_input
 from training.data.packing import IMAGE_END, Batch, Sample, Skipped, discrete, interleave, pack
-from training.data.sampler import RankBatches, Source
+from training.data.sampler import RankBatches, Source, uniform
 from vision_tokenizer.images.files import read_image
 from vision_tokenizer.models.chameleon.vocabulary import RELEASED_IMAGE_IDS
 from vistoken.errors import DataError, Failed, UserError
@@ -25,7 +26,7 @@ from vistoken.files import read_yaml
 MAX_RATIO = 1000  # times that a record is gone through in an epoch
 REPLACEMENTS = 16  # samples tried in the place of one that fails
 STRIDE = 7919  # from one to the next, in the record: far enough not to meet the same broken folder
-SOURCE_KEYS = ("path", "ratio", "type", "image_dir")
+SOURCE_KEYS = ("path", "ratio", "type", "image_dir", "validation", "split")
 
 
 def read_data_config(path: Path) -> list[Source]:
@@ -44,7 +45,9 @@ def _source(entry: Any, where: str, folder: Path) -> Source:
         raise UserError(f"{where}: expected a path, and perhaps ratio, type and image_dir, found {entry!r:.80}")
     if unknown := [key for key in entry if key not in SOURCE_KEYS]:
         raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(SOURCE_KEYS)}")
-    source = Source(folder / str(entry["path"]), **{key: value for key, value in entry.items() if key != "path"})
+    share = _validation(entry, where)
+    fields = {key: value for key, value in entry.items() if key not in ("path", "split", "validation")}
+    source = Source(folder / str(entry["path"]), validation=share, **fields)
     ratio = source.ratio
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= MAX_RATIO:
         raise UserError(f"{where}: ratio must be a number above 0, at most {MAX_RATIO}, found {ratio!r}")
@@ -59,6 +62,26 @@ def _source(entry: Any, where: str, folder: Path) -> Source:
         if not source.image_dir.is_dir():
             raise UserError(f"{where}: image_dir is no folder: {source.image_dir}")
     return source
+
+
+def _validation(entry: dict[str, Any], where: str) -> float:
+    """The share of a record that is never trained on."""
+    if "split" in entry:
+        if entry["split"] != "validation" or "validation" in entry:
+            raise UserError(f"{where}: split is validation, for a whole record, or absent; found {entry['split']!r}")
+        return 1.0
+    share = entry.get("validation", 0.0)
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+        raise UserError(f"{where}: validation is a share from 0 to below 1, found {share!r}; or `split: validation`")
+    return float(share)
+
+
+def split_record(record: Record, share: float) -> tuple[Record, Record | None]:
+    """What is trained on, and what never is: by the items' ids, so that every run of this data holds out the same."""
+    if not share:
+        return record, None
+    held = uniform(record.ids) < share
+    return record.part(np.flatnonzero(~held)), record.part(np.flatnonzero(held))
 
 
 def check_manifest(manifest: Mapping[str, Any] | None, record: Path, vocabulary: str | None, vocab_size: int) -> None:
@@ -131,7 +154,7 @@ class Batches(Dataset):
 
     def __init__(self, sources: Sequence[TokenFiles], rules: SampleRules):
         self.sources, self.rules = sources, rules
-        self._starts = np.cumsum([0] + [len(files) for files in sources])
+        self.starts = np.cumsum([0] + [len(files) for files in sources])
         self.reading = torch.zeros(0, 2, dtype=torch.int64)  # of each loader process: its id, and the sample it reads
 
     def __getitem__(self, samples: list[int]) -> Batch | UserError:
@@ -148,7 +171,7 @@ class Batches(Dataset):
             self.reading[worker.id] = torch.tensor([os.getpid(), number])
         number, dropped = (-1 - number, True) if number < 0 else (number, False)
         source = self._source(number)
-        tokens = self.sources[source][number - int(self._starts[source])]
+        tokens = self.sources[source][number - int(self.starts[source])]
         name = f"{self.sources[source].record.path}, id {tokens.id}"
         if dropped:
             try:
@@ -162,17 +185,17 @@ class Batches(Dataset):
         for pid, number in self.reading.tolist():
             if pid == process:
                 source = self._source(number)
-                return self.sources[source].record.where(number - int(self._starts[source]))
+                return self.sources[source].record.where(number - int(self.starts[source]))
         return None
 
     def _source(self, number: int) -> int:
-        return int(np.searchsorted(self._starts, number, side="right")) - 1
+        return int(np.searchsorted(self.starts, number, side="right")) - 1
 
     def _usable(self, number: int, skipped: list[Skipped]) -> Sample:
         """The sample, or the first of those that follow at fixed steps in its record that can be used."""
         number, dropped = (-1 - number, True) if number < 0 else (number, False)
         source, failures = self._source(number), []
-        path, start, size = self.sources[source].record.path, int(self._starts[source]), len(self.sources[source])
+        path, start, size = self.sources[source].record.path, int(self.starts[source]), len(self.sources[source])
         for attempt in range(REPLACEMENTS):
             row = (number - start + attempt * STRIDE) % size
             try:

@@ -23,6 +23,7 @@ class Source:
     ratio: float = 1.0  # share drawn in an epoch; above 1 repeats
     type: str = "default"  # batches hold one type only
     image_dir: Path | None = None  # where relative images begin, if not where they did when the tokens were made
+    validation: float = 0.0  # share that is never trained on, by a hash of the id
     lengths: np.ndarray | None = field(default=None, compare=False)  # (n,) once the record is open
 
     @property
@@ -59,7 +60,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def uniform(keys: np.ndarray) -> np.ndarray:
     """Whole numbers -> numbers in [0, 1), always the same for the same one."""
-    return _mix(_mix(keys.astype(np.uint64))) / 2.0**64
+    return _mix(_mix(keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))) / 2.0**64
 
 
 class Sampler:
