@@ -1,5 +1,6 @@
 """Shards in place: the bytes of an import followed by codebook inference, whatever is wrong with a shard, and kills."""
 
+import errno
 import gc
 import io
 import json
@@ -283,6 +284,27 @@ def test_a_shard_that_failed_in_part_is_read_again_for_what_failed(tiny_dualvito
     assert prepared == ["x.jpg"] and lines(folder) == before
 
 
+def test_what_a_disk_or_store_would_not_give_is_done_by_the_next_run(tiny_dualvitok, tmp_path, monkeypatch):
+    content = write_tar(tmp_path / "in" / "0.tar", samples(8)).read_bytes()
+    _, whole = encode(tiny_dualvitok, tmp_path / "whole", tmp_path / "in" / "0.tar")
+
+    class Failing(io.BytesIO):
+        def read(self, size=-1):
+            if self.tell() > content.index(b"00005.jpg"):
+                raise OSError(errno.EIO, "given up after 9 attempts")
+            return super().read(size)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "stream", lambda path: Failing(content))
+        encode(tiny_dualvitok, tmp_path / "job", tmp_path / "in" / "0.tar")
+    folder = output(tmp_path / "job")
+    assert len(read_lines(folder / "0.jsonl")) == 5
+    (problem,) = read_lines(folder / "0.rejected.jsonl")
+    assert problem["reason"] == "shard unreadable" and "given up after 9 attempts" in problem["detail"]
+    encode(tiny_dualvitok, tmp_path / "job", tmp_path / "in" / "0.tar")
+    assert lines(folder) == lines(whole) and len(lines(folder)) == 1
+
+
 def test_a_shard_that_changed_is_refused(tiny_dualvitok, tmp_path):
     write_tar(tmp_path / "in" / "0.tar", samples(2))
     encode(tiny_dualvitok, tmp_path / "job", tmp_path / "in" / "0.tar")
@@ -394,6 +416,7 @@ def test_arrow_says_what_the_lines_say(tiny_dualvitok, tmp_path):
 def test_shards_in_a_store_are_read_by_ranges_and_give_the_same_lines(tiny_dualvitok, tmp_path, monkeypatch):
     from store_server import s3_server
 
+    from vision_tokenizer.codebook.read import read_lines as lines_of
     from vision_tokenizer.tokenizer.plan_codebook_inference import main as plan
     from vistoken import store
     from vistoken.store import location, put
@@ -418,6 +441,14 @@ def test_shards_in_a_store_are_read_by_ranges_and_give_the_same_lines(tiny_dualv
         assert problems(stored) == problems(local) == [("after 1 samples", "shard damaged")]
         (message,) = json.loads((stored / "run_summary.json").read_text())["unreadable"]
         assert message.startswith("s3://data/in/99.tar: cannot read the shard (No such file")
+        config = write_config(tmp_path / "meta.json", set=shard_dataset("s3://data/out", f"s3://data/in/{pattern}"))
+        assert run_here(*tiny_dualvitok, config, *FAST, "--output_format", "arrow") == 1  # written there, too
+        assert run_here(*tiny_dualvitok, config, *FAST, "--output_format", "arrow") == 1  # tries what failed
+        found = {
+            path.name: path for path in location("s3://data/out/jsonl_after_tokenizer/dualvitok/fixed_64").iterdir()
+        }
+        assert {name.replace(".jsonl", ".arrow") for name in codes(local)} <= found.keys()
+        assert b"".join(line + b"\n" for line in lines_of(found["00.arrow"])) == codes(local)["00.jsonl"]
         arguments = ["--data_config", tmp_path / "stored" / "meta.json", *FAST[:4], "--num_workers", 1]
         assert plan([*map(str, arguments), "--out_dir", str(tmp_path / "plan")]) == 1
         (planned,) = json.loads((tmp_path / "plan" / "plan.json").read_text())["datasets"].values()

@@ -19,7 +19,7 @@ import pyarrow
 from pyarrow.parquet import ParquetFile
 
 from vistoken.errors import Failed, UserError
-from vistoken.store import Location, stream
+from vistoken.store import BLOCK, Location, stream
 
 TAR, PARQUET = (".tar", ".tar.gz", ".tgz"), (".parquet",)
 MAX_MEMBER = 1 << 28  # bytes; what is larger is no image or text, and not read into memory
@@ -171,8 +171,10 @@ def tar_samples(path: Location, whole: bool) -> Iterator[Sample]:
                 parts.append((suffix, NamedBytes(member.name, member.read()) if held else member))
         except Failed as error:
             damage = Failed(error.reason, f"{path}: {error.detail}; what follows is lost. Fetch the file again.")
-        except (OSError, EOFError, zlib.error) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             damage = Failed("shard damaged", f"{path}: {error}; what follows is lost. Fetch the file again.")
+        except OSError as error:  # of the disk, or of a store that was asked again and again
+            damage = Failed("shard unreadable", f"{path}: {error.strerror or error}; what follows is yet to be done")
         if parts:
             yield Sample(index, where, open_key, parts)
             index += 1
@@ -252,8 +254,9 @@ def _pax(content: bytes) -> dict[str, Any]:
 def parquet_file(path: Location) -> ParquetFile:
     """Open a parquet file. Raises `UserError` where it is none."""
     try:
-        file = path if isinstance(path, Path) else path.open("rb", _BUFFER)
-        return ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
+        if isinstance(path, Path):
+            return ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
+        return ParquetFile(path.open("rb", _BUFFER), buffer_size=BLOCK, pre_buffer=False)  # of a column; few requests
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: not a parquet file, or a damaged one ({error})") from error
 
