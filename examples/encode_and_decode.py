@@ -3,9 +3,9 @@
     python examples/encode_and_decode.py configs/example/dualvitok/dualvitok_anyres_max512.py checkpoints/dualvitok \\
         photo.jpg again.png
 
-Without a checkpoint at hand, write an untrained one (what its codes decode to is noise):
-    python -m vision_tokenizer.models.dualvitok.untrained --config configs/example/dualvitok/dualvitok_small.py \\
-        --out checkpoints/untrained/pytorch_model.bin
+Without a checkpoint at hand, take the small trained one of this repository:
+    python examples/encode_and_decode.py configs/example/dualvitok/dualvitok_small.py checkpoints/dualvitok_small \\
+        photo.jpg again.png
 """
 
 import sys
