@@ -368,3 +368,13 @@ def test_an_annotation_file_that_goes_in_mid_run_fails_alone(tmp_path, photo, ru
     gone.write_bytes(line * 2)
     assert run(config) == 0
     assert len(read_lines(output(tmp_path / "out", "b.jsonl"))) == 2
+
+
+def test_the_summary_says_what_other_crop_thresholds_reject(tmp_path, photo, run, capsys):
+    sizes = {"square": (64, 64), "tall": (64, 74), "photo": (80, 60), "wide": (90, 60), "narrow": (200, 20)}
+    images = {f"{name}.png": photo.resize(size) for name, size in sizes.items()}
+    lines = "".join(json.dumps({"images": f"{name}.png"}) + "\n" for name in [*sizes, "photo", "photo", "gone"])
+    config = make_dataset(tmp_path, images, lines.encode())
+    run(config, "--max_failed", "1")
+    told = "5 of 8 items (62%) lose more than 20% of an image to the crop and are rejected; --crop_percent_thresh "
+    assert told + "0.1 rejects 75%, 0.2 rejects 62%, 0.3 rejects 25%, 0 none" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -268,8 +269,7 @@ class Encoder(Generic[C]):
         with self.watch("wait for decode"):
             error = decoded.exception()
         if isinstance(error, ItemError):
-            # its own traceback would keep the image alive
-            self._finish(opened, name, type(error)(error.reason, error.detail))
+            self._finish(opened, name, copy(error))  # its own traceback would keep the image alive
             return
         pixels, info, seconds = decoded.result()
         self.watch.add("decode", seconds)

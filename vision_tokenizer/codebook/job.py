@@ -11,9 +11,9 @@ from vision_tokenizer.codebook.encoder import Encoded, Encoder, Images
 from vision_tokenizer.codebook.forms import Row
 from vision_tokenizer.codebook.inputs import item_image
 from vision_tokenizer.codebook.output import RATIO, CodebookOutput, Settings, check_folders
-from vision_tokenizer.images.anchors import anchors, ratio_tag
+from vision_tokenizer.images.anchors import anchors, crop_share, ratio_tag
 from vision_tokenizer.images.dualvitok import prepare
-from vision_tokenizer.images.files import CROP_ABOVE_THRESHOLD
+from vision_tokenizer.images.files import CROP_ABOVE_THRESHOLD, CropRejected
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vistoken.cli import note
 from vistoken.errors import ItemError, UserError
@@ -26,6 +26,7 @@ from vistoken.jobs.workers import Workers
 from vistoken.store import Location
 
 STAGES = ("encode", "wait for decode", "wait for write")  # of the thread that feeds the device
+THRESHOLDS = (0.1, 0.2, 0.3)  # of the crop, for which the summary says how many items they reject
 BESIDE = ("decode", "write")  # of the threads beside it
 
 
@@ -146,6 +147,7 @@ class CodebookChunk(OpenChunk):
         with watch("write"):
             tallies = Counter(self.previous.counts.tallies if self.previous else ())
             for index, names in self._names.items():
+                tally_crops([images[name] for name in names], tallies)
                 try:
                     row = encoded_row(self.items[index], [images[name] for name in names], tallies)
                     self._rows[index] = self._form.kept(row)
@@ -157,6 +159,16 @@ class CodebookChunk(OpenChunk):
             self.save({self._payload: content}, tallies=tallies, seconds=seconds, progress=progress)
             if self.source.dataset.shards is not None and len(self.source.table) == 1:
                 self.source.finish()  # one process could not finish thousands of them at the end
+
+
+def tally_crops(results: Sequence[Encoded | ItemError], tallies: Counter[str]) -> None:
+    """Count an item for each threshold that would reject it, if nothing else does."""
+    if all(isinstance(result, Encoded | CropRejected) for result in results):
+        losses = [
+            crop_share(*result.info.size, result.info.anchor) if isinstance(result, Encoded) else result.crop_share
+            for result in results
+        ]
+        tallies.update(f"crop above {threshold:g}" for threshold in THRESHOLDS if max(losses) > threshold)
 
 
 def encoded_row(item: Item, results: list[Encoded | ItemError], tallies: Counter[str]) -> Row:
@@ -187,10 +199,12 @@ def report(
             lines += ["", f"{dataset.name} -> {settings.folder(dataset)}"]
             lines += [f"  {of_dataset.tallies['images']:,} images encoded ({sizes or 'none'})"]
             if cropped := of_dataset.reasons["rejected", CROP_ABOVE_THRESHOLD]:
+                items, tallies = of_dataset.items, of_dataset.tallies
+                shares = [f"{t:g} rejects {tallies[f'crop above {t:g}'] / items:.0%}" for t in THRESHOLDS]
                 lines += [
-                    f"  {cropped:,} of {of_dataset.items:,} items ({cropped / of_dataset.items:.0%}) lose more than "
-                    f"{settings.crop_percent_thresh:.0%} of an image to the crop: --crop_percent_thresh 0 keeps all, "
-                    "and plan_codebook_inference.py says what other thresholds keep"
+                    f"  {cropped:,} of {items:,} items ({cropped / items:.0%}) lose more than "
+                    f"{settings.crop_percent_thresh:.0%} of an image to the crop and are rejected; "
+                    f"--crop_percent_thresh {', '.join(shares)}, 0 none"
                 ]
             if of_dataset.rejected + of_dataset.failed:
                 lines += [f"  what was rejected or failed, and why: {settings.folder(dataset)}/*.rejected.jsonl"]

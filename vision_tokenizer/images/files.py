@@ -37,6 +37,16 @@ SUFFIXES = {
     "AVIF": ".avif",
 }
 CROP_ABOVE_THRESHOLD = "crop above threshold"  # the reason of items that lose too much
+
+
+class CropRejected(Rejected):
+    """`crop_share` is what other thresholds are counted with."""
+
+    def __init__(self, reason: str, detail: str = "", crop_share: float = 0.0):
+        super().__init__(reason, detail)
+        self.crop_share = crop_share
+
+
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs; also of what a resize may allocate
 _UPRIGHT = {  # what undoes each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -234,7 +244,8 @@ def place_image(
     placement = place(*size, choices)
     found, (h, w) = f"{path}: {size[1]} x {size[0]}", placement.anchor
     if 0 < crop_percent_thresh < placement.crop_share:
-        raise Rejected(CROP_ABOVE_THRESHOLD, f"{found} loses {placement.crop_share:.3f} at {placement.anchor} (h, w)")
+        loses = f"{found} loses {placement.crop_share:.3f} at {placement.anchor} (h, w)"
+        raise CropRejected(CROP_ABOVE_THRESHOLD, loses, placement.crop_share)
     if placement.resized[0] * placement.resized[1] > MAX_PIXELS:
         raise Failed("image too narrow", f"{found}: covering {w} x {h} takes too many pixels")
     return placement
