@@ -199,6 +199,8 @@ class TokenFileCheck:
         is_first = entry["file"] != self._file
         if is_first:
             self._open(entry["file"], entry.get("sha256"))
+        if "row" not in entry and self._path.suffix == ".arrow":
+            raise DataError(f"{self._path}: the sub-record names no row for item {entry['id']}. Run its rank again.")
         found, row = self._found, entry.get("row", 0)
         if row >= len(found.ids):
             raise DataError(f"{self._path}: the sub-record names row {row}, the file has {len(found.ids)}")

@@ -331,7 +331,7 @@ def read_pickle(path: Location, sha256: str | None = None) -> TokenSample:
         item = int(content["id"])
     except FileNotFoundError as error:
         raise DataError(f"{path}: the record names this token file, but it does not exist. {MAKE_ANEW}") from error
-    except (OSError, *_DAMAGE) as error:
+    except (OSError, MemoryError, *_DAMAGE) as error:  # MemoryError: a damaged size asks for more than there is
         raise _damaged(path, error) from error
     loss_mask = labels != IGNORE
     if tokens.ndim != 1 or tokens.shape != labels.shape or (tokens[loss_mask] != labels[loss_mask]).any():

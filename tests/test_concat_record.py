@@ -115,6 +115,13 @@ def test_doubled_items_are_named(finished):
     assert [entry["id"] for entry in entries_of(run(finished, "--allow_partial"))][:6] == [0, 1, 2, 3, 4, 5]
 
 
+def test_an_entry_without_its_row_is_refused(finished):
+    path = sub_record(finished, 0, 3)
+    path.write_bytes(path.read_bytes().replace(b'"row":0,', b"", 1))
+    with pytest.raises(DataError, match=r"0-5\.arrow: the sub-record names no row for item 0"):
+        run(finished)
+
+
 @pytest.mark.parametrize("field, value", [("len", 5), ("id", 4), ("row", 2)])
 def test_an_entry_that_its_token_file_does_not_hold_is_refused(finished, field, value):
     path = sub_record(finished, 0, 3)
