@@ -181,7 +181,6 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
         pickle.dumps({"token": [1, 2], "label": [-100, 3], "id": 0}),
         pickle.dumps({"token": [2**40], "label": [-100], "id": 0}),
         pickle.dumps({"token": [1, 2], "label": [-100, 2], "id": 0})[:-9],
-        b"\x80\x04r\xff\xff\xff\x7f.",  # puts a thing into place 2**31 - 1 of the memo
         b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.",  # a string of 9 exabytes
     ],
 )
