@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Everything the tests need, then the tests: lint, format, pytest. Arguments go to pytest: bash tests/run.sh -k chunks
+# Everything the tests need, then the tests: lint, format, types, pytest.
+# Arguments go to pytest: bash tests/run.sh -k chunks
 set -euo pipefail
 source "$(dirname "$0")/../exps/setup.sh" train,plot,dev
 ruff check .
 ruff format --check .
+mypy
 exec python -m pytest "$@"

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 from zipfile import BadZipFile, ZipFile, is_zipfile
@@ -50,7 +51,7 @@ def read_state_dict(
         raise UserError(f"the checkpoint's name is empty; a checkpoint is {ACCEPTED}")
     prefixes = ("",) if keep is None else tuple(keep)
     state: dict[str, Tensor] = {}
-    for file in _locate(source):
+    for file in _locate(source if isinstance(source, Path) else str(source)):
         try:
             check_regular(file)
         except OSError as error:
@@ -108,7 +109,7 @@ def fingerprint(state: Mapping[str, Tensor], sizes: str = "") -> str:
 
 def _digest(tensor: Tensor) -> str:
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(content).hexdigest()}"
+    return f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(content.data).hexdigest()}"
 
 
 def _form(tensor: Tensor) -> str:
@@ -277,16 +278,17 @@ def _check_tensor(name: object, tensor: Tensor, file: Path) -> None:
 
 def _tensors_of(payload: object, file: Path, use_ema: bool) -> dict[str, Tensor]:
     """The state dict of a loaded pickle, whether nested or not."""
-    keys = list(payload) if isinstance(payload, dict) else []
+    entries: Mapping[Any, Any] = payload if isinstance(payload, dict) else {}
+    keys = list(entries)
     found = _first(list(map(str, keys))) or type(payload).__name__
     wrappers = ("ema",) if use_ema else WRAPPERS
-    nested = next((payload[key] for key in wrappers if key in keys and isinstance(payload[key], Mapping)), None)
+    nested = next((entries[key] for key in wrappers if isinstance(entries.get(key), Mapping)), None)
     if nested is None and use_ema:
         raise UserError(
             f"{file}: EMA weights were asked for, but it has no `ema`; it holds {_first(list(map(str, keys)))}"
         )
-    holder = payload if nested is None else nested
-    tensors = {name: value for name, value in holder.items() if isinstance(value, Tensor)} if keys else {}
+    holder = entries if nested is None else nested
+    tensors = {name: value for name, value in holder.items() if isinstance(value, Tensor)}
     if not tensors:
         only_ema = " (its weights are under `ema`: ask for EMA weights)" if "ema" in keys else ""
         raise UserError(f"{file}: no named tensors in it{only_ema}; it holds {found}")

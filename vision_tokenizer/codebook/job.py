@@ -10,7 +10,7 @@ from vision_tokenizer.codebook.annotations import Dataset, image_names
 from vision_tokenizer.codebook.encoder import Encoded, Encoder, Images
 from vision_tokenizer.codebook.forms import Row
 from vision_tokenizer.codebook.inputs import item_image
-from vision_tokenizer.codebook.output import RATIO, CodebookOutput, Settings, check_folders
+from vision_tokenizer.codebook.output import RATIO, CodebookFile, CodebookOutput, Settings, check_folders
 from vision_tokenizer.images.anchors import anchors, crop_share, ratio_tag
 from vision_tokenizer.images.dualvitok import prepare
 from vision_tokenizer.images.files import CROP_ABOVE_THRESHOLD, CropRejected
@@ -63,8 +63,8 @@ def run_codebook_inference(
         if files and not open_files:
             note("nothing to do: every file was finished before")
         sources = open_files if workers.waits else files  # ranges are of all: others may begin when some are finished
-        items = [file.table.items for file in open_files]
-        total = None if None in items else sum(items)  # of tar files nobody knows before they are read
+        items = [file.table.items for file in open_files if file.table.items is not None]
+        total = sum(items) if len(items) == len(open_files) else None  # of tar files nobody knows before they are read
         progress = held.enter_context(Progress(workers, total, "codes"))
         encoder: Encoder[CodebookChunk] = held.enter_context(
             Encoder(
@@ -106,6 +106,9 @@ def joins(output: CodebookOutput, workers: Workers) -> bool:
 
 class CodebookChunk(OpenChunk):
     """A chunk of annotations or a shard, the images its items need, and the rows that it already has."""
+
+    source: CodebookFile
+    under_way: ItemsUnderWay
 
     def __init__(self, task: Task, progress: Progress):
         super().__init__(task)

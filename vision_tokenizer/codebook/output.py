@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import orjson
 
@@ -97,7 +97,8 @@ class CodebookFile(JoinedSource):
 
 def _table(dataset: Dataset, path: Location, work: Location, chunk_items: int, known: Stat | None = None) -> Table:
     cache = work if dataset.shards else work / f"{path.stem}{CHUNK_TABLE}"
-    return input_table(dataset, path, chunk_items, cache, known=known)
+    table = input_table(dataset, path, chunk_items, cache, known=known)
+    return cast(Table, table)  # a shard's items have what an `Item` has
 
 
 class CodebookOutput(Output):

@@ -133,7 +133,7 @@ def _stored_image(where: str, name: str, values: Sequence[Any], output: Output) 
     for field, pair in (("image_sizes", size), ("matched_ratios", anchor)):
         if not isinstance(pair, list) or len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
             raise Failed("wrong size", f"{where}: {field} must be [height, width], is {pair!r:.60}")
-    if match_anchor(*size, output.choices) != tuple(anchor):
+    if match_anchor(size[0], size[1], output.choices) != tuple(anchor):
         raise Failed("wrong anchor", f"{where}: an image of {size} (h, w) is not matched to {anchor}")
     expected = grid_sizes(*model_size(*anchor))
     if not isinstance(grids, list) or len(grids) != len(expected):

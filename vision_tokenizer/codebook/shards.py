@@ -52,7 +52,7 @@ class ShardRules:
 class ShardItem(NamedTuple):
     """What an `Item` is of an annotation file, with its images."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     where: str
     raw: bytes
     value: Any

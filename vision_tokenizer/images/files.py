@@ -120,8 +120,9 @@ def _stream(source: Url | Embedded) -> BinaryIO:
 
 def _located(source: Location | Embedded) -> Location | Embedded:
     """Of a path into a tar file, `shard.tar/0001.jpg`, the member. Raises `Failed` where there is none."""
-    inside = isinstance(source, Path | Url) and ".tar/" in str(source).lower()
-    return (indexes.find(source) if inside else None) or source
+    if isinstance(source, Path | Url) and ".tar/" in str(source).lower():
+        return indexes.find(source) or source
+    return source
 
 
 def _open(source: Path | BinaryIO) -> Image.Image:

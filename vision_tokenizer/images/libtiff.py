@@ -40,7 +40,8 @@ def _install() -> None:
 def messages() -> Iterator[list[str]]:
     """The errors that libtiff tells in this thread inside the block; its warnings are dropped."""
     _install()
-    _said.messages = caught = []
+    caught: list[str] = []
+    _said.messages = caught
     try:
         yield caught
     finally:

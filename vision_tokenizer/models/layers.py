@@ -7,9 +7,10 @@ Without gradients, activations are overwritten in place.
 Legend: B batch, C channels, H W pixels or the level's height and width, N = H * W.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,9 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResnetBlock(a, b, norm) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(width, norm) for width in widths[1:] if attention)
 
+    downsample: nn.Module  # of an encoder's levels
+    upsample: nn.Module  # of a decoder's
+
     def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
         for i, block in enumerate(self.block):
             x = block(x, zq)
@@ -158,7 +162,7 @@ class Encoder(nn.Module):
     def trunk(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, h, w), all but the last convolution."""
         x = self.conv_in(x)
-        for level in self.down:
+        for level in cast("Iterable[Level]", self.down):
             x = level.downsample(level(x))
         return F.silu(self.norm_out(self.mid(x)), inplace=True)
 
@@ -185,7 +189,7 @@ class Decoder(nn.Module):
     def trunk(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
         """(B, C, h, w) -> (B, 3, H, W), all but the first convolution."""
         x = self.mid(x, zq)
-        for level in reversed(self.up):
+        for level in reversed(cast("Sequence[Level]", self.up)):
             x = level.upsample(level(x, zq))
         return self.conv_out(F.silu(self.norm_out(x, zq), inplace=True))
 

@@ -30,14 +30,16 @@ def nearest_codes(features: Tensor, codebook: Tensor, half_norms: Tensor) -> Ten
 
 def _nearest(tokens: Tensor, codebook: Tensor, half_norms: Tensor) -> Tensor:
     """(T, d) -> (T,), one block of codes after the other."""
-    best = index = None
+    best: Tensor | None = None
+    index: Tensor | None = None
     for start in range(0, len(codebook), CODES_AT_ONCE):
         block = slice(start, start + CODES_AT_ONCE)
         distances = torch.addmm(half_norms[block], tokens, codebook[block].T, alpha=-1)  # (T, block)
         least, at = distances.min(dim=1)  # of equal minima, the first
-        if best is None:
+        if best is None or index is None:
             best, index = least, at
         else:
             closer = least < best
             best, index = torch.where(closer, least, best), torch.where(closer, at + start, index)
+    assert index is not None  # a codebook has rows
     return index.masked_fill_(~tokens.isfinite().all(1), NO_CODE)

@@ -14,10 +14,20 @@ class ImageTokenizer(Protocol):
     """A pixel batch of one resolution in, code grids out; code grids in, pixels out."""
 
     name: str
-    branches: tuple[str, ...]  # names, in the order in which grids are given and returned
-    codebook_sizes: tuple[int, ...]  # codes of a branch lie in [0, size)
     fingerprint: str  # of the weights and sizes that decide the codes; stable across machines
-    device: torch.device
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names, in the order in which grids are given and returned."""
+        ...
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Codes of a branch lie in [0, size)."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def grid_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         """(h, w) of each branch for an H x W image, without running the model."""

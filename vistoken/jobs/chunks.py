@@ -26,7 +26,7 @@ _DECODER = json.JSONDecoder(parse_int=str)  # only finds where an element of a l
 class Chunk(NamedTuple):
     """Items [first_item, first_item + items) of a file: bytes [start, end), beginning at line `first_line`."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     first_item: int
     items: int
     first_line: int
@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
 class Item(NamedTuple):
     """One item as read. `value` is the parsed JSON, or None where `error` says why it is not JSON."""
 
-    index: int  # among the items of its file, from 0
+    index: int  # type: ignore[assignment]  # among the items of its file, from 0; hides tuple.index
     where: str  # for messages: "line 18" of a .jsonl, "item 17" of a .json
     raw: bytes  # the text itself, on one line
     value: Any

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from vistoken.errors import UserError
 from vistoken.store import Location, Url, put, stream
@@ -39,7 +39,7 @@ def atomic_write(path: Location, sync: bool = True, sync_name: bool = True) -> I
     if isinstance(path, Url):
         with tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
             yield spool  # type: ignore[misc]  # what a BinaryIO has and it lacks, nobody uses
-            _put(path, spool)
+            _put(path, cast(BinaryIO, spool))
         return
     temporary = path.with_name(f"{path.name}.{_OWNER}.tmp")
     try:

@@ -148,7 +148,7 @@ class Stopwatch:
     """Seconds by stage, of any thread: `with watch("encode"): ...`."""
 
     def __init__(self) -> None:
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
         self._lock = threading.Lock()
 
     def add(self, stage: str, seconds: float) -> None:
@@ -163,8 +163,8 @@ class Stopwatch:
         finally:
             self.add(stage, time.perf_counter() - began)
 
-    def take(self) -> Counter[str]:
+    def take(self) -> dict[str, float]:
         """What was measured since the last call."""
         with self._lock:
-            taken, self._seconds = self._seconds, Counter()
+            taken, self._seconds = self._seconds, defaultdict(float)
         return taken

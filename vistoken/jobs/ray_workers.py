@@ -9,6 +9,7 @@ queue is empty; it begins another one when chunks come back.
 
 import argparse
 import importlib
+import logging
 import os
 import time
 from collections import Counter, deque
@@ -196,7 +197,7 @@ def run_on_ray(module: str, args: argparse.Namespace, description: str, totals: 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        ray.init(address=args.ray or None, log_to_driver=False, logging_level="error")
+        ray.init(address=args.ray or None, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise UserError(f"--ray {args.ray}: no Ray cluster there ({error})") from error
     try:

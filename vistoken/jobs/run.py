@@ -38,9 +38,17 @@ WRITES_AHEAD = 3  # finished chunks that may wait to be written, in memory
 class Table(Protocol):
     """What a `ChunkTable` is: an input file in chunks of items."""
 
-    path: Location
-    fingerprint: str  # changes with the content
-    items: int | None  # None: not known before all of it is read
+    @property
+    def path(self) -> Location: ...
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the content."""
+        ...
+
+    @property
+    def items(self) -> int | None:
+        """None: not known before all of it is read."""
+        ...
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Chunk: ...

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import pyarrow
 from pyarrow.parquet import ParquetFile
@@ -132,7 +132,7 @@ class Member(NamedTuple):
 class Sample(NamedTuple):
     """One sample of a shard: its members by suffix, or its row by column; or what is wrong with the shard here."""
 
-    index: int  # in the shard, from 0
+    index: int  # type: ignore[assignment]  # in the shard, from 0; hides tuple.index
     where: str  # the name of the first member, "row 17"
     key: str | None
     parts: list[tuple[str, Any]]  # (".jpg", a `NamedBytes` or `Member`), or (column, value)
@@ -158,7 +158,7 @@ def tar_samples(path: Location, whole: bool) -> Iterator[Sample]:
     with source:  # stays open while the caller looks into the members of the last sample
         try:
             end = None if whole else source.seek(0, io.SEEK_END)
-            for member in tar_members(gzip.GzipFile(fileobj=source) if packed else source):
+            for member in tar_members(cast(BinaryIO, gzip.GzipFile(fileobj=source)) if packed else source):
                 if end is not None and member.offset + member.size > end:
                     raise member.cut_off(member.offset + member.size - end)
                 key, suffix = split_name(member.name)
@@ -196,7 +196,8 @@ def tar_members(file: BinaryIO) -> Iterator[Member]:
 
     Unlike `tarfile` it keeps no list of them, and raises `Failed` for every end but the two zero blocks' own.
     """
-    position, longer = 0, {}  # what the headers before a member's own say of it
+    position = 0
+    longer: dict[str, Any] = {}  # what the headers before a member's own say of it
     while True:
         _go_to(file, position)
         block = file.read(_BLOCK)

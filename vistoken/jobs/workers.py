@@ -121,7 +121,7 @@ class SharedQueue(OneProcess):
         self._steps += 1
         if self.rank == 0:
             step()
-            self._store.set(f"step/{self._steps}", b"")
+            self._store.set(f"step/{self._steps}", "")
         self._store.wait([f"step/{self._steps}"], _FOREVER)
 
     def add(self, counts: Mapping[str, int]) -> None:
@@ -164,7 +164,7 @@ def adopt_slurm_step() -> None:
         "RANK": step["SLURM_PROCID"],
         "WORLD_SIZE": step["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": step["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": re.match(r"\d+", tasks)[0],
+        "LOCAL_WORLD_SIZE": tasks.partition("(")[0].partition(",")[0],
         "MASTER_ADDR": _first_host(nodes),
         "MASTER_PORT": str(20000 + (7 * int(step["SLURM_JOB_ID"]) + int(step["SLURM_STEP_ID"])) % 10000),
     }
@@ -174,7 +174,10 @@ def adopt_slurm_step() -> None:
 
 def _first_host(nodes: str) -> str:
     """`gpu[004-007,9],x` -> `gpu004`."""
-    name, inside, after = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes).groups()
+    found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
+    if found is None:
+        raise UserError(f"SLURM_STEP_NODELIST {nodes!r}: no host name in it")
+    name, inside, after = found.groups()
     return name + (inside or "") + (after or "")
 
 

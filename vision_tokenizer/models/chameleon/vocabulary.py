@@ -33,7 +33,7 @@ class Marks(NamedTuple):
     separator: int  # before an image's continuous tokens, in training
 
 
-MARK_NAMES = Marks("<s>", "<reserved08706>", "<racm3:break>", "<eoss>", "<reserved08799>", "<sentinel:0>")
+MARK_NAMES = ("<s>", "<reserved08706>", "<racm3:break>", "<eoss>", "<reserved08799>", "<sentinel:0>")  # in that order
 # The same in every release. Only for a model folder without a tokenizer file, where names cannot be looked up.
 RELEASED_MARKS = Marks(0, 8710, 8197, 8196, 8803, 8198)
 RELEASED_IMAGE_IDS = range(4, 8196)

@@ -128,7 +128,7 @@ class ChameleonVQGAN(nn.Module):
             return self.quant_conv(self.encoder(pixels)).permute(0, 2, 3, 1)
 
     @torch.no_grad()
-    def decode(self, grids: tuple[Tensor]) -> Tensor:
+    def decode(self, grids: tuple[Tensor, ...]) -> Tensor:
         """Codes (B, h, w) -> (B, 3, H, W) float32, nominally [-1, 1] but not clamped."""
         if not self.has_decoder:
             raise UserError("this Chameleon VQGAN was loaded for encoding only; load it with decoder=True to decode")
@@ -201,5 +201,5 @@ def load_chameleon(
         if part is model.quantize:
             part.to(target)  # stays fp32
         else:
-            part.to(target, kind, memory_format=torch.channels_last)
+            part.to(target, kind).to(memory_format=torch.channels_last)
     return model

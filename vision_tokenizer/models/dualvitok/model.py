@@ -95,7 +95,7 @@ class DualViTok(nn.Module):
             return self.pixel_quant_conv(self.pixel_encoder(pixels)).permute(0, 2, 3, 1)
 
     @torch.no_grad()
-    def decode(self, grids: tuple[Tensor, Tensor]) -> Tensor:
+    def decode(self, grids: tuple[Tensor, ...]) -> Tensor:
         """Semantic and pixel codes -> (B, 3, H, W) float32, nominally [-1, 1] but not clamped."""
         self._require_decoder()
         zq = join_branches(*self._rows(grids)).to(self.dtype, memory_format=torch.channels_last)
@@ -109,7 +109,7 @@ class DualViTok(nn.Module):
         with float32_products(tf32=self.tf32):
             return self.semantic_decoder(self.semantic_quantizer.decode(grid.to(self.device))).float()
 
-    def _rows(self, grids: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _rows(self, grids: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Codes -> codebook rows, (B, h, w, d) fp32 each."""
         semantic, pixel = (grid.to(self.device) for grid in grids)
         return self.semantic_quantizer.decode(semantic), self.pixel_quantizer.decode(pixel)
@@ -162,7 +162,7 @@ def place(model: DualViTok, device: torch.device, dtype: str) -> None:
             part.prepare()
             part.to(device)
         elif name.startswith("pixel"):
-            part.to(device, kind, memory_format=torch.channels_last)
+            part.to(device, kind).to(memory_format=torch.channels_last)
         else:
             part.to(device)
             if device.type == "cuda":

@@ -79,6 +79,6 @@ class PixelDecoder(Decoder):
     def __init__(self, sizes: ConvSizes, zq_channels: int):
         super().__init__(sizes, Upsample, partial(SpatialNorm, zq_channels=zq_channels))
 
-    def forward(self, z: Tensor, zq: Tensor) -> Tensor:
+    def forward(self, z: Tensor, zq: Tensor | None = None) -> Tensor:
         h = self.conv_in(z)
         return self.trunk(h + z.repeat_interleave(h.shape[1] // z.shape[1], dim=1), zq)

@@ -59,6 +59,10 @@ def codebook_loss(features: Tensor, rows: Tensor, commitment: float = COMMITMENT
 class SimVQ(nn.Module):
     """Always fp32. For `encode` and `decode`, call `prepare` once after the weights are in."""
 
+    frozen_codebook: Tensor
+    codebook: Tensor
+    half_norms: Tensor
+
     def __init__(self, sizes: QuantizerSizes):
         super().__init__()
         self.register_buffer("frozen_codebook", torch.empty(sizes.codebook_size, sizes.dim))
