@@ -71,7 +71,8 @@ def shard_stats(files: Sequence[Location]) -> dict[Location, Stat]:
     """Of shards in a store what a listing of their folders tells: a request for each of 100,000 takes minutes."""
     of_folder = Counter(path.parent for path in files if isinstance(path, Url))
     listed = {folder: folder_stats(folder) for folder, count in of_folder.items() if count > _LISTED}
-    return {path: found for path in files if (found := listed.get(path.parent, {}).get(path.name))} if listed else {}
+    in_store = [path for path in files if isinstance(path, Url)]
+    return {path: found for path in in_store if (found := listed.get(path.parent, {}).get(path.name))}
 
 
 def item_image(dataset: Dataset, item: Any, name: str) -> tuple[Location | str, Location | Embedded]:

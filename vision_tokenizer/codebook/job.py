@@ -166,12 +166,16 @@ class CodebookChunk(OpenChunk):
 
 def tally_crops(results: Sequence[Encoded | ItemError], tallies: Counter[str]) -> None:
     """Count an item for each threshold that would reject it, if nothing else does."""
-    if all(isinstance(result, Encoded | CropRejected) for result in results):
-        losses = [
-            crop_share(*result.info.size, result.info.anchor) if isinstance(result, Encoded) else result.crop_share
-            for result in results
-        ]
-        tallies.update(f"crop above {threshold:g}" for threshold in THRESHOLDS if max(losses) > threshold)
+    losses = []
+    for result in results:
+        if isinstance(result, CropRejected):
+            losses.append(result.crop_share)
+        elif isinstance(result, Encoded):
+            height, width = result.info.size
+            losses.append(crop_share(height, width, result.info.anchor))
+        else:
+            return
+    tallies.update(f"crop above {threshold:g}" for threshold in THRESHOLDS if max(losses) > threshold)
 
 
 def encoded_row(item: Item, results: list[Encoded | ItemError], tallies: Counter[str]) -> Row:
