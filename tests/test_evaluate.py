@@ -79,6 +79,7 @@ def test_an_evaluation_writes_figures_lines_and_a_page(arguments, tmp_path, caps
     assert (tmp_path / "one" / "metrics.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_tokenizers_are_compared_on_the_same_pictures(arguments, chameleon_folder, pictures, tmp_path, capsys):
     assert evaluate(arguments) == 0
     other = ["--chameleon", str(chameleon_folder), "--images", str(pictures), "--side", "32", "--device", "cpu"]

@@ -19,6 +19,7 @@ def run(*command) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_encode_and_decode(tmp_path, tiny_dualvitok, golden):
     said = run(ROOT / "examples/encode_and_decode.py", *tiny_dualvitok, golden / "images/tiny.png", tmp_path / "a.png")
     with Image.open(golden / "images/tiny.png") as image, Image.open(tmp_path / "a.png") as again:

@@ -265,6 +265,7 @@ def test_two_processes_learn_what_one_does(config, pictures, tmp_path):
         assert torch.allclose(state["model"][name], tensor, atol=2e-3), name  # Adam's first steps are signs
 
 
+@pytest.mark.slow
 def test_other_settings_on_resume_are_named(config, pictures, tmp_path):
     run(config, pictures, tmp_path / "run", "--max_steps=2")
     with pytest.raises(UserError, match=r"other settings:\s+lr: 0\.001 there, 0\.5 now"):
@@ -284,6 +285,7 @@ def test_fine_tuning_starts_from_a_checkpoint_and_refuses_another_size(
         run(config, pictures, tmp_path / "wrong", f"--init_from={dualvitok_checkpoint}")
 
 
+@pytest.mark.slow
 def test_a_chameleon_vqgan_trains_with_the_same_command(pictures, tmp_path):
     config = tmp_path / "vqgan.py"
     config.write_text(TINY_VQGAN + TRAINING.replace("ema = True", "ema = False"))
@@ -337,6 +339,7 @@ def test_tiny_pictures_are_enlarged():
     assert data._cut(image, (32, 32), random.Random(0)).size == (32, 32)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(config, pictures, tmp_path):
     with pytest.raises(UserError, match=r"step \d: .*rec_loss.* of the batch .*\.png.* is not finite"):
         run(config, pictures, tmp_path / "run", "--lr=1e30", "--max_grad_norm=0")
@@ -352,6 +355,7 @@ def test_lpips_needs_its_two_files_and_checks_them(config, pictures, tmp_path):
         load_lpips(tmp_path / "vgg.pth", tmp_path / "vgg.pth")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_older_checkpoint(config, pictures, tmp_path, monkeypatch):
     run(config, pictures, tmp_path / "run", "--max_steps=2")
     folder = tmp_path / "run" / "DualViTok" / "checkpoints"

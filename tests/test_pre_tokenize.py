@@ -70,7 +70,8 @@ def picture(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("crop", ["square", pytest.param("variable", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("crop", ["square", "variable"])
 def test_golden_tokens_and_labels(golden, tokenize, tmp_path, crop):
     """All 11 items of the reference; its square crop of item 10 is random, so only the length is known."""
     data = golden / "chameleon_small" / "conversations.json"

@@ -114,6 +114,7 @@ def test_a_store_that_fails_every_tenth_request_changes_no_byte(server, bucket, 
     assert f"{server.failed - failed} requests to a store were made again" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_at_every_put_and_begun_again(bucket, encode, expected, monkeypatch):
     class Killed(BaseException):
         pass
@@ -183,6 +184,7 @@ def test_tokenizer_and_config_may_lie_in_a_bucket(bucket, tiny_dualvitok):
         load_dualvitok(urls[0], bucket / "none.bin", device="cpu")
 
 
+@pytest.mark.slow
 def test_plan_and_verify_read_a_bucket(bucket, encode, tmp_path, tiny_dualvitok):
     fill(bucket)
     encode(bucket)
@@ -195,6 +197,7 @@ def test_plan_and_verify_read_a_bucket(bucket, encode, tmp_path, tiny_dualvitok)
     assert verify_codebook.main([*config[:-2], *files]) == 0
 
 
+@pytest.mark.slow
 def test_conversations_become_token_files_in_a_bucket(bucket, tmp_path, chameleon_folder):
     for path in chameleon_folder.iterdir():
         (bucket / "tokenizer" / path.name).write_bytes(path.read_bytes())

@@ -63,6 +63,7 @@ def text(tmp_path_factory):
     return write_data_config(folder / "data.yaml", write_record(folder / "tokens", text_samples(20)))
 
 
+@pytest.mark.slow
 def test_every_step_says_its_type(tmp_path, model):
     """And loss.png has a line for each: text alone has another loss than images."""
     records = {kind: write_record(tmp_path / kind, text_samples(8)) for kind in ("captions", "text")}
@@ -199,6 +200,7 @@ def test_a_refused_resume_leaves_the_runs_configuration(tmp_path, model, text):
     assert (tmp_path / "config.yaml").read_text() == before
 
 
+@pytest.mark.slow
 def test_steps_that_overflow_fp16_are_left_out_and_told(tmp_path, model, text, monkeypatch, capsys):
     monkeypatch.setattr(run, "Progress", lambda: Progress(loss_scale=2.0**40))
     found = train(model, text, tmp_path, **TEXT, precision="fp16", max_steps=2)
@@ -235,6 +237,7 @@ def test_stage1_trains_tower_and_adapter_and_leaves_the_language_model_bit_for_b
     assert not torch.equal(before["adapter.0.weight"], after["adapter.0.weight"])
 
 
+@pytest.mark.slow
 def test_stage1s_output_is_stage2s_input(stage1, images, tmp_path, capsys):
     """A published folder's files are all there, transformers reads its configuration, and nothing else is needed."""
     import transformers
