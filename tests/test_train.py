@@ -91,9 +91,12 @@ def test_stage2_trajectory(tmp_path, model, images, variant):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_curve_of_one(tmp_path, model, images):
+@pytest.mark.parametrize(
+    "way", [{"data_parallel": "sdp"}, {"shard_over": 1}, {"whole_gradients": "yes"}], ids=lambda way: "".join(way)
+)
+def test_two_processes_give_the_curve_of_one(tmp_path, model, images, way):
     """Accumulating too; in each first batch one process has text only, the other an image."""
-    settings = {"batch_size": 1, "global_batch_size": 4, "num_workers": 1, "data_parallel": "sdp"}
+    settings = {"batch_size": 1, "global_batch_size": 4, "num_workers": 1, **way}
     process = train_processes(2, flags(model, images, tmp_path, **settings))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
