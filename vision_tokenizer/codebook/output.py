@@ -29,7 +29,7 @@ from vistoken.jobs.manifest import read_manifest
 from vistoken.jobs.results import Result, Results
 from vistoken.jobs.run import WORK, JoinedSource, Output, Table
 from vistoken.jobs.shards import shard_stem
-from vistoken.store import Location, Stat, Url
+from vistoken.store import Location, Stat, Url, read_ahead
 
 # a GPU does 64 images in a tenth of a second; on a shared disk that would be too many small files
 CHUNK_ITEMS = {"cpu": 64, "cuda": 512}
@@ -145,11 +145,11 @@ class CodebookOutput(Output):
         """Write the final files, the statistics and the summary. Returns the counts of the data set."""
         total = Counts()
         finished = []
-        for file in self.sources:
-            if reason := file.unread():
-                self.unreadable.append(reason)
+        for file, joined in each_joined(self.sources, self.folder):
+            if isinstance(joined, str):
+                self.unreadable.append(joined)
             else:
-                total.add(file.finish())
+                total.add(joined)
                 finished.append(file)
         total.check(f"data set {self.dataset.name}")
         statistics = {name: n for name, n in sorted(total.tallies.items()) if name.startswith(RATIO) and n}
@@ -163,6 +163,15 @@ class CodebookOutput(Output):
             unreadable=self.unreadable,
         )
         return total
+
+
+def each_joined(files: Sequence[CodebookFile], folder: Location) -> Iterator[tuple[CodebookFile, Counts | str]]:
+    """Write the final files: the counts of each, or why it cannot be. In a store several at a time."""
+
+    def join(file: CodebookFile) -> tuple[CodebookFile, Counts | str]:
+        return file, file.unread() or file.finish()
+
+    return read_ahead(join, files, threads=8) if isinstance(folder, Url) else map(join, files)
 
 
 def check_folders(datasets: Sequence[Dataset], settings: Settings) -> None:

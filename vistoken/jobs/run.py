@@ -29,7 +29,7 @@ from vistoken.jobs.manifest import MANIFEST, check_manifest
 from vistoken.jobs.progress import ItemsUnderWay, Progress, Stopwatch
 from vistoken.jobs.results import Result, ResultMissing, Results, joining
 from vistoken.jobs.workers import Workers
-from vistoken.store import Location
+from vistoken.store import Location, Url
 
 WORK = ".work"  # in an output folder: what a run knows of its chunks
 WRITES_AHEAD = 3  # finished chunks that may wait to be written, in memory
@@ -281,6 +281,11 @@ class Output:
             check_manifest(
                 self.folder, self.manifest, other_devices=other_devices
             )  # every worker has the same, or codes would be mixed
+            if isinstance(self.work, Url):  # one listing in place of a request for each source
+                marks = {path.name for path in self.work.glob("*.done.json")}
+                for source in self.sources:
+                    if source.results.mark.name not in marks:
+                        vars(source)["was_finished"] = False
             yield
 
     def _settle(self, workers: Workers, restart: str | None, other_devices: bool, held: ExitStack) -> None:
