@@ -378,3 +378,9 @@ def test_the_summary_says_what_other_crop_thresholds_reject(tmp_path, photo, run
     run(config, "--max_failed", "1")
     told = "5 of 8 items (62%) lose more than 20% of an image to the crop and are rejected; --crop_percent_thresh "
     assert told + "0.1 rejects 75%, 0.2 rejects 62%, 0.3 rejects 25%, 0 none" in capsys.readouterr().out
+
+
+def test_a_config_whose_only_folder_is_wrong_is_a_mistake_in_the_call(tmp_path, run, capsys):
+    entry = dataset(tmp_path / "out", tmp_path, tmp_path / "nowhere")
+    assert run(write_config(tmp_path / "meta.json", birds=entry)) == 2
+    assert f"annotation_dir {tmp_path / 'nowhere'} is not a folder" in capsys.readouterr().out

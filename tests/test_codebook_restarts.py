@@ -251,13 +251,13 @@ def test_files_that_would_be_written_over_each_other(job, tmp_path, tiny_dualvit
     shutil.rmtree(out)
     shutil.copy(annotations / "0.jsonl", annotations / "0.rejected.jsonl")
     write_config(config, a=dataset(out, images, annotations))
-    assert run_here(*tiny_dualvitok, config, *TINY) == 1
+    assert run_here(*tiny_dualvitok, config, *TINY) == 2
     assert not out.exists()
 
 
 def test_an_output_folder_that_cannot_be_made(job, tmp_path, capsys):
     (tmp_path / "out").write_text("a file is in the way")
-    assert job() == 1
+    assert job() == 2
     assert "cannot write (Not a directory)" in capsys.readouterr().out
 
 

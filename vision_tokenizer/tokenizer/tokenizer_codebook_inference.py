@@ -27,6 +27,9 @@ from vision_tokenizer.tokenizer.flags import (
     note_resolution,
 )
 from vistoken.cli import (
+    BAD_CALL,
+    BAD_DATA,
+    OK,
     Outcome,
     add_batches,
     add_dtype,
@@ -128,7 +131,9 @@ def run(args: argparse.Namespace, make_workers: "Callable[[], Workers]") -> Outc
         return Outcome()
     too_many = [name for name, of_dataset in counts.items() if of_dataset.failed_share > args.max_failed]
     warning = f"more than --max_failed {args.max_failed:g} of the items failed: {', '.join(too_many)}"
-    code = 1 if unreadable or too_many else 0
+    code = BAD_DATA if unreadable or too_many else OK
+    if unreadable and not counts and workers.waits:
+        code = BAD_CALL  # nothing was done: the config names no data set that can be read
     return Outcome(report(datasets, settings, counts, unreadable), warning if too_many else "", code)
 
 
