@@ -19,7 +19,11 @@ TILE = {"image_size": 112, "patch_size": 14}  # 64 continuous tokens an image
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
-    parser.add_argument("--tokenizer", type=Path, help="Chameleon's text_tokenizer.json, or a folder that holds it")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="Chameleon's text_tokenizer.json, or a folder that holds it (default: none, for a toy language model)",
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="where the models' folders go")
     args = parser.parse_args(argv)
     if args.tokenizer:
