@@ -1,0 +1,135 @@
+"""Tokens a second of UniToken's decoding, with keys and values kept and with whole sequences for every token.
+
+    python exps/benchmark_generate.py                         # a small model on the CPU
+    python exps/benchmark_generate.py --size 7b --precision bf16 --batch_sizes 1 8 32 --height 512 --width 512
+
+The model is untrained; what it draws does not matter. Two limits of the machine stand beside the figures. A step reads
+every weight once, whatever the batch: `memory` is the tokens a second if nothing else took time. A token costs two
+operations a weight: `matrix` is the same for the best observed rate of a matrix product. With guidance a token is two.
+"""
+
+import time
+
+import numpy as np
+import torch
+from measure import describe_machine, matrix_rate, print_report
+
+from training.generation.cache import CachedUniToken, Recomputing
+from training.generation.decode import Decoder, Prompt, Settings
+from training.generation.grammar import Kind
+from training.generation.sampling import Sampling
+from training.models.llm import LLMConfig
+from training.models.siglip import VisionConfig
+from training.models.unitoken import UniToken
+from vision_tokenizer.models.chameleon.vocabulary import CODE, RELEASED_IMAGE_IDS, RELEASED_MARKS
+from vistoken.cli import DTYPES, OK, add_device, at_least, command_parser, run_command
+from vistoken.device import choose_dtype, float32_products, local_device
+
+SIZES = {
+    "small": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+PROMPT = 64  # ids
+TOWER = VisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)  # not used
+
+
+class PictureRules:
+    """A block of released ids, without a tokenizer file."""
+
+    def __init__(self, height: int, width: int, vocab_size: int):
+        h, w = height // 16, width // 16
+        rows = np.full((h, w + 1), CODE)
+        rows[:, w] = RELEASED_MARKS.new_line
+        start = [RELEASED_MARKS.image_start, 8804 + height // 32, 8804 + width // 32]
+        self.block = np.concatenate([start, rows.ravel(), [RELEASED_MARKS.image_end]])
+        self.vocab_size, self.turn_end = vocab_size, RELEASED_MARKS.end_of_turn
+        self.format = self  # the decoder asks it for `turn_end`
+
+    def follow(self, head, token):
+        return (*head, token)
+
+    def expected(self, head):
+        return Kind("size")
+
+    def layout(self, head):
+        return self.block
+
+    def allowed(self, kind, *, images):
+        mask = np.zeros(self.vocab_size, bool)
+        mask[RELEASED_IMAGE_IDS.start : RELEASED_IMAGE_IDS.stop] = True
+        return mask
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="small", help="of the language model")
+    add("--height", type=at_least(32), default=96, help="of the picture, in pixels")
+    add("--width", type=at_least(32), default=96)
+    add("--batch_sizes", type=at_least(1), nargs="+", default=[1, 4])
+    add("--precision", choices=DTYPES, default="fp32")
+    add("--recompute_tokens", type=at_least(1), default=16, help="of a picture, when recomputing: it is slow")
+    add_device(parser)
+    args = parser.parse_args(argv)
+    device, dtype = local_device(args.device), choose_dtype(args.precision)
+    with torch.device("meta"):
+        sizes = SIZES[args.size]
+        model = UniToken(LLMConfig(num_key_value_heads=sizes["num_attention_heads"], **sizes), TOWER, z_weight=0)
+    model = model.to_empty(device=device).to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    cached = CachedUniToken(model.requires_grad_(False))
+    used = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("model.layers", "lm_head")))
+    bytes_a_step, machine = used * dtype.itemsize, describe_machine(device)
+    limits = {"memory": memory_rate(device) / bytes_a_step, "matrix": matrix_rate(device, args.precision) / (2 * used)}
+    rules, rows = PictureRules(args.height, args.width, cached.vocab_size), []
+    with float32_products(tf32=args.precision != "fp32"):
+        for guidance in (1.0, 3.0):
+            for batch_size in args.batch_sizes:
+                sequences = batch_size * (1 if guidance == 1 else 2)
+                kept = rate(cached, rules, batch_size, guidance, len(rules.block))
+                again = rate(Recomputing(cached), rules, batch_size, guidance, args.recompute_tokens)
+                bound = min(limits["memory"] * batch_size, limits["matrix"] * batch_size / sequences)
+                rows.append(
+                    {
+                        "batch": batch_size,
+                        "guidance": guidance,
+                        "tokens/s": round(kept, 1),
+                        "recomputed": round(again, 1),
+                        "memory limit": round(limits["memory"] * batch_size, 1),
+                        "matrix limit": round(limits["matrix"] * batch_size / sequences, 1),
+                        "of the limit": f"{kept / bound:.0%}",
+                    }
+                )
+    report = {**machine, "size": args.size, "parameters": used, "precision": args.precision, "tokens": len(rules.block)}
+    print_report(report | {"recompute_tokens": args.recompute_tokens}, rows, list(rows[0]))
+    return OK
+
+
+def rate(model, rules: PictureRules, batch_size: int, guidance: float, limit: int) -> float:
+    """Tokens a second of `batch_size` pictures side by side, the prompt's own pass included; the better of two."""
+    settings = Settings(Sampling(), (Sampling(top_k=4000),), guidance)
+    ids, best = list(range(9000, 9000 + PROMPT)), 0.0
+    for _ in range(2):
+        prompts = [
+            Prompt(model.embed(ids), np.random.default_rng(n), tuple(rules.block[:3].tolist()), True, True, limit)
+            for n in range(batch_size)
+        ]
+        began = time.perf_counter()
+        answers = Decoder(model, rules, settings).answer(prompts)
+        best = max(best, sum(len(answer.tokens) for answer in answers) / (time.perf_counter() - began))
+    return best
+
+
+def memory_rate(device: torch.device) -> float:
+    """The best observed rate of reading memory, bytes/s."""
+    data, best = torch.ones(1 << 28 if device.type == "cuda" else 1 << 26, device=device), 0.0
+    for _ in range(8):
+        began = time.perf_counter()
+        data.sum().item()
+        best = max(best, data.nbytes / (time.perf_counter() - began))
+    return best
+
+
+if __name__ == "__main__":
+    run_command(main)
