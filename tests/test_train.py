@@ -28,7 +28,7 @@ from train_small import (
 from unitoken_small import golden, synthetic_state
 
 from pre_tokenize.record import Record
-from pre_tokenize.token_file import TokenFiles
+from pre_tokenize.token_file import TokenFiles, hash_of
 from training import loop, run, state
 from training.assemble import open_model
 from training.config import build_parser, resolve
@@ -39,7 +39,7 @@ from training.models.folder import open_unitoken
 from training.report import Report, peak_flops
 from training.state import Progress
 from training.train import main
-from vistoken.errors import UserError
+from vistoken.errors import DataError, UserError
 
 TEXT = {"batch_size": 2, "epochs": 2, "save_iteration_interval": 3}
 
@@ -528,3 +528,17 @@ def test_a_wrong_share_for_validation_is_refused(tmp_path, entry):
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"META": [{"path": str(record), **entry}]}))
     with pytest.raises(UserError, match=r"META entry 0: (validation is a share|split is validation)"):
         read_data_config(tmp_path / "data.yaml")
+
+
+def test_a_token_file_that_changed_since_it_was_written_ends_the_run(tmp_path, model):
+    record = write_record(tmp_path / "tokens", text_samples(8))
+    shard = tmp_path / "tokens" / "files" / "0.arrow"
+    first, *rest = record.read_text().splitlines(keepends=True)
+    record.write_text("".join([json.dumps({**json.loads(first), "sha256": hash_of(shard.read_bytes())}) + "\n", *rest]))
+    data = write_data_config(tmp_path / "data.yaml", record)
+    train(model, data, tmp_path / "whole", max_steps=1)
+    content = bytearray(shard.read_bytes())
+    content[content.index(text_samples(8)[3].tokens.tobytes())] ^= 1
+    shard.write_bytes(content)  # another token of the vocabulary, which nothing but the hash can tell
+    with pytest.raises(DataError, match=r"0\.arrow: not the bytes that were written"):
+        train(model, data, tmp_path / "damaged", max_steps=1)
