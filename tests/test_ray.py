@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from codebook_job import arguments, dataset, output_bytes, write_config
 from PIL import Image
+from store_server import s3_server
 
+from pre_tokenize import pre_tokenize
 from vision_tokenizer.tokenizer.tokenizer_codebook_inference import main
 from vistoken.jobs.ray_workers import ATTEMPTS, Queue
+from vistoken.store import Url
 
 TINY = ("--resolution_type", "fixed", "--resolution", "32", "--batch_size", "2")
 
@@ -113,6 +116,26 @@ def test_a_chunk_that_kills_its_actors_fails_alone(job, tmp_path, monkeypatch):
     assert {line["reason"] for line in failed} == {"worker died"} and len(failed) == 200 % 64
     assert failed[0]["detail"].startswith(f"{ATTEMPTS} workers died")
     assert json.loads((folder / "run_summary.json").read_text())["total"]["done"] == 400 - 200 % 64
+
+
+@pytest.mark.slow
+def test_token_files_made_by_two_actors_in_a_bucket(tmp_path, chameleon_folder):
+    """Pre-tokenization on Ray, into a store that answers 500 to every tenth request."""
+    pytest.importorskip("ray")
+    turns = [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "It is."}]
+    (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns}] * 20))
+    command = ["--in_filename", tmp_path / "data.json", "--tokenizer_dir", chameleon_folder, "--target_size", "64"]
+    command = [*map(str, command), "--device", "cpu", "--items_per_file", "4"]
+    assert pre_tokenize.main([*command, "--out_dir", str(tmp_path / "alone")]) == 0
+    with s3_server("lab") as server:
+        server.every = 10
+        assert pre_tokenize.main([*command, "--out_dir", "s3://lab/out", "--ray", "--ray_cpus", "1"]) == 0
+        assert server.failed
+        server.every = 0
+        names = ["manifest.json", "0-of-1-record.jsonl", *(f"files/{n}-{n + 4}.arrow" for n in range(0, 20, 4))]
+        assert [(Url("s3://lab/out") / name).read_bytes() for name in names] == [
+            (tmp_path / "alone" / name).read_bytes() for name in names
+        ]
 
 
 def test_without_ray_the_flag_names_the_extra(job, monkeypatch):

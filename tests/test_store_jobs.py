@@ -2,9 +2,10 @@
 
 import io
 import json
+import time
 
 import pytest
-from codebook_job import dataset, run_here, write_config
+from codebook_job import dataset, kill_all, launch, run_here, write_config
 from PIL import Image
 from store_server import s3_server
 
@@ -144,6 +145,33 @@ def test_killed_at_every_put_and_begun_again(bucket, encode, expected, monkeypat
         remove_tree(bucket / "out")
         steps += 4
     assert steps > 16
+
+
+@pytest.mark.slow
+def test_three_ranks_killed_and_started_again_write_the_same_bytes(server, bucket, tmp_path, tiny_dualvitok):
+    """The store answers 500 to every tenth request meanwhile."""
+    for where in (tmp_path, bucket):
+        fill(where)
+        lines = [json.dumps({"id": number, "images": [f"{number % 10}.png"]}) for number in range(300)]
+        (where / "annotations/b.jsonl").write_bytes("\n".join(lines).encode())
+    flags = [flag if flag != "2" else "4" for flag in TINY]
+
+    def given(where):
+        folders = dataset(where / "out", where / "images", where / "annotations")
+        return *tiny_dualvitok, write_config(tmp_path / f"{type(where).__name__}.json", birds=folders), *flags
+
+    assert run_here(*given(tmp_path)) == 0
+    server.every = 10
+    first = launch(*given(bucket), ranks=3)
+    while not list((bucket / "out").glob("*/*/*/.work/b/0*.json")):
+        assert first.poll() is None
+        time.sleep(0.05)
+    kill_all(first, tmp_path / "Url.json")
+    second = launch(*given(bucket), ranks=3)
+    _, stderr = second.communicate(timeout=300)
+    assert second.returncode == 0, stderr
+    server.every = 0
+    assert final_bytes(bucket / "out", bucket) == final_bytes(tmp_path / "out", tmp_path)
 
 
 def test_other_settings_are_refused_in_a_bucket(bucket, encode):
