@@ -117,7 +117,7 @@ class Rules:
 
 
 def survey_dataset(
-    rules: Rules, num_workers: int, on_items: Callable[[int], None], on_problem: Callable[[Problem], None]
+    rules: Rules, num_workers: int, on_items: Callable[[int], object], on_problem: Callable[[Problem], None]
 ) -> tuple[Survey, list[str]]:
     """Survey every annotation file or shard of a data set. Returns the survey, and why some files cannot be read.
 

@@ -51,7 +51,7 @@ class Pair(NamedTuple):
         return f"{self.decoded.height} x {self.decoded.width}, {likeness}"
 
 
-def read_contents(output: Output, contents: Contents, sample: Reservoir[Place], on_item: Callable[[], None]) -> None:
+def read_contents(output: Output, contents: Contents, sample: Reservoir[Place], on_item: Callable[[], object]) -> None:
     """Count all lines of a data set into `contents` and offer their images to `sample`."""
     branches = zip(output.manifest["tokenizer"]["branches"], output.codebook_sizes, strict=True)
     uses = [contents.uses.setdefault(branch, CodeUse(size)) for branch, size in branches]

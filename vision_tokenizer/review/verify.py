@@ -29,7 +29,7 @@ CHUNK_ITEMS = 512  # read at a time
 LOOK_AHEAD = 256  # items among which we look for the one that an output line belongs to
 
 
-def verify_output(output: Output, sample: Reservoir[Place], issues: Issues, on_item: Callable[[], None]) -> Counts:
+def verify_output(output: Output, sample: Reservoir[Place], issues: Issues, on_item: Callable[[], object]) -> Counts:
     """Check a data set's output. Returns what it holds, counted as the run itself counts."""
     counts, expected = Counts(), set()
     with tempfile.TemporaryDirectory() as cache:
@@ -65,7 +65,7 @@ class _Walk:
     sample: Reservoir[Place]
     issues: Issues
     counts: Counts
-    on_item: Callable[[], None]
+    on_item: Callable[[], object]
 
     def run(self) -> None:
         items, rejected = deque[Item](), _Rejected(self.file, self.issues)

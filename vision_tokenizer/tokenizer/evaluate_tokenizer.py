@@ -114,11 +114,12 @@ def open_tokenizer(args: argparse.Namespace) -> "ImageTokenizer":
 
 
 def open_measures(args: argparse.Namespace) -> "Measures":
-    from vision_tokenizer.review.evaluate import Measures
+    from vision_tokenizer.review.evaluate import Distance, Features, Measures
     from vistoken.device import local_device
 
     device = local_device(args.device)
-    distances, features = {}, {}
+    distances: dict[str, Distance] = {}
+    features: dict[str, Features] = {}
     if args.lpips_vgg or args.lpips_linear:
         from vision_tokenizer.fitting.perceptual import load_lpips
 

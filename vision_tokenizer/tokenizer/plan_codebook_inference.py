@@ -129,7 +129,8 @@ def survey(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[dict, dic
     from vistoken.jobs.files import atomic_write
     from vistoken.jobs.progress import bar
 
-    surveys, errors, refused, shown = {}, {}, [], Counter()
+    surveys, errors, refused = {}, {}, []
+    shown: Counter[str] = Counter()
     with atomic_write(args.out_dir / "problems.jsonl") as file, bar("reading") as progress:
 
         def note(problem: Problem) -> None:

@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     outputs = open_outputs(args)
 
+    from vision_tokenizer.codebook.read import Place
     from vision_tokenizer.models.dualvitok.model import load_dualvitok
     from vision_tokenizer.review.issues import Reservoir
     from vision_tokenizer.review.preview import Contents, decode_place, read_contents, write_report
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{output.folder} was made with the tokenizer {output.fingerprint}, but {args.tokenizer_checkpoint} is "
                 f"{tokenizer.fingerprint}: its decoder would show something else. Name the one it was made with."
             )
-    contents, sample = Contents(), Reservoir(args.sample, args.seed)
+    contents, sample = Contents(), Reservoir[Place](args.sample, args.seed)
     with bar("reading") as progress:
         for output in outputs:
             read_contents(output, contents, sample, progress.update)

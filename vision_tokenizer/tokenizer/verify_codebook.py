@@ -59,13 +59,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     outputs = open_outputs(args)
 
+    from vision_tokenizer.codebook.read import Place
     from vision_tokenizer.review.issues import Issues, Reservoir
     from vision_tokenizer.review.verify import verify_output
     from vistoken.jobs.counts import counts_table
     from vistoken.jobs.progress import bar
 
     tokenizer = load_tokenizer(args)  # first: a wrong path should not come to light after millions of lines
-    issues, sample = Issues(), Reservoir(args.sample if tokenizer else 0, args.seed)
+    issues, sample = Issues(), Reservoir[Place](args.sample if tokenizer else 0, args.seed)
     counts = {}
     with bar("reading") as progress:
         for output in outputs:
