@@ -278,9 +278,8 @@ class Output:
         """
         with ExitStack() as held:
             workers.on_first(lambda: self._settle(workers, restart, other_devices, held))
-            check_manifest(
-                self.folder, self.manifest, other_devices=other_devices
-            )  # every worker has the same, or codes would be mixed
+            # every worker has the same manifest, or codes of different kinds would be mixed
+            check_manifest(self.folder, self.manifest, other_devices=other_devices)
             if isinstance(self.work, Url):  # one listing in place of a request for each source
                 marks = {path.name for path in self.work.glob("*.done.json")}
                 for source in self.sources:
