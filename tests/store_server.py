@@ -23,6 +23,7 @@ class Sick:
 
     def __init__(self, application, every: int = 0):
         self._application, self.every, self.requests, self.failed = application, every, 0, 0
+        self.status = "500 Internal Server Error"
 
     def __call__(self, environ, start_response):
         self.requests += 1
@@ -30,7 +31,7 @@ class Sick:
             self.failed += 1
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             body = b"<Error><Code>InternalError</Code><Message>now and then</Message></Error>"
-            start_response("500 Internal Server Error", [("Content-Length", str(len(body)))])
+            start_response(self.status, [("Content-Length", str(len(body)))])
             return [b"" if environ["REQUEST_METHOD"] == "HEAD" else body]
         return self._application(environ, start_response)
 

@@ -107,6 +107,18 @@ def test_a_store_that_fails_for_good_is_told_with_the_url(server, folder, monkey
     assert caught.value.errno == errno.ENOENT
 
 
+def test_without_credentials_nothing_is_tried_twice(server, folder):
+    put(folder / "x", b"")
+    store.retries.take()
+    server.every, server.status = 1, "403 Forbidden"
+    try:
+        with pytest.raises(PermissionError, match="Are the credentials right") as caught:
+            (folder / "x").read_bytes()
+    finally:
+        server.every, server.status = 0, "500 Internal Server Error"
+    assert caught.value.filename == str(folder / "x") and store.retries.take() == 0
+
+
 def test_a_scheme_that_nobody_knows_is_a_message():
     with pytest.raises(UserError, match="nosuch://a/b: neither pyarrow nor fsspec"):
         Url("nosuch://a/b").exists()

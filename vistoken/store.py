@@ -351,6 +351,8 @@ def _ask(url: Url, request: Callable[[Any, str], T]) -> T:
             why = re.sub(r"\s*\(Request ID.*?\)", "", str(error))
             if _LASTING.search(why):
                 code = errno.EACCES if _DENIED.search(why) else errno.ENOENT if "NO_SUCH" in why else errno.EIO
+                if code == errno.EACCES and url.scheme == "s3":
+                    why += " Are the credentials right (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)?"
                 raise OSError(code, why, str(url)) from error
             if attempt == ATTEMPTS:
                 raise OSError(errno.EIO, f"given up after {ATTEMPTS} attempts: {why}", str(url)) from error
