@@ -161,5 +161,5 @@ class RankBatches:
         if not self.condition_dropout:
             return samples
         key = np.random.SeedSequence([self.sampler.seed, epoch, 4]).generate_state(1, np.uint64)
-        drawn = uniform(np.array(samples) + key) < self.condition_dropout
+        drawn = uniform(np.array(samples, np.uint64) + key) < self.condition_dropout
         return [-1 - number if drop else number for number, drop in zip(samples, drawn, strict=True)]
