@@ -15,6 +15,7 @@ import yaml
 from codebook_job import SCRIPT, arguments, dataset, output_bytes, read_lines, run_here, write_config
 from PIL import Image
 
+from vision_tokenizer.codebook import encoder
 from vision_tokenizer.codebook import output as codebook_output
 from vision_tokenizer.codebook.job import prepare
 from vision_tokenizer.models.dualvitok.model import load_dualvitok
@@ -164,6 +165,7 @@ def test_a_signal_to_make_room_ends_with_the_code_that_requeues(
 
     try:
         with monkeypatch.context() as patch:
+            patch.setattr(encoder, "CPU_STREAMS", 1)  # however many cores: not all chunks are taken at once
             patch.setattr(codebook_output.CodebookOutput, "begin", begin)
             patch.setattr("vision_tokenizer.codebook.job.prepare", prepare_slowly)
             cli.run_command(lambda: run_here(*given), leave=codes.append, resumes=True)
