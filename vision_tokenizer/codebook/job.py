@@ -62,7 +62,6 @@ def run_codebook_inference(
         open_files = [file for file in files if not file.was_finished]
         if files and not open_files:
             note("nothing to do: every file was finished before")
-        sources = open_files if workers.waits else files  # ranges are of all: others may begin when some are finished
         items = [file.table.items for file in open_files if file.table.items is not None]
         total = sum(items) if len(items) == len(open_files) else None  # of tar files nobody knows before they are read
         progress = held.enter_context(Progress(workers, total, "codes"))
@@ -77,7 +76,7 @@ def run_codebook_inference(
             )
         )
         writer = held.enter_context(Writer(encoder.watch))
-        for task in todo(sources, workers, progress):
+        for task in todo(files, workers, progress):  # of all: a worker that begins late finds some finished already
             chunk = CodebookChunk(task, progress)
             encoder.add(chunk, chunk.images())
             for chunk, images in encoder.finished():
