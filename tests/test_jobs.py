@@ -19,7 +19,7 @@ from vistoken.jobs.results import Result, Results
 from vistoken.jobs.run import Output, Source, Writer, todo
 from vistoken.jobs.workers import FixedRange, OneProcess
 
-PROBLEM = Problem.of(Failed("image not found", "x.png"), Path("a.jsonl"), Item(2, "line 3", b"", {"id": "x"}))
+PROBLEM = Problem.of(Failed("image not found", "x.png"), Path("a.jsonl"), Item.of(2, "line 3", b"", {"id": "x"}))
 
 
 def counts(items: int, failed: int = 0) -> Counts:
@@ -202,8 +202,9 @@ def sources(tmp_path: Path) -> list[Source]:
 def run_job(tmp_path: Path, fail: bool) -> list[tuple[str, int, bool]]:
     workers, seen = OneProcess(), []
     with Progress(workers, 8, "test") as progress:
-        for source, chunk, previous, *_ in todo(sources(tmp_path), workers, progress):
-            seen.append((source.table.path.stem, chunk.index, previous is not None))
+        for task in todo(sources(tmp_path), workers, progress):
+            source, chunk = task.source, task.chunk
+            seen.append((source.table.path.stem, chunk.index, task.previous is not None))
             failed = int(fail and chunk.index == 1)
             source.results.write(chunk.index, Result(counts(chunk.items, failed), [PROBLEM] * failed))
     return seen

@@ -13,6 +13,7 @@ Legend: B batch, H W pixels, h w a branch's code grid.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import torch
 from PIL import Image
@@ -39,6 +40,10 @@ class Tokenizer:
     def __init__(self, model: ImageTokenizer):
         self.model = model
 
+    @overload
+    def encode(self, images: Image.Image | Tensor) -> Codes: ...
+    @overload
+    def encode(self, images: Sequence[Image.Image]) -> list[Codes]: ...
     def encode(self, images: Image.Image | Sequence[Image.Image] | Tensor) -> Codes | list[Codes]:
         """One PIL image -> its grids, (h, w) int64 each; a list of any sizes -> a list of such.
 
@@ -61,16 +66,26 @@ class Tokenizer:
                 results[row] = codes
         return results
 
-    def decode(self, codes: Codes | Sequence[Codes]) -> Image.Image | list[Image.Image] | Tensor:
+    @overload
+    def decode(self, codes: Codes) -> Image.Image | Tensor: ...
+    @overload
+    def decode(self, codes: list[Codes]) -> list[Image.Image]: ...
+    def decode(self, codes: Codes | list[Codes]) -> Image.Image | Tensor | list[Image.Image]:
         """The inverse: grids (h, w) -> a PIL image, a list of such -> a list, (B, h, w) -> (B, 3, H, W) in [-1, 1].
 
         Raises `ValueError` for codes that no codebook has, `UserError` if the decoder was not loaded.
         """
         if isinstance(codes, list):
-            return [self.decode(grids) for grids in codes]
-        self._check(codes)
-        if codes[0].ndim == 3:
+            return [self._image(grids) for grids in codes]
+        if codes and codes[0].ndim == 3:
+            self._check(codes)
             return self.model.decode(codes).clamp(-1, 1)
+        return self._image(codes)
+
+    def _image(self, codes: Codes) -> Image.Image:
+        self._check(codes)
+        if any(grid.ndim != 2 for grid in codes):
+            raise ValueError(f"expected grids (h, w), found {[tuple(grid.shape) for grid in codes]}")
         return to_image(denormalize(self.model.decode(tuple(grid[None] for grid in codes))[0]))
 
     def _check(self, codes: Codes) -> None:
@@ -123,12 +138,12 @@ def load_tokenizer(
     (IEEE), `tf32`, `bf16` and `fp16`. With `decoder=False` it only encodes and takes 0.79 G of the 1.35 G parameters.
     `compile` pays off after some hundred images of a size. Raises `UserError` with what to do.
     """
-    if (config is None) != (checkpoint is None):
-        raise UserError("a tokenizer is a config and a checkpoint: name both, or none for the built-in one")
-    if config is None:
+    if config is None and checkpoint is None:
         config, checkpoint = BUILT_IN_CONFIG, BUILT_IN
         if not BUILT_IN.is_dir():
             raise UserError(f"{BUILT_IN}: the built-in tokenizer comes with a checkout of the repository; name another")
+    if config is None or checkpoint is None:
+        raise UserError("a tokenizer is a config and a checkpoint: name both, or none for the built-in one")
     return Tokenizer(
         load_dualvitok(
             config, checkpoint, device=device, dtype=dtype, use_ema=use_ema, decoder=decoder, compile=compile

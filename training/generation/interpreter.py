@@ -6,7 +6,7 @@ given, a picture; else a text.
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,7 +144,8 @@ def _processed(item: Item, process_item: ProcessItem) -> Item:
     if item.error is not None or not isinstance(item.value, dict):
         return item
     try:
-        return item._replace(value=process_item(item.value))
+        value = process_item(item.value)
+        return Item.of(item.index, item.where, item.raw, value)
     except MALFORMED as error:
         raise Failed("process_item", f"{type(error).__name__}: {error}") from error
 
@@ -204,7 +205,7 @@ class UniTokenInterpreter:
             picture = self.symbol in target if target is not None else not images
             task = task or ("image" if picture else "text")
             turns = [*turns, {"from": "gpt", "value": STAND_IN}]
-            item = item._replace(value={**item.value, "conversations": turns, "image": images})
+            item = replace(item, value={**item.value, "conversations": turns, "image": images})
         draft = _draft(self.format, item)
         codes: dict[Path, Encoded] = {}
         for path in draft.paths:
@@ -280,7 +281,7 @@ class LMInterpreter:
                 names = ("images", "image_sizes", "image_embed_inds", "matched_ratios")
                 given = {name: [*given.get(name, ()), last] for name, last in zip(names, stand_in, strict=True)}
             turns = [*turns, {"from": "gpt", "value": self.symbol if task == "image" else STAND_IN}]
-            item = item._replace(value={**value, **given, "conversations": turns})
+            item = replace(item, value={**value, **given, "conversations": turns})
         sample = self.format.sample(_draft(self.format, item), {})
         ids = sample.tokens[: _answer_start(sample.loss_mask)]
         images = tuple(str(self.image_dir / name) for name in sample.images if name)

@@ -240,4 +240,4 @@ class CodeTable:
                 return
             for number, row in enumerate(_rows(_batch_of(reader, self.path, index)), start=first):
                 if chunk.first_item <= number < end:
-                    yield Item(number, f"row {number}", row.raw, row.value())
+                    yield Item.of(number, f"row {number}", row.raw, row.value())

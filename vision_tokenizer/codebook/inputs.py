@@ -4,12 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from glob import has_magic
-from typing import Any
 
 from vision_tokenizer.codebook.annotations import Dataset, image_path
-from vision_tokenizer.codebook.shards import Embedded, ShardRules, ShardTable, find_image, shard_table
+from vision_tokenizer.codebook.shards import Embedded, ShardItem, ShardRules, ShardTable, find_image, shard_table
 from vistoken.errors import UserError
-from vistoken.jobs.chunks import ChunkTable, chunk_table
+from vistoken.jobs.chunks import ChunkTable, Item, chunk_table
 from vistoken.jobs.shards import PARQUET, TAR, expand, shard_stem
 from vistoken.store import Location, Stat, Url, folder_stats, location
 
@@ -75,15 +74,15 @@ def shard_stats(files: Sequence[Location]) -> dict[Location, Stat]:
     return {path: found for path in in_store if (found := listed.get(path.parent, {}).get(path.name))}
 
 
-def item_image(dataset: Dataset, item: Any, name: str) -> tuple[Location | str, Location | Embedded]:
+def item_image(dataset: Dataset, item: Item, name: str) -> tuple[Location | str, Location | Embedded]:
     """One of the images of an item that was just read: what tells it from others, and where it is.
 
     An image of a shard is taken out of the item, so that nobody holds it longer than the caller. Raises `Failed`.
     """
-    if dataset.shards is None:
-        path = image_path(dataset.image_dir, name)
-        return path, path
-    return name, item.attached.pop(name)
+    if isinstance(item, ShardItem):
+        return name, item.attached.pop(name)
+    path = image_path(dataset.image_dir, name)
+    return path, path
 
 
 def stored_image(dataset: Dataset, name: str) -> Location | Embedded:

@@ -44,10 +44,10 @@ def _captioned(caption: str, task: str) -> list[dict[str, str]]:
 
 
 def item_line(item: dict[str, Any]) -> bytes:
-    """The item as a line. Raises `Failed` for what JSON has no form for."""
+    """The item as the text of a line. Raises `Failed` for what JSON has no form for."""
     try:
-        return orjson.dumps(item, option=orjson.OPT_APPEND_NEWLINE)
+        return orjson.dumps(item)
     except TypeError as error:
         with suppress(TypeError):  # the slower json takes integers of any size
-            return json.dumps(item, ensure_ascii=False).encode() + b"\n"
+            return json.dumps(item, ensure_ascii=False).encode()
         raise Failed("not for JSON", str(error)) from error

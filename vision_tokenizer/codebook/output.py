@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any
 
 import orjson
 
@@ -97,8 +97,7 @@ class CodebookFile(JoinedSource):
 
 def _table(dataset: Dataset, path: Location, work: Location, chunk_items: int, known: Stat | None = None) -> Table:
     cache = work if dataset.shards else work / f"{path.stem}{CHUNK_TABLE}"
-    table = input_table(dataset, path, chunk_items, cache, known=known)
-    return cast(Table, table)  # a shard's items have what an `Item` has
+    return input_table(dataset, path, chunk_items, cache, known=known)
 
 
 class CodebookOutput(Output):

@@ -7,9 +7,9 @@ a parquet file has them as columns; its image is `{bytes, path}`, bytes, or a li
 import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from stat import S_ISREG
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 
@@ -17,7 +17,7 @@ from vision_tokenizer.codebook.items import IMAGE_SUFFIXES, TEXT_FIELDS, build_i
 from vision_tokenizer.images.files import SUFFIXES, embedded_format
 from vistoken.errors import Failed, UserError
 from vistoken.files import check_regular
-from vistoken.jobs.chunks import Chunk
+from vistoken.jobs.chunks import Chunk, Item
 from vistoken.jobs.members import StoredMember, indexes
 from vistoken.jobs.shards import (
     MAX_MEMBER,
@@ -37,7 +37,8 @@ from vistoken.store import Location, Stat
 
 CHUNK_ROWS = 64  # of a parquet file: smaller row groups are done together
 
-Embedded = NamedBytes | Member | StoredMember
+Attached = NamedBytes | Member
+Embedded = Attached | StoredMember
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,11 @@ class ShardRules:
     image_field: str = "image"  # of parquet
 
 
-class ShardItem(NamedTuple):
-    """What an `Item` is of an annotation file, with its images."""
+@dataclass(frozen=True)
+class ShardItem(Item):
+    """An item with its images."""
 
-    index: int  # type: ignore[assignment]  # hides tuple.index
-    where: str
-    raw: bytes
-    value: Any
-    error: Failed | None
-    id: Any
-    attached: dict[str, Embedded]  # by the names in `images`; who takes one out owns it
+    attached: dict[str, Attached] = field(default_factory=dict)  # by the names in `images`; who takes one out owns it
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ class ShardTable:
         for sample in tar_samples(self.path, self.whole):
             if sample.error is None and sample.key in keys:  # an import would take its image for the first one's
                 twice = Failed("key occurs twice", f"{sample.key!r} stands for another sample earlier in {self.path}")
-                sample = sample._replace(error=twice)
+                sample = replace(sample, error=twice)
             keys.add(sample.key)
             yield self._item(sample, sample.key, self._of_members)
 
@@ -113,12 +109,12 @@ class ShardTable:
         if error is None:
             try:
                 value, attached = make(sample, item_id)
-                raw = item_line(value).removesuffix(b"\n")
+                raw = item_line(value)
             except Failed as failed:
                 value, attached, error = None, {}, Failed(failed.reason, failed.detail)  # holds no frame of the reader
         return ShardItem(sample.index, sample.where, raw, value, error, item_id, attached)
 
-    def _of_members(self, sample: Sample, key: str) -> tuple[dict[str, Any], dict[str, Embedded]]:
+    def _of_members(self, sample: Sample, key: str) -> tuple[dict[str, Any], dict[str, Attached]]:
         if ".." in key.split("/"):
             raise Failed("image outside image_dir", f"{key!r} leaves the folder that its tar file is unpacked to")
         pictures = [member for suffix, member in sample.parts if suffix.endswith(IMAGE_SUFFIXES)]
@@ -129,16 +125,16 @@ class ShardTable:
         attached = self._named(f"{shard_stem(self.path.name)}/{key}", pictures[0])
         return build_item(list(attached), text, self.rules.task, key), attached
 
-    def _of_row(self, sample: Sample, item_id: Any) -> tuple[dict[str, Any], dict[str, Embedded]]:
+    def _of_row(self, sample: Sample, item_id: Any) -> tuple[dict[str, Any], dict[str, Attached]]:
         images, text, *_ = (value for _, value in sample.parts)
         stem = f"{shard_stem(self.path.name)}/{sample.key}"
         named = {f"{stem}_{i}": image for i, image in enumerate(images)} if isinstance(images, list) else {stem: images}
-        attached: dict[str, Embedded] = {}
+        attached: dict[str, Attached] = {}
         for name, image in named.items():
             attached |= self._named(name, NamedBytes(name, _image_bytes(image)))
         return build_item(list(attached), text, self.rules.task, item_id), attached
 
-    def _named(self, stem: str, image: Embedded) -> dict[str, Embedded]:
+    def _named(self, stem: str, image: Attached) -> dict[str, Attached]:
         if image.size > MAX_MEMBER:
             raise Failed("member too large", f"{image}: {image.size:,} bytes, of at most {MAX_MEMBER:,}")
         return {stem + SUFFIXES[embedded_format(image)]: image}

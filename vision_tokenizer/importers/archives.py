@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from vision_tokenizer.codebook.shards import ShardRules, ShardTable, shard_table
 from vision_tokenizer.importers.formats import Format
-from vision_tokenizer.importers.items import Record, store_image
+from vision_tokenizer.importers.items import store_image
 from vistoken.errors import UserError
 from vistoken.files import is_text
-from vistoken.jobs.chunks import Chunk
+from vistoken.jobs.chunks import Chunk, Item
 from vistoken.jobs.shards import PARQUET, TAR, shard_stem
 
 
@@ -35,11 +35,12 @@ class _Shards(Format):
     def chunks(self, file: Path) -> ShardTable:
         return shard_table(file, ShardRules(self.task, self.text_field, self.image_field), chunk_rows=1)
 
-    def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
+    def items(self, file: Path, chunk: Chunk) -> Iterator[Item]:
         for item in self.chunks(file).read(chunk):
             for name, image in item.attached.items():
                 store_image(self.image_dir, name, image.read())
-            yield Record(item.index, item.where, item.id, item.error or item.raw + b"\n")
+            item.attached.clear()
+            yield item
 
 
 class WebDataset(_Shards):

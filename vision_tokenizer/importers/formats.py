@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,10 +19,11 @@ import orjson
 
 from vision_tokenizer.codebook.annotations import check_conversations, image_names
 from vision_tokenizer.codebook.items import IMAGE_SUFFIXES, build_item
-from vision_tokenizer.importers.items import Record, existing_image
+from vision_tokenizer.importers.items import existing_image, made_item
 from vistoken.errors import Failed, Rejected, UserError
 from vistoken.files import is_text, read_file
-from vistoken.jobs.chunks import Chunk, ChunkTable, chunk_table
+from vistoken.jobs.chunks import Chunk, ChunkTable, Item, chunk_table
+from vistoken.jobs.run import Chunks
 
 CHUNK_ITEMS = 1000
 _LONG_INTEGER = re.compile(rb"\d{19}")  # beyond 64 bits orjson reads a float
@@ -62,11 +63,12 @@ class Format:
         """Changes with what may be edited between runs; then `file` is imported anew, which must be cheap."""
         return ""
 
-    def chunks(self, file: Path) -> Sequence[Chunk]:
+    def chunks(self, file: Path) -> Chunks:
         """`file` in chunks that are done, and after an interruption done again, as a whole."""
         raise NotImplementedError
 
-    def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
+    def items(self, file: Path, chunk: Chunk) -> Iterator[Item]:
+        """What the records of a chunk become. Images in the file are written as their items are asked for."""
         raise NotImplementedError
 
 
@@ -85,11 +87,11 @@ class Llava(Format):
     def _table(self) -> ChunkTable:
         return chunk_table(self.source, CHUNK_ITEMS, self.cache / f"{self.source.stem}.chunks.json")
 
-    def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
+    def items(self, file: Path, chunk: Chunk) -> Iterator[Item]:
         for item in self._table.read(chunk):
             rounded = item.error is None and _LONG_INTEGER.search(item.raw)
             value = json.loads(item.raw) if rounded else item.value
-            yield Record.of(item.index, item.where, item.id, self._item, value, item.error)
+            yield made_item(item.index, item.where, item.id, self._item, value, item.error)
 
     def _item(self, value: Any, error: Failed | None) -> dict[str, Any]:
         if error:
@@ -114,10 +116,10 @@ class Coco(Format):
     def chunks(self, file: Path) -> list[Chunk]:
         return _ranges(len(self._captions))
 
-    def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
+    def items(self, file: Path, chunk: Chunk) -> Iterator[Item]:
         for index in range(chunk.first_item, chunk.first_item + chunk.items):
             where, image, annotation = self._captions[index]
-            yield Record.of(index, where, annotation.get("id"), self._item, image, annotation)
+            yield made_item(index, where, annotation.get("id"), self._item, image, annotation)
 
     def _item(self, image: dict[str, Any] | None, annotation: dict[str, Any]) -> dict[str, Any]:
         if image is None:
@@ -181,15 +183,16 @@ class Pairs(Format):
     def chunks(self, file: Path) -> list[Chunk]:
         return _ranges(len(self._pairs))
 
-    def records(self, file: Path, chunk: Chunk) -> Iterator[Record]:
+    def items(self, file: Path, chunk: Chunk) -> Iterator[Item]:
         for index in range(chunk.first_item, chunk.first_item + chunk.items):
             name, text = self._pairs[index]
             if not is_text(name):
                 shown = name.encode(errors="backslashreplace").decode()
-                yield Record(index, shown, shown, Failed("name not UTF-8", f"{self.source / shown}: rename the file"))
+                strange = Failed("name not UTF-8", f"{self.source / shown}: rename the file")
+                yield Item(index, shown, b"", None, strange, shown)
                 continue
             item_id = str(PurePosixPath(name).with_suffix(""))
-            yield Record.of(index, name, item_id, self._item, name, text, item_id)
+            yield made_item(index, name, item_id, self._item, name, text, item_id)
 
     def _item(self, name: str, text: str | None, item_id: str) -> dict[str, Any]:
         if text is None:
@@ -217,11 +220,12 @@ class Pairs(Format):
                     texts.add(str(inside / file))
         if not images:
             raise UserError(f"{self.source}: no image in it ({', '.join(IMAGE_SUFFIXES)})")
-        pairs = {text: text for text in texts}
+        pairs: dict[str, str | None] = {text: text for text in texts}
         for image in images:
             beside = (str(image.with_suffix(suffix)) for suffix in (".txt", ".TXT"))
-            pairs[str(image)] = next((name for name in beside if name in texts), None)
-            pairs.pop(pairs[str(image)], None)
+            pairs[str(image)] = text = next((name for name in beside if name in texts), None)
+            if text:
+                pairs.pop(text, None)
         return sorted(pairs.items())
 
 

@@ -1,31 +1,24 @@
-"""Records of a source, and the images that an import finds or stores."""
+"""Items made of a source's records, and the images that an import finds or stores."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vision_tokenizer.codebook.annotations import image_path
 from vision_tokenizer.codebook.items import item_line
 from vistoken.errors import Failed, ItemError
 from vistoken.files import check_regular
+from vistoken.jobs.chunks import Item
 from vistoken.jobs.files import write_bytes
 
 
-class Record(NamedTuple):
-    """One record of the source: the line of the item it becomes, or why it does not."""
-
-    index: int  # among the records of its file, from 0
-    where: str  # for messages: "line 18", "row 17", "member a/b.jpg"
-    id: Any
-    line: bytes | ItemError
-
-    @classmethod
-    def of(cls, index: int, where: str, id: Any, make: Callable[..., dict[str, Any]], *given: Any) -> "Record":
-        """With the item that `make(*given)` returns, or the error that it raises."""
-        try:
-            return cls(index, where, id, item_line(make(*given)))
-        except ItemError as error:
-            return cls(index, where, id, error)
+def made_item(index: int, where: str, id: Any, make: Callable[..., dict[str, Any]], *given: Any) -> Item:
+    """What a record of the source becomes: the item that `make(*given)` returns, or the error that it raises."""
+    try:
+        value = make(*given)
+        return Item(index, where, item_line(value), value, id=id)
+    except ItemError as error:
+        return Item(index, where, b"", None, error, id)
 
 
 def store_image(image_dir: Path, name: str, content: bytes) -> None:

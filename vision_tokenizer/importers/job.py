@@ -7,9 +7,9 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,17 @@ import orjson
 from vision_tokenizer.codebook.annotations import read_data_config
 from vision_tokenizer.importers.archives import Parquet, WebDataset
 from vision_tokenizer.importers.formats import Coco, Format, Llava, Pairs
-from vision_tokenizer.importers.items import Record
-from vistoken.errors import ItemError, UserError
-from vistoken.jobs.counts import SUMMARY, Counts, Problem, write_summary
+from vistoken.errors import UserError
+from vistoken.jobs.chunks import Chunk, Item
+from vistoken.jobs.counts import SUMMARY, Counts, write_summary
 from vistoken.jobs.files import write_bytes
 from vistoken.jobs.manifest import read_manifest
 from vistoken.jobs.progress import Progress
-from vistoken.jobs.results import Result, Results
-from vistoken.jobs.run import WORK, JoinedSource, Output, todo
+from vistoken.jobs.results import Results
+from vistoken.jobs.run import WORK, JoinedSource, OpenChunk, Output, todo
 from vistoken.jobs.shards import shard_stem
 from vistoken.jobs.workers import Workers
+from vistoken.store import Location
 
 FORMATS: dict[str, type[Format]] = {
     "llava": Llava,
@@ -47,42 +48,52 @@ def run_import(kind: str, source: Format, root: Path, workers: Workers, overwrit
     """
     output = ImportOutput(kind, source, root)
     output.check_targets()
-    items = sum(sum(chunk.items for chunk in file.table) for file in output.sources)
+    items = sum(file.table.items or 0 for file in output.sources)
     with (
         output.begin(workers, "any" if overwrite else None),
         Progress(workers, items or None, "importing", rates=()) as progress,
     ):
         unfinished = [file for file in output.sources if file.finished() is None]
         for task in todo(unfinished, workers, progress):
-            file, chunk = task.source, task.chunk
-            result = chunk_result(file, chunk.index, source.records(file.path, chunk))
+            chunk = OpenChunk(replace(task, previous=None))  # one that failed in part is imported anew
+            lines = []
+            for item in chunk.todo():
+                if item.error:
+                    chunk.fail(item, item.error)
+                else:
+                    lines.append(item.raw + b"\n")
             if source.embeds_images:
                 os.sync()  # the result says that its images are there, even after a power cut
-            file.results.write(chunk.index, result)
-            progress.done(result.counts)
+            annotations = chunk.source.results.path(chunk.chunk.index, ".jsonl")
+            chunk.save({annotations: b"".join(lines)}, progress=progress)
         workers.wait_for_all(meanwhile=progress.refresh)
         progress.refresh()
         return output.finish() if workers.rank == 0 else {}
 
 
-def chunk_result(file: "SourceFile", index: int, records: Iterable[Record]) -> Result:
-    """The lines of a chunk's records, and the records that do not become any."""
-    lines, problems = [], []
-    for record in records:
-        if isinstance(record.line, ItemError):
-            problems.append(Problem.of(record.line, file.path, record))
-        else:
-            lines.append(record.line)
-    counts = Counts(items=len(lines) + len(problems), done=len(lines))
-    counts.reasons.update((problem.kind, problem.reason) for problem in problems)
-    return Result(counts, problems, {file.results.path(index, ".jsonl"): b"".join(lines)})
+class SourceTable:
+    """A file of the source as the table that a job reads."""
+
+    def __init__(self, source: Format, path: Path):
+        self.path, self.fingerprint = path, source.fingerprint(path)
+        self._source, self._chunks = source, source.chunks(path)
+        self.items = sum(self[index].items for index in range(len(self)))  # 0 of a tar file, which does not tell
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, index: int) -> Chunk:
+        return self._chunks[index]
+
+    def read(self, chunk: Chunk) -> Iterator[Item]:
+        return self._source.items(self.path, chunk)
 
 
 @dataclass(frozen=True)
 class SourceFile(JoinedSource):
-    """One file of the source on its way to an annotation file; `table` is the list of its chunks."""
+    """One file of the source on its way to an annotation file."""
 
-    path: Path
+    table: SourceTable
     rejected_dir: Path
 
     @property
@@ -101,15 +112,15 @@ class ImportOutput(Output):
         for path in source.files():
             stem = shard_stem(path.name)
             results, output = Results(folder / WORK / stem), root / "annotations" / f"{stem}.jsonl"
-            files.append(SourceFile(source.chunks(path), results, output, path, folder))
-        if not any(file.table for file in files):
+            files.append(SourceFile(SourceTable(source, path), results, output, folder))
+        if not any(len(file.table) for file in files):
             raise UserError(f"{source.source}: no records in it")
         settings = {
             name: os.path.normpath(value.absolute()) if isinstance(value, Path) else str(value)
             for name, value in asdict(source).items()
             if name != "cache"
         }
-        inputs = {file.path.name: source.fingerprint(file.path) for file in files}
+        inputs = {file.table.path.name: file.table.fingerprint for file in files}
         manifest = {"format": f"{_MANIFEST_FORMAT}{kind}", "settings": settings, "inputs": inputs}
         super().__init__(folder, manifest, files)
 
@@ -134,11 +145,11 @@ class ImportOutput(Output):
     def prepare(self, workers: Workers) -> None:
         if self.source.embeds_images:
             self.source.image_dir.mkdir(parents=True, exist_ok=True)
-        state = orjson.dumps({file.path.name: self.source.state(file.path) for file in self.sources})
+        state = orjson.dumps({file.table.path.name: self.source.state(file.table.path) for file in self.sources})
         stored = self.work / "state.json"
         if not stored.exists() or stored.read_bytes() != state:
             for file in self.sources:
-                if self.source.state(file.path):
+                if self.source.state(file.table.path):
                     file.results.mark.unlink(missing_ok=True)
                     file.results.remove()
             write_bytes(stored, state)
@@ -152,10 +163,10 @@ class ImportOutput(Output):
     def _earlier_stems(self) -> list[str]:
         return [shard_stem(name) for name in self._earlier().get("inputs", ())]
 
-    def made(self) -> list[Path]:
+    def made(self) -> list[Location]:
         """What the import of the manifest wrote, and nothing else that came to lie beside it."""
         stems = self._earlier_stems()
-        annotations = [self.root / "annotations" / f"{stem}.jsonl" for stem in stems]
+        annotations = (self.root / "annotations" / f"{stem}.jsonl" for stem in stems)
         return [*annotations, *(self.folder / f"{stem}.rejected.jsonl" for stem in stems), self.folder / SUMMARY]
 
     def remove(self) -> None:

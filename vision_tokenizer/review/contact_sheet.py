@@ -68,7 +68,7 @@ def font_with(characters: str) -> str | None:
     return None
 
 
-def missing(font: ImageFont.FreeTypeFont, characters: str) -> bool:
+def missing(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, characters: str) -> bool:
     """Whether the font draws its box for an unknown character in the place of one of them."""
     unknown = bytes(font.getmask("\U0010ffff"))
     return any(bytes(font.getmask(character)) == unknown for character in characters if not character.isspace())

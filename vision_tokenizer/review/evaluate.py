@@ -8,7 +8,7 @@
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from vistoken.jobs.counts import Counts
 from vistoken.jobs.files import write_bytes
 from vistoken.jobs.progress import Progress, Stopwatch
 from vistoken.jobs.results import Results
-from vistoken.jobs.run import WORK, JoinedSource, OpenChunk, Output, Task, todo
+from vistoken.jobs.run import WORK, JoinedSource, OpenChunk, Output, todo
 from vistoken.jobs.workers import Workers
+from vistoken.store import Location
 
 CHUNK_IMAGES = 64
 DEFINITIONS = {
@@ -81,7 +82,7 @@ class Evaluation(Output):
         }
         super().__init__(folder, manifest, [self.source])
 
-    def made(self) -> list[Path]:
+    def made(self) -> list[Location]:
         return [self.folder / name for name in ("per_image.jsonl", "metrics.json", "report.html")]
 
 
@@ -95,7 +96,7 @@ def evaluate(
         finished = source.finished() is not None and metrics.exists()
         with Progress(workers, source.table.items, "pictures") as progress:
             for task in [] if finished else todo([source], workers, progress):
-                chunk = EvaluationChunk(Task(task.source, task.chunk, None))  # one that failed in part is made anew
+                chunk = EvaluationChunk(replace(task, previous=None))  # one that failed in part is made anew
                 chunk.write(tokenizer, measures, side, batch_size, progress)
             workers.wait_for_all(meanwhile=progress.refresh)
             progress.refresh()
@@ -133,7 +134,8 @@ class EvaluationChunk(OpenChunk):
                 keep_arrays(arrays, tokenizer, codes, originals, others, measures)
             progress.count(images=len(batch))
         stored = io.BytesIO()
-        np.savez(stored, **{name: np.concatenate(parts) for name, parts in arrays.items()})
+        joined = {name: np.concatenate(parts) for name, parts in arrays.items()}
+        np.savez(stored, **joined)  # type: ignore[arg-type]  # no array is named like its flag allow_pickle
         results, index = self.source.results, self.chunk.index
         files = {
             results.path(index, ".jsonl"): b"".join(orjson.dumps(row) + b"\n" for row in rows),

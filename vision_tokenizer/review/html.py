@@ -8,9 +8,10 @@ charts, and images as data URIs.
 import base64
 import io
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import log10
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -47,7 +48,8 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-class Column(NamedTuple):
+@dataclass(frozen=True)
+class Column:
     """A column of a histogram, in the chart's coordinates, y downwards."""
 
     x: float

@@ -47,7 +47,8 @@ CHUNK_ITEMS = 64  # that a worker surveys at a time
 _SAMPLE = 4096  # bytes from each end of a file that tell copies apart
 WINDOW = 4  # chunks per worker handed out at a time
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Header(NamedTuple):
@@ -163,7 +164,8 @@ def _in_order(function: Callable[[T], R], arguments: Iterator[T], num_workers: i
 
 def _survey_chunk(rules: Rules, chunk: tuple[Table, int]) -> Survey:
     table, index = chunk
-    survey, headers = Survey(), {}  # many items of a chunk may name one image
+    survey = Survey()
+    headers: dict[str, Header | Failed] = {}  # many items of a chunk may name one image
 
     def look(name: str) -> Header | Failed:
         if name not in headers:
@@ -177,9 +179,9 @@ def _survey_chunk(rules: Rules, chunk: tuple[Table, int]) -> Survey:
         except ItemError as error:
             survey.counts.reasons[error.kind, error.reason] += 1
             survey.problems.append(Problem.of(error, table.path, item))
-        if error := _format_error(item.value):
-            survey.format_errors[error.reason] += 1
-            survey.problems.append(Problem.of(error, table.path, item))
+        if breach := _format_error(item.value):
+            survey.format_errors[breach.reason] += 1
+            survey.problems.append(Problem.of(breach, table.path, item))
     return survey
 
 

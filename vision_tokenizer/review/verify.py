@@ -24,6 +24,7 @@ from vistoken.jobs.chunks import Item
 from vistoken.jobs.counts import SUMMARY, Counts
 from vistoken.jobs.files import sha256_of
 from vistoken.jobs.run import Table
+from vistoken.store import Location
 
 CHUNK_ITEMS = 512  # read at a time
 LOOK_AHEAD = 256  # items among which we look for the one that an output line belongs to
@@ -61,7 +62,7 @@ class _Walk:
 
     output: Output
     table: Table
-    file: Path
+    file: Location
     sample: Reservoir[Place]
     issues: Issues
     counts: Counts
@@ -126,7 +127,7 @@ def _made_of(line: bytes, item: Item) -> bool:
 class _Rejected:
     """The entries of a `*.rejected.jsonl`, taken in the order of the items."""
 
-    def __init__(self, file: Path, issues: Issues):
+    def __init__(self, file: Location, issues: Issues):
         self.path = file.with_suffix(".rejected.jsonl")
         self._entries = self._read(issues) if self.path.exists() else iter(())
         self._next: dict[str, Any] | None = next(self._entries, None)
@@ -172,7 +173,7 @@ def _check_statistics(output: Output, counts: Counts, issues: Issues) -> None:
             issues.add("summary differs", f"{path}: {name} is {total.get(name)}, found {getattr(counts, name)}")
 
 
-def _load(path: Path, issues: Issues) -> dict[str, Any]:
+def _load(path: Location, issues: Issues) -> dict[str, Any]:
     try:
         content = orjson.loads(path.read_bytes())
     except FileNotFoundError:
@@ -184,7 +185,7 @@ def _load(path: Path, issues: Issues) -> dict[str, Any]:
     return _object({"all of it": content}, "all of it", path, issues)
 
 
-def _object(holder: dict[str, Any], name: str, path: Path, issues: Issues) -> dict[str, Any]:
+def _object(holder: dict[str, Any], name: str, path: Location, issues: Issues) -> dict[str, Any]:
     value = holder.get(name, {})
     if not isinstance(value, dict):
         issues.add("file damaged", f"{path}: {name} must be an object, is {value!r:.60}")

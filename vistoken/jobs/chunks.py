@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -23,10 +23,11 @@ _MAX_ELEMENT = 1 << 28  # of a .json list, in bytes: a broken one must not make 
 _DECODER = json.JSONDecoder(parse_int=str)  # only finds where an element of a list ends; orjson reads it
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True)
+class Chunk:
     """Items [first_item, first_item + items) of a file: bytes [start, end), beginning at line `first_line`."""
 
-    index: int  # type: ignore[assignment]  # hides tuple.index
+    index: int
     first_item: int
     items: int
     first_line: int
@@ -34,18 +35,21 @@ class Chunk(NamedTuple):
     end: int
 
 
-class Item(NamedTuple):
+@dataclass(frozen=True)
+class Item:
     """One item as read. `value` is the parsed JSON, or None where `error` says why it is not JSON."""
 
-    index: int  # type: ignore[assignment]  # among the items of its file, from 0; hides tuple.index
+    index: int  # among the items of its file, from 0
     where: str  # for messages: "line 18" of a .jsonl, "item 17" of a .json
     raw: bytes  # the text itself, on one line
     value: Any
     error: ItemError | None = None
+    id: Any = None  # the item's own, if it has one
 
-    @property
-    def id(self) -> Any:
-        return self.value.get("id") if isinstance(self.value, dict) else None
+    @classmethod
+    def of(cls, index: int, where: str, raw: bytes, value: Any) -> "Item":
+        """With the id that `value` has."""
+        return cls(index, where, raw, value, id=value.get("id") if isinstance(value, dict) else None)
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def _line_items(chunk: Chunk, content: bytes) -> Iterator[Item]:
 def _item(index: int, where: str, raw: bytes) -> Item:
     raw = raw.replace(b"\r", b" ").replace(b"\n", b" ")  # unescaped, they are never inside a JSON string
     try:
-        return Item(index, where, raw, orjson.loads(raw))
+        return Item.of(index, where, raw, orjson.loads(raw))
     except orjson.JSONDecodeError as error:
         try:
             raw.decode()

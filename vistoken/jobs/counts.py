@@ -30,7 +30,7 @@ class Problem:
 
     @classmethod
     def of(cls, error: ItemError, file: Location, item: Item) -> "Problem":
-        """`item` is one of `file`, or anything else with its `where`, `index` and `id`."""
+        """`item` is one of `file`."""
         item_id = item.id if isinstance(item.id, str | int | float | None) else reprlib.repr(item.id)
         return cls(str(file), item.where, item.index, item_id, error.kind, error.reason, error.detail)
 

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import orjson
 
@@ -35,7 +35,14 @@ WORK = ".work"  # in an output folder: what a run knows of its chunks
 WRITES_AHEAD = 3  # finished chunks that may wait to be written, in memory
 
 
-class Table(Protocol):
+class Chunks(Protocol):
+    """The chunks of an input file, by number."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Chunk: ...
+
+
+class Table(Chunks, Protocol):
     """What a `ChunkTable` is: an input file in chunks of items."""
 
     @property
@@ -50,8 +57,6 @@ class Table(Protocol):
         """None: not known before all of it is read."""
         ...
 
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Chunk: ...
     def read(self, chunk: Chunk) -> Iterator[Item]: ...
 
 
@@ -140,7 +145,8 @@ class JoinedSource(Source):
         return {**stored["counts"], "sha256": stored["sha256"]}
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True)
+class Task:
     """One chunk to do. `previous` is its result of an earlier run in which items failed: only those are tried again.
 
     `given_up` says why nothing of it is tried, and `done` is to be called when its result is complete.
@@ -174,7 +180,8 @@ class OpenChunk:
     under_way: ItemsUnderWay | None = None  # of jobs that tell each item as it is done
 
     def __init__(self, task: Task):
-        self.source, self.chunk, self.previous, self._given_up, self._done = task
+        self.source, self.chunk, self.previous = task.source, task.chunk, task.previous
+        self._given_up, self._done = task.given_up, task.done
         self.items: dict[int, Item] = {}  # those that were read
         self._problems: dict[int, Problem] = {}
         if self.previous:  # what a rule rejected stays rejected
@@ -208,9 +215,9 @@ class OpenChunk:
         self,
         files: Mapping[Location, bytes],
         *,
-        tallies: Mapping[str, int],
-        seconds: Mapping[str, float],
         progress: Progress,
+        tallies: Mapping[str, int] = {},
+        seconds: Mapping[str, float] = {},
     ) -> None:
         """Write the chunk's result: its files, its problems, and its counts, in which the other items are done."""
         problems = [self._problems[index] for index in sorted(self._problems)]

@@ -10,6 +10,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -129,10 +130,11 @@ class Member(NamedTuple):
         return Failed("shard damaged", f"the file ends {missing:,} bytes before {self.name} does")
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True)
+class Sample:
     """One sample of a shard: its members by suffix, or its row by column; or what is wrong with the shard here."""
 
-    index: int  # type: ignore[assignment]  # in the shard, from 0; hides tuple.index
+    index: int  # in the shard, from 0
     where: str  # the name of the first member, "row 17"
     key: str | None
     parts: list[tuple[str, Any]]  # (".jpg", a `NamedBytes` or `Member`), or (column, value)
