@@ -14,7 +14,7 @@ import torch
 
 from pre_tokenize.conversation import Conversation, parse_conversation
 from pre_tokenize.output import common_manifest
-from pre_tokenize.sequences import Block, Draft, Images, ProcessItem, as_it_is, join, tokenize_items
+from pre_tokenize.sequences import Block, Draft, Images, ProcessItem, SequenceFormat, as_it_is, join, tokenize_items
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenSample
 from vision_tokenizer.codebook.encoder import Encoder
@@ -26,6 +26,7 @@ from vistoken.errors import ItemError, UserError
 from vistoken.jobs.chunks import Item
 from vistoken.jobs.progress import Progress
 from vistoken.jobs.run import Table
+from vistoken.store import Location
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def load_tokenizers(
     return tokenizer, vqgan
 
 
-class ChameleonFormat:
-    """A `SequenceFormat`: `<s>`, then turns that each end in an id of their own, of which every second is learned.
+class ChameleonFormat(SequenceFormat):
+    """`<s>`, then turns that each end in an id of their own, of which every second is learned.
 
     Args:
         text: the text tokenizer of a Chameleon release.
@@ -65,7 +66,7 @@ class ChameleonFormat:
 
     branches = ("image",)
 
-    def __init__(self, text: TextTokenizer, process_item: ProcessItem = as_it_is, image_dir: Path = Path()):
+    def __init__(self, text: TextTokenizer, process_item: ProcessItem = as_it_is, image_dir: Location = Path()):
         self._text, self._process_item, self._image_dir = text, process_item, image_dir
         self.vocabulary = vocabulary = ChameleonVocabulary(text.ids, str(text.path))
         text.forbid(vocabulary.image_ids)
@@ -74,7 +75,6 @@ class ChameleonFormat:
         self.known_ids = sorted(text.ids.values())
         self.turn_end = vocabulary.end_of_turn
         self.names = {vocabulary.begin: "start", self.turn_end: "end of turn"}
-        self.text = text.decode
 
     def drafts(self, items: Sequence[Item]) -> Iterator[Draft | ItemError]:
         return tokenize_items(items, self._parse, self._text, self._image_dir)
@@ -126,6 +126,9 @@ class ChameleonFormat:
             raise ValueError("the last id does not end a turn")
         turns = np.searchsorted(ends, np.arange(len(tokens)))
         return turns % 2 == 1
+
+    def text(self, ids: np.ndarray) -> str:
+        return self._text.decode(ids)
 
 
 def make_encoder(vqgan: ChameleonVQGAN, settings: Settings, num_workers: int, progress: Progress) -> Encoder:

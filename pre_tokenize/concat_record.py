@@ -20,7 +20,7 @@ from itertools import islice, pairwise
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from tqdm import tqdm
@@ -32,7 +32,7 @@ from vistoken.errors import DataError, UserError
 from vistoken.files import is_there, open_file
 from vistoken.jobs.files import atomic_write, write_bytes
 from vistoken.jobs.manifest import read_manifest
-from vistoken.store import Location, Url, location
+from vistoken.store import Location, location
 
 _NAME = re.compile(r"(\d+)-of-(\d+)-record\.jsonl")
 _PIECE = 1 << 18  # entries sorted in memory at a time
@@ -179,6 +179,15 @@ class Order:
             self._missing.append(f"{self._next}" if item == self._next + 1 else f"{self._next}-{item - 1}")
 
 
+class _TokenFile(NamedTuple):
+    """A token file that a sub-record names as `given`, and the record as `name`."""
+
+    given: str
+    name: str
+    path: Location
+    contents: Contents
+
+
 class TokenFileCheck:
     """Entries as they must stand in the record, their token files checked on the way."""
 
@@ -186,44 +195,45 @@ class TokenFileCheck:
         self._folder, self._manifest = folder, manifest
         self._way = "."  # from the record to the token files
         if folder != record_folder:
-            stores = isinstance(folder, Url) or isinstance(record_folder, Url)
-            self._way = str(folder) if stores else os.path.relpath(folder, record_folder)
-        self._file, self._path = "", Path()  # the file looked at last: entries of one come together
-        self._found: Contents | None = None
+            on_disk = isinstance(folder, Path) and isinstance(record_folder, Path)
+            self._way = os.path.relpath(str(folder), str(record_folder)) if on_disk else str(folder)
+        self._last: _TokenFile | None = None  # the file looked at last: entries of one come together
 
     def placed(self, entry: dict[str, Any]) -> bytes:
         """`entry` with its file relative to the record, and in a file's first entry its hash.
 
         Raises `DataError` where the file is missing, damaged, foreign, or does not hold what the entry says.
         """
-        is_first = entry["file"] != self._file
-        if is_first:
-            self._open(entry["file"], entry.get("sha256"))
-        if "row" not in entry and self._path.suffix == ".arrow":
-            raise DataError(f"{self._path}: the sub-record names no row for item {entry['id']}. Run its rank again.")
-        found, row = self._found, entry.get("row", 0)
+        sha256, file = None, self._last
+        if file is None or file.given != entry["file"]:
+            file = self._last = self._open(entry["file"], entry.get("sha256"))
+            sha256 = file.contents.sha256
+        if "row" not in entry and file.path.suffix == ".arrow":
+            raise DataError(f"{file.path}: the sub-record names no row for item {entry['id']}. Run its rank again.")
+        found, row = file.contents, entry.get("row", 0)
         if row >= len(found.ids):
-            raise DataError(f"{self._path}: the sub-record names row {row}, the file has {len(found.ids)}")
+            raise DataError(f"{file.path}: the sub-record names row {row}, the file has {len(found.ids)}")
         if found.ids[row] != entry["id"] or found.lengths[row] != entry["len"]:
             raise DataError(
-                f"{self._path}, row {row}: holds item {found.ids[row]} of {found.lengths[row]} tokens, but the "
+                f"{file.path}, row {row}: holds item {found.ids[row]} of {found.lengths[row]} tokens, but the "
                 f"sub-record says item {entry['id']} of {entry['len']}. Delete the sub-record and run its rank again."
             )
-        return entry_line(self._name, entry.get("row"), entry["len"], entry["id"], found.sha256 if is_first else None)
+        return entry_line(file.name, entry.get("row"), entry["len"], entry["id"], sha256)
 
-    def _open(self, file: str, sha256: str | None) -> None:
+    def _open(self, file: str, sha256: str | None) -> _TokenFile:
         path = self._folder / file
-        self._name = file if self._way == "." else str(location(self._way) / file)
+        name = file if self._way == "." else str(location(self._way) / file)
         if not is_there(path):  # False for what cannot be a name, too; the published tool names files from where it ran
             path = Path(file).absolute()
-            self._name = str(path)
+            name = str(path)
         if not is_there(path):
             raise DataError(
                 f"{self._folder / file}: a sub-record names this token file, but it does not exist. {MAKE_ANEW}"
             )
-        self._file, self._path, self._found = file, path, contents_of(path, sha256)
-        if self._found.manifest is not None and self._found.manifest != (self._manifest or {}):
+        contents = contents_of(path, sha256)
+        if contents.manifest is not None and contents.manifest != (self._manifest or {}):
             raise DataError(f"{path}: a token file of another run: its manifest is not that of {self._folder}")
+        return _TokenFile(file, name, path, contents)
 
 
 def _merged(sub_records: Sequence[Location], spill: Location) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
@@ -256,7 +266,8 @@ def _ascending(path: Location, spill: Location) -> list[Iterator[tuple[int, dict
     """The rows of a sub-record as streams that ascend: itself, as a rule, else sorted pieces in `spill`."""
     if all(before <= after for before, after in pairwise(item for item, _ in _rows(path))):
         return [_rows(path)]
-    rows, pieces = _rows(path), []
+    rows = _rows(path)
+    pieces: list[Location] = []
     while piece := sorted(islice(rows, _PIECE), key=itemgetter(0)):
         pieces.append(spill / f"{path.stem}-{len(pieces)}.jsonl")
         pieces[-1].write_bytes(b"".join(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE) for _, entry in piece))

@@ -19,7 +19,17 @@ import orjson
 from pre_tokenize.conversation import END_MARK, IMAGE_MARK, Conversation, learned_turns
 from pre_tokenize.dualvitok_text import read_item, spell
 from pre_tokenize.output import common_manifest
-from pre_tokenize.sequences import Block, Draft, Images, ProcessItem, as_it_is, join, pairs, tokenize_items
+from pre_tokenize.sequences import (
+    Block,
+    Draft,
+    Images,
+    ProcessItem,
+    SequenceFormat,
+    as_it_is,
+    join,
+    pairs,
+    tokenize_items,
+)
 from pre_tokenize.text import IMAGE, TextTokenizer
 from pre_tokenize.token_file import TokenSample
 from vision_tokenizer.models.dualvitok.model import grid_sizes
@@ -36,8 +46,8 @@ RANDOM = f"user\nGenerate a random image of {IMAGE_MARK}\n"  # IMAGE_MARK: the s
 RECONSTRUCT = f"user\n{IMAGE_MARK}\nReconstruct the image according to the given image\n"
 
 
-class DualViTokFormat:
-    """A `SequenceFormat`: turns in ChatML, of which those of the assistant are learned; images as words.
+class DualViTokFormat(SequenceFormat):
+    """Turns in ChatML, of which those of the assistant are learned; images as words.
 
     Args:
         text: the tokenizer of a language model, extended with the words of DualViTok. Raises `UserError` if not.
@@ -60,8 +70,7 @@ class DualViTokFormat:
             )
         self.turn_start, self.turn_end = start, end = text.ids[TURN_START], text.ids[TURN_END]
         self.names = {start: TURN_START, end: TURN_END}
-        self.text = text.decode
-        new_line, self._assistant = (ids.tolist() for ids in text.encode_batch(["\n", "assistant\n"]))
+        new_line, self._assistant = (text.encode(words).tolist() for words in ("\n", "assistant\n"))
         self._begin = [start]
         self._to_answer = [end, *new_line, start, *self._assistant]
         self._to_question = [end, *new_line, start]  # "user\n" stands in the text: it is tokenised with what follows
@@ -90,7 +99,7 @@ class DualViTokFormat:
         """The published messages: a random image of the size, or the image to edit as it is."""
         first_turn = prompt[: int(np.argmax(prompt == self.turn_end))]
         given = [prompt[block.start : block.end] for block in self.blocks(first_turn)]
-        [marked] = self._text.encode_batch([(RECONSTRUCT if given else RANDOM) + END_MARK])
+        marked = self._text.encode((RECONSTRUCT if given else RANDOM) + END_MARK)
         image = np.concatenate(given) if given else np.asarray(head[:2])  # ids of a size
         place = int(np.argmax(marked == IMAGE))
         return [*self._begin, *marked[:place], *image, *marked[place + 1 : -1], *self._to_answer, *head]
@@ -128,7 +137,7 @@ class DualViTokFormat:
     def _block(self, tokens: np.ndarray, start: int, end: int) -> Block:
         block = tokens[max(start, 0) : end]
         try:
-            size = self.vocabulary.image_size(block[:2])
+            size = self.vocabulary.image_size(block[:2].tolist())
         except ValueError as error:
             raise ValueError("an image block does not begin with its height and width") from error
         shapes = grid_sizes(*size)
@@ -155,6 +164,9 @@ class DualViTokFormat:
                 raise ValueError("every second turn must be the assistant's")
             mask[said : end + 1] = True
         return mask
+
+    def text(self, ids: np.ndarray) -> str:
+        return self._text.decode(ids)
 
 
 def _check_unchanged(table: Table) -> None:

@@ -92,12 +92,14 @@ def read_item(item: dict[str, Any], codebook_sizes: Sequence[int]) -> tuple[list
     names = [item["images"]] if isinstance(item.get("images"), str) else item.get("images") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise Failed("bad `images`", f"expected a list of file names, found {names!r:.60}")
-    columns = [item.get(field, [] if not names else None) for field in OUTPUT_FIELDS]
-    for field, column in zip(OUTPUT_FIELDS, columns, strict=True):
+    columns = []
+    for field in OUTPUT_FIELDS:
+        column = item.get(field, None if names else [])
         if not isinstance(column, list):
             raise Failed("codes missing", f"no list {field} in an item with images: run codebook inference on it first")
         if len(column) != len(names):
             raise Failed("image count", f"{len(names)} in `images`, {len(column)} in {field}")
+        columns.append(column)
     _, grids, anchors = columns
     pictures = [
         _picture(f"image {number}", *fields, codebook_sizes)

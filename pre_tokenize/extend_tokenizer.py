@@ -11,13 +11,19 @@ one that has some of them, or has them in another order, is refused.
 The embeddings grow when training starts: `training/train.py --variant lm --tokenizer_from OUTPUT_DIR`.
 """
 
-import shutil
 from pathlib import Path
 
-from vision_tokenizer.models.dualvitok.vocabulary import CODEBOOK_SIZES, LEVEL_MARKS, added_names, find_words
+from vision_tokenizer.models.dualvitok.vocabulary import (
+    CODEBOOK_SIZES,
+    LEVEL_MARKS,
+    DualViTokVocabulary,
+    added_names,
+    find_words,
+)
 from vistoken.cli import at_least, command_parser, run_command
 from vistoken.errors import UserError
 from vistoken.jobs.files import write_bytes
+from vistoken.store import Location
 
 # what may lie beside tokenizer.json and belongs to it
 COMPANIONS = (
@@ -60,14 +66,14 @@ def extend(source: str, target: Path, codebook_sizes: tuple[int, int]) -> range:
         names = added_names(codebook_sizes)
         tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
         content = tokenizer.to_str(pretty=True).encode()
-    ids = find_words(parse_tokenizer(content, file).get_vocab(with_added_tokens=True), codebook_sizes, str(file))
+    ids = DualViTokVocabulary(parse_tokenizer(content, file).get_vocab(with_added_tokens=True), str(file)).image_ids
     _write(file, content, target)
     print(f"{target / 'tokenizer.json'}: {'written' if found is None else 'all words were there already'}")
     print(id_table(ids, codebook_sizes))
     return ids
 
 
-def _write(file: Path, content: bytes, target: Path) -> None:
+def _write(file: Location, content: bytes, target: Path) -> None:
     there = target / "tokenizer.json"
     if there.is_file() and there.resolve() != file.resolve() and there.read_bytes() != content:
         raise UserError(f"{there}: another tokenizer is there. Choose another --output_dir, or delete the file.")
@@ -76,7 +82,7 @@ def _write(file: Path, content: bytes, target: Path) -> None:
         for name in COMPANIONS:
             companion = file.parent / name
             if companion.is_file() and companion.resolve() != (target / name).resolve():
-                shutil.copy(companion, target / name)
+                write_bytes(target / name, companion.read_bytes())
         if not there.is_file() or there.read_bytes() != content:
             write_bytes(there, content)  # last: it is what others look for
     except OSError as error:

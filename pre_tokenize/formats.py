@@ -9,13 +9,14 @@ from pre_tokenize.dualvitok import DualViTokFormat
 from pre_tokenize.sequences import ProcessItem, SequenceFormat, as_it_is
 from pre_tokenize.text import TextTokenizer
 from vistoken.errors import UserError
+from vistoken.store import Location
 
 
 def load_format(
     manifest: Mapping[str, Any] | None,
     text: TextTokenizer,
     process_item: ProcessItem = as_it_is,
-    image_dir: Path = Path(),
+    image_dir: Location = Path(),
 ) -> SequenceFormat:
     """The format of token files with this manifest; published pickles, which have none, are Chameleon's."""
     name = manifest["image_tokenizer"]["name"] if manifest else "chameleon"

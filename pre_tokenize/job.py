@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Protocol
 
 from pre_tokenize.output import TokenOutput
@@ -15,6 +14,7 @@ from vistoken.jobs.counts import Counts, counts_table, time_line
 from vistoken.jobs.progress import ItemsUnderWay, Progress, Stopwatch
 from vistoken.jobs.run import OpenChunk, Task, Writer, todo
 from vistoken.jobs.workers import Workers
+from vistoken.store import Location
 
 STAGES = ("text", "wait for decode", "encode", "wait for write")  # of the thread that feeds the device
 BESIDE = ("decode", "write")  # of the threads beside it
@@ -25,7 +25,7 @@ class ImageEncoder(Protocol):
 
     watch: Stopwatch
 
-    def add(self, chunk: "TokenChunk", images: Iterator[tuple[Path, Path]]) -> None: ...
+    def add(self, chunk: "TokenChunk", images: Iterator[tuple[Location, Location]]) -> None: ...
     def finished(self) -> Iterator[tuple["TokenChunk", Images]]: ...
     def flush(self) -> Iterator[tuple["TokenChunk", Images]]: ...
 
@@ -43,7 +43,7 @@ class NoImages:
         self.watch = Stopwatch()
         self._chunks: list[TokenChunk] = []
 
-    def add(self, chunk: "TokenChunk", images: Iterator[tuple[Path, Path]]) -> None:
+    def add(self, chunk: "TokenChunk", images: Iterator[tuple[Location, Location]]) -> None:
         self._chunks.append(chunk)
 
     def finished(self) -> Iterator[tuple["TokenChunk", Images]]:
@@ -66,7 +66,7 @@ def run_pre_tokenization(
     *,
     overwrite: bool = False,
     other_devices: bool = False,
-) -> tuple[Path, Counts, Lengths] | None:
+) -> tuple[Location, Counts, Lengths] | None:
     """Do all chunks that this worker gets, and write its record when all of them are complete.
 
     Returns the record, its counts and its lengths; None on a rank of torchrun that is not the first, as these write
@@ -113,7 +113,7 @@ class TokenChunk(OpenChunk):
                 self._drafts[item.index] = draft
                 self.under_way.expect(item.index, draft.paths)
 
-    def images(self) -> Iterator[tuple[Path, Path]]:
+    def images(self) -> Iterator[tuple[Location, Location]]:
         for draft in self._drafts.values():
             yield from zip(draft.paths, draft.paths, strict=True)
 
@@ -137,7 +137,7 @@ class TokenChunk(OpenChunk):
         progress.count(tokens=tallies["tokens"])
 
 
-def report(input_file: Path, record: Path, counts: Counts, lengths: Lengths, max_seq_len: int) -> str:
+def report(input_file: Location, record: Location, counts: Counts, lengths: Lengths, max_seq_len: int) -> str:
     """The run in words and numbers, for the terminal."""
     lines = [
         counts_table({input_file.name: counts}, "input"),

@@ -7,6 +7,7 @@ run may go on with any number of them; a rank's record is derived from its chunk
 complete, and removed where a run begins.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -79,8 +80,9 @@ class TokenOutput(Output):
 
     def check_folder(self) -> None:
         if read_manifest(self.folder) is None and (found := self.made()):
+            name = os.path.relpath(str(found[0]), str(self.folder))
             raise UserError(
-                f"{self.folder}: holds {found[0].relative_to(self.folder)} but no {MANIFEST}, so nobody knows how its "
+                f"{self.folder}: holds {name} but no {MANIFEST}, so nobody knows how its "
                 "token files were made. Choose another --out_dir, or delete them with --overwrite."
             )
 
@@ -92,6 +94,7 @@ class TokenOutput(Output):
 
     def chunk_files(self, chunk: Chunk, samples: Sequence[TokenSample]) -> dict[Location, bytes]:
         """What is written for a chunk's samples: its token files, and its lines of the record."""
+        places: list[tuple[str, int | None, str | None]]  # of each sample: file, row, and where it is the first, hash
         if self._as_pickles:
             contents = {f"files/{sample.id}.pkl": self._pickle(sample) for sample in samples}
             places = [(name, None, hash_of(content)) for name, content in contents.items()]

@@ -26,13 +26,13 @@ No device is needed then. Images become their codes, those of human turns, too: 
 
 import argparse
 import hashlib
-import importlib.util
 import inspect
 import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vision_tokenizer.tokenizer.flags import add_exif_orientation
@@ -53,8 +53,12 @@ from vistoken.errors import UserError
 from vistoken.store import location
 
 if TYPE_CHECKING:
-    from pre_tokenize.sequences import SequenceFormat
+    from pre_tokenize.job import MakeEncoder
+    from pre_tokenize.sequences import ProcessItem, SequenceFormat
+    from vistoken.jobs.run import Table
     from vistoken.jobs.workers import Workers
+
+    Parts = tuple[SequenceFormat, MakeEncoder, Callable[[Table], dict[str, Any]]]
 
 if __name__ == "pre_tokenize":  # started as a file, a command has this folder first on its path, and this file for the
     __path__ = [str(Path(__file__).parent)]  # package of its name: so it is the package
@@ -92,15 +96,15 @@ def load_item_processor(spec: str | None) -> tuple[Any, str]:
     path = Path(file)
     if path.suffix != ".py" or not path.is_file():
         raise UserError(f"--item_processor {spec}: expected FILE.py:Class, and {file or 'a file'} does not exist")
-    module_spec = importlib.util.spec_from_file_location("vistoken_item_processor", path)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # a dataclass looks its module up there
+    module = ModuleType("vistoken_item_processor")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # a dataclass looks its module up there
     try:
-        module_spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))
     except (Exception, SystemExit) as error:  # it is somebody else's program
         raise UserError(f"--item_processor {spec}: {path} does not run: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
-    if not hasattr(found, "process_item"):
+    if found is None or not hasattr(found, "process_item"):
         classes = [key for key, value in vars(module).items() if hasattr(value, "process_item")]
         raise UserError(
             f"--item_processor {spec}: no class {name} with a `process_item` in {path}; "
@@ -177,7 +181,7 @@ def _check_dualvitok(args: argparse.Namespace, parser: argparse.ArgumentParser) 
         parser.error(f"{args.in_filename} lists items without codes; name the .jsonl beside it")
 
 
-def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[SequenceFormat, Callable, Callable]":
+def chameleon_parts(args: argparse.Namespace, process_item: "ProcessItem") -> "Parts":
     """How items become sequences, what makes the encoder of their images, and what makes the input's manifest."""
     from pre_tokenize.chameleon import ChameleonFormat, Settings, load_tokenizers, make_encoder, make_manifest
     from vistoken.device import default_batch_size, default_workers, local_device
@@ -198,7 +202,7 @@ def chameleon_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[
     return sequences, partial(make_encoder, vqgan, settings, num_workers), partial(make_manifest, settings, text, vqgan)
 
 
-def dualvitok_parts(args: argparse.Namespace, process_item: Callable) -> "tuple[SequenceFormat, Callable, Callable]":
+def dualvitok_parts(args: argparse.Namespace, process_item: "ProcessItem") -> "Parts":
     """The same for codes that codebook inference has written: there is nothing left to encode."""
     from pre_tokenize.dualvitok import DualViTokFormat, encoded_images, make_manifest
     from pre_tokenize.job import no_images

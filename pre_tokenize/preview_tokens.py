@@ -12,11 +12,16 @@ them, images are only named. One process, on a GPU if there is one (`--device cp
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vision_tokenizer.tokenizer.flags import add_tokenizer_files, check_tokenizer_files
 from vistoken.cli import Flags, add_device, add_sample, command_parser, run_command
 from vistoken.errors import UserError
 from vistoken.store import location
+
+if TYPE_CHECKING:
+    from pre_tokenize.token_preview import Original
+    from vision_tokenizer.models.protocol import ImageTokenizer
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -71,17 +76,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def image_parts(args: argparse.Namespace, manifest):
+def image_parts(args: argparse.Namespace, manifest: dict[str, Any] | None) -> "tuple[ImageTokenizer | None, Original]":
     """What decodes the codes (None: nothing), and what reads an original as it was encoded."""
     name = manifest["image_tokenizer"]["name"] if manifest else "chameleon"
     if name == "chameleon":
         from vision_tokenizer.images.chameleon import prepare
         from vision_tokenizer.models.chameleon.vqgan import load_chameleon
 
-        tokenizer = load_chameleon(args.tokenizer_dir, device=args.device, decoder=True)
-        check_fingerprint(manifest, tokenizer, args.tokenizer_dir)
+        vqgan = load_chameleon(args.tokenizer_dir, device=args.device, decoder=True)
+        check_fingerprint(manifest, vqgan, args.tokenizer_dir)
         orientation = manifest["settings"].get("exif_orientation", "ignore") if manifest else "ignore"
-        return tokenizer, lambda path, block: prepare(path, [block.size[::-1]], orientation)[0]
+        return vqgan, lambda path, block: prepare(path, [block.size[::-1]], orientation)[0]
 
     from vision_tokenizer.images.dualvitok import prepare as prepare_at
     from vision_tokenizer.models.dualvitok.model import load_dualvitok
@@ -93,7 +98,7 @@ def image_parts(args: argparse.Namespace, manifest):
     return tokenizer, lambda path, block: prepare_at(path, (block.size,), 0.0)[0]
 
 
-def check_fingerprint(manifest, tokenizer, source: str) -> None:
+def check_fingerprint(manifest: dict[str, Any] | None, tokenizer: "ImageTokenizer", source: str) -> None:
     """Another tokenizer's decoder would show something else."""
     made_with = manifest["image_tokenizer"]["fingerprint"] if manifest else None
     if made_with not in (None, tokenizer.fingerprint):

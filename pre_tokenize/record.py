@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import accumulate, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class Record:
     (for data-loader processes) holds paths only.
     """
 
-    def __init__(self, path: Location, columns: Mapping[str, np.ndarray], folder: Location | None = None):
+    def __init__(self, path: Location, columns: Mapping[str, np.ndarray], folder: Path | None = None):
         self.path, self.folder, self._columns = path, folder, columns
         self.file_numbers, self.rows = columns["file_numbers"], columns["rows"]
         self.lengths, self.ids = columns["lengths"], columns["ids"]
@@ -61,7 +62,7 @@ class Record:
         return Record(self.path, {**self._columns, **{name: self._columns[name][chosen] for name in names}})
 
     @classmethod
-    def mapped(cls, path: Location, folder: Location) -> "Record":
+    def mapped(cls, path: Location, folder: Path) -> "Record":
         """A record whose columns lie in `folder`."""
         return cls(path, {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in COLUMNS}, folder)
 

@@ -110,12 +110,15 @@ def tokenize_items(
     parsed = [_parsed(item, parse) for item in items]
     ids = iter(text.encode_batch([found.text for found in parsed if not isinstance(found, ItemError)]))
     for item, found in zip(items, parsed, strict=True):
-        marked = found if isinstance(found, ItemError) else next(ids)
+        if isinstance(found, ItemError):
+            yield found
+            continue
+        marked = next(ids)
         if isinstance(marked, ItemError):
             yield marked
-        else:
-            paths = () if image_dir is None else tuple(within(image_dir, image) for image in found.images)
-            yield Draft(item.index, marked, found, paths)
+            continue
+        paths = () if image_dir is None else tuple(within(image_dir, image) for image in found.images)
+        yield Draft(item.index, marked, found, paths)
 
 
 def _parsed(item: Item, parse: Parse) -> Conversation | ItemError:
@@ -162,7 +165,8 @@ def join(
     tokens = np.empty(int(lengths.sum()) + len(begin), np.int32)
     tokens[: len(begin)] = begin
     tokens[starts] = marked
-    for place, block in zip((*places, *stops), (*blocks, *ends), strict=True):
+    inserted: list[np.ndarray | Sequence[int]] = [*blocks, *ends]
+    for place, block in zip((*places, *stops), inserted, strict=True):
         tokens[starts[place] : starts[place] + len(block)] = block
     loss_mask = np.concatenate([np.zeros(len(begin), bool), np.repeat(np.asarray(learned)[turns], lengths)])
     for stop, end in zip(stops, ends, strict=True):

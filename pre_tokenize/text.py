@@ -43,20 +43,27 @@ class TextTokenizer:
         self.ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         by_id = sorted(self.ids.items(), key=lambda pair: pair[::-1])
         self.vocabulary = hashlib.sha256(json.dumps(by_id).encode()).hexdigest()
-        special = [token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special]
         self.size = max(self.ids.values()) + 1  # of the vocabulary
-        self._control = np.zeros(self.size + 2, bool)
-        self.forbid(special)
         marks = [AddedToken(mark, normalized=False, special=False) for mark in (IMAGE_MARK, END_MARK)]
         if self._tokenizer.add_tokens(marks) != 2:
             raise UserError(f"{self.path}: has a token for U+FDD0 or U+FDD1, which this toolkit needs for itself")
+        self._control = np.zeros(self.size + 2, bool)  # what no text may become
         self._final = np.arange(self.size + 2, dtype=np.int32)  # id of the tokenizer -> our id
-        self._final[[self._tokenizer.token_to_id(mark) for mark in (IMAGE_MARK, END_MARK)]] = IMAGE, END
+        for number, added in self._tokenizer.get_added_tokens_decoder().items():
+            self._control[number] = added.special
+            self._final[number] = {IMAGE_MARK: IMAGE, END_MARK: END}.get(added.content, number)
         self._tokenizer.encode_special_tokens = True  # special tokens in a text are words
 
     def forbid(self, ids: Iterable[int]) -> None:
         """Ids that no text may become, beside the special tokens: those of images."""
         self._control[list(ids)] = True
+
+    def encode(self, text: str) -> np.ndarray:
+        """A marked text -> int32 ids. Raises `Failed` as `encode_batch` tells it."""
+        [ids] = self.encode_batch([text])
+        if isinstance(ids, Failed):
+            raise ids
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray | Failed]:
         """Marked texts -> int32 ids each, IMAGE and END in the places of the marks.

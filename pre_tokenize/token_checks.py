@@ -14,15 +14,17 @@ import torch
 
 from pre_tokenize.output import open_table
 from pre_tokenize.record import Record, companions
-from pre_tokenize.sequences import SequenceFormat
+from pre_tokenize.sequences import Block, SequenceFormat
 from pre_tokenize.token_file import TokenFiles, TokenSample
 from vision_tokenizer.codebook.encoder import Encoded
 from vision_tokenizer.images.dualvitok import normalize
+from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN
 from vision_tokenizer.review.issues import Issues, draw
-from vision_tokenizer.review.reencode import MAX_GAP, Agreement, differences
+from vision_tokenizer.review.reencode import Agreement, differences
 from vistoken.errors import ItemError, UserError
 from vistoken.jobs.chunks import Item
 from vistoken.jobs.run import Table
+from vistoken.store import Location
 
 _CHUNK_ITEMS = 512
 
@@ -43,7 +45,7 @@ def check_record(record: Record, manifest: dict[str, Any] | None, issues: Issues
             issues.add("item lost", f"{record.path}: item {item} of {manifest['input']['name']}")
 
 
-def _rejected(path: Path, issues: Issues) -> np.ndarray:
+def _rejected(path: Location, issues: Issues) -> np.ndarray:
     items = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
         try:
@@ -54,7 +56,7 @@ def _rejected(path: Path, issues: Issues) -> np.ndarray:
 
 
 def check_sequences(
-    files: TokenFiles, reader: SequenceFormat, issues: Issues, on_item: Callable[[], None]
+    files: TokenFiles, reader: SequenceFormat, issues: Issues, on_item: Callable[[], object]
 ) -> dict[str, int]:
     """Check every sequence by the rules of its vocabulary. Returns the numbers of tokens, learned tokens and images."""
     found = {"tokens": 0, "learned": 0, "images": 0}
@@ -96,15 +98,32 @@ def sequence_errors(sample: TokenSample, reader: SequenceFormat) -> Iterator[tup
         yield "image block", str(error)
 
 
+@dataclass(frozen=True)
+class Reencoder:
+    """Encodes images again. `max_gap` is how near a tie must be for another code to be no issue."""
+
+    prepare: Callable[[Location], tuple[torch.Tensor, Any]]
+    vqgan: ChameleonVQGAN
+    max_gap: float
+
+    def features(self, path: Location) -> torch.Tensor:
+        """(h, w, d), what the codebook sees. Raises `ItemError`."""
+        pixels, _ = self.prepare(path)
+        with torch.no_grad():
+            return self.vqgan.features(normalize(pixels[None].to(self.vqgan.device)))[0]
+
+    def codes(self, features: torch.Tensor) -> Encoded:
+        with torch.no_grad():
+            return Encoded((self.vqgan.quantize.encode(features).cpu().numpy(),), None)
+
+
 @dataclass
 class Retokenizer:
-    """Tokenises items again and compares. Without `vqgan` the items bring their codes, and all ids must be equal."""
+    """Tokenises items again and compares. Without `images` the items bring their codes, and all ids must be equal."""
 
     reader: SequenceFormat
     issues: Issues
-    prepare: Callable[[Path], tuple[torch.Tensor, Any]] | None = None
-    vqgan: Any = None
-    max_gap: float = MAX_GAP["fp32"]
+    images: Reencoder | None = None
     agreement: Agreement = field(default_factory=Agreement)
 
     def compare(self, item: Item, stored: TokenSample, where: str) -> None:
@@ -113,9 +132,14 @@ class Retokenizer:
         if isinstance(draft, ItemError):
             self.issues.add("item fails now", f"{where}: {draft}")
             return
-        features: dict[Path, torch.Tensor] = {}
+        features: list[torch.Tensor] = []
         try:
-            fresh = self.reader.sample(draft, {path: self._encode(path, features) for path in draft.paths})
+            if self.images is None:
+                fresh = self.reader.sample(draft, {})
+            else:
+                features = [self.images.features(path) for path in draft.paths]
+                codes = map(self.images.codes, features)
+                fresh = self.reader.sample(draft, dict(zip(draft.paths, codes, strict=True)))
         except ItemError as error:
             self.issues.add("item fails now", f"{where}: {error}")
             return
@@ -123,38 +147,29 @@ class Retokenizer:
             self.issues.add("another sequence", f"{where}: {len(stored.tokens)} tokens, now {len(fresh.tokens)}")
             return
         differs = fresh.tokens != stored.tokens
-        for number, block in enumerate(self.reader.blocks(fresh.tokens)):
-            if self.vqgan is not None:
+        if self.images is not None:
+            for number, block in enumerate(self.reader.blocks(fresh.tokens)):
                 there = slice(block.start, block.end)
-                self._compare_image(
-                    f"{where}, image {number}", stored.tokens[there], block, features[draft.paths[number]]
-                )
+                place = f"{where}, image {number}"
+                self._compare_image(self.images, place, stored.tokens[there], block, features[number])
                 differs[there] = False
         if differs.any():
             at = int(np.flatnonzero(differs)[0])
             self.issues.add("another text", f"{where}: token {at} is {stored.tokens[at]}, now {fresh.tokens[at]}")
 
-    def _encode(self, path: Path, features: dict[Path, torch.Tensor]) -> Encoded | ItemError:
-        try:
-            pixels, info = self.prepare(path)
-        except ItemError as error:
-            return error
-        with torch.no_grad():
-            features[path] = self.vqgan.features(normalize(pixels[None].to(self.vqgan.device)))[0]
-            codes = self.vqgan.quantize.encode(features[path])
-        return Encoded((codes.cpu().numpy(),), info)
-
-    def _compare_image(self, where: str, stored: np.ndarray, block: Any, features: torch.Tensor) -> None:
+    def _compare_image(
+        self, images: Reencoder, where: str, stored: np.ndarray, block: Block, features: torch.Tensor
+    ) -> None:
         try:
             (codes,) = self.reader.blocks(stored)[0].grids
         except (ValueError, IndexError) as error:
             self.issues.add("image block", f"{where}: {error}")
             return
         self.agreement.codes += codes.size
-        fresh, codebook = torch.from_numpy(block.grids[0]), self.vqgan.quantize.embedding.weight
+        fresh, codebook = torch.from_numpy(block.grids[0]), images.vqgan.quantize.embedding.weight
         for (row, column), gap in differences(features, codes, fresh, codebook).items():
             self.agreement.gaps.append(gap)
-            if gap > self.max_gap:
+            if gap > images.max_gap:
                 detail = f"{where}, row {row} column {column}: {codes[row, column]}, gap {gap:.2g}"
                 self.issues.add("code is not the nearest", detail)
 
@@ -171,13 +186,13 @@ def retokenize(files: TokenFiles, table: Table, again: Retokenizer, count: int, 
 
 
 def _item(table: Table, number: int) -> Item:
-    if number >= table.items:
+    if table.items is not None and number >= table.items:
         raise UserError(f"{table.path}: has {table.items} items, so there is no item {number}. Is it another input?")
     chunk = table[number // _CHUNK_ITEMS]
     return next(item for item in table.read(chunk) if item.index == number)
 
 
-def check_input(manifest: dict[str, Any], source: Path, issues: Issues) -> Table | None:
+def check_input(manifest: dict[str, Any], source: Location, issues: Issues) -> Table | None:
     """The items of `source`, if that is the file that the tokens were made from."""
     with tempfile.TemporaryDirectory() as cache:
         table = open_table(source, _CHUNK_ITEMS, Path(cache) / "chunks.json")

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,7 +149,7 @@ class CheckedFiles:
     All processes on a machine share it. Where two look at once, both check.
     """
 
-    def __init__(self, path: Location):
+    def __init__(self, path: Path):
         self.path = path
         self._descriptor: int | None = None
 

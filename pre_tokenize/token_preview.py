@@ -17,12 +17,12 @@ from vision_tokenizer.review.preview import Pair, decode_codes, make_pair, mean_
 from vision_tokenizer.review.quality import CodeUse
 from vistoken.errors import ItemError
 from vistoken.jobs.files import write_bytes
-from vistoken.store import location
+from vistoken.store import Location, location
 
 TEMPLATE = Path(__file__).with_name("tokens.html")
 COUNTED = 2000  # sequences whose codes and masks are counted; lengths are those of all
 
-Original = Callable[[Path, Block], torch.Tensor]  # an image file as it was encoded, uint8 (3, H, W)
+Original = Callable[[Location, Block], torch.Tensor]  # an image file as it was encoded, uint8 (3, H, W)
 
 
 @dataclass

@@ -14,11 +14,18 @@ too; they have no manifest, so nothing is tokenised again.
 
 import argparse
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pre_tokenize.preview_tokens import add_record
 from vistoken.cli import add_device, add_sample, command_parser, run_command
 from vistoken.store import location
+
+if TYPE_CHECKING:
+    from pre_tokenize.sequences import SequenceFormat
+    from pre_tokenize.text import TextTokenizer
+    from pre_tokenize.token_file import TokenFiles
+    from vision_tokenizer.review.issues import Issues
+    from vistoken.jobs.run import Table
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -51,8 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     processor, _ = load_item_processor(args.item_processor)
     image_dir = args.image_dir or location(manifest["image_dir"] if manifest else "")
     reader = load_format(manifest, text, processor.process_item, image_dir)
-    can_repeat = bool(manifest and args.in_filename)
-    table = check_input(manifest, args.in_filename, issues) if can_repeat else None
+    table = check_input(manifest, args.in_filename, issues) if manifest and args.in_filename else None
     check_record(files.record, manifest, issues)
     with bar("reading", len(files)) as progress:
         found = check_sequences(files, reader, issues, progress.update)
@@ -60,16 +66,26 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(files):,} sequences of {found['tokens']:,} tokens, {found['learned'] / max(found['tokens'], 1):.1%} of "
         f"them learned; {found['images']:,} images"
     )
-    if table is not None:
+    if manifest is None:
+        print("no item was tokenised again: there is no manifest")
+    elif args.in_filename is None:
+        print("no item was tokenised again: that needs --in_filename")
+    elif table is not None:
         tokenize_again(args, files, table, manifest, text, reader, issues)
-    elif not can_repeat:
-        print(f"no item was tokenised again: {'that needs --in_filename' if manifest else 'there is no manifest'}")
     print(f"\n{issues}")
     return 1 if issues.counts else 0
 
 
-def tokenize_again(args: argparse.Namespace, files, table, manifest: dict[str, Any], text, reader, issues) -> None:
-    from pre_tokenize.token_checks import Retokenizer, check_tokenizer, retokenize
+def tokenize_again(
+    args: argparse.Namespace,
+    files: "TokenFiles",
+    table: "Table",
+    manifest: dict[str, Any],
+    text: "TextTokenizer",
+    reader: "SequenceFormat",
+    issues: "Issues",
+) -> None:
+    from pre_tokenize.token_checks import Reencoder, Retokenizer, check_tokenizer, retokenize
 
     if manifest["image_tokenizer"]["name"] == "chameleon":
         from vision_tokenizer.images.chameleon import crop_sizes, prepare
@@ -79,7 +95,7 @@ def tokenize_again(args: argparse.Namespace, files, table, manifest: dict[str, A
         settings, vqgan = manifest["settings"], load_chameleon(args.tokenizer_dir, device=args.device)
         sizes = crop_sizes(settings["target_size"], settings["crop"])
         crops = partial(prepare, sizes=sizes, orientation=settings.get("exif_orientation", "ignore"))
-        again = Retokenizer(reader, issues, crops, vqgan, MAX_GAP[settings["torch_dtype"]])
+        again = Retokenizer(reader, issues, Reencoder(crops, vqgan, MAX_GAP[settings["torch_dtype"]]))
         check_tokenizer(manifest, text.sha256, vqgan.fingerprint, issues)
     else:
         again = Retokenizer(reader, issues)
