@@ -15,7 +15,7 @@ from vistoken.jobs.counts import Counts, Problem, counts_table
 from vistoken.jobs.files import atomic_write, remove_leftovers, run_lock, write_bytes
 from vistoken.jobs.manifest import check_manifest, read_manifest
 from vistoken.jobs.progress import Progress, Stopwatch
-from vistoken.jobs.results import Result, Results
+from vistoken.jobs.results import Result, Results, WholeResult
 from vistoken.jobs.run import Output, Source, Writer, todo
 from vistoken.jobs.workers import FixedRange, OneProcess
 
@@ -55,21 +55,28 @@ def test_leftovers_of_the_dead_go_and_of_the_living_stay(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [f"a.jsonl.{host}-{os.getpid()}.tmp"]
 
 
-def test_a_result_comes_back_and_must_add_up(tmp_path):
-    results = Results(tmp_path / "results")
+@pytest.mark.parametrize("kind", ["chunk", "whole"])
+def test_a_result_comes_back_and_must_add_up(kind, tmp_path):
+    folder = tmp_path / "results"
+    results = Results(folder) if kind == "chunk" else WholeResult(folder, tmp_path / "a.jsonl")
     assert results.read(0) is None
     results.write(0, Result(counts(3, failed=1), [PROBLEM], {results.path(0, ".jsonl"): b"lines"}))
     back = results.read(0)
     assert (back.counts, back.problems) == (counts(3, failed=1), [PROBLEM])
-    results.path(0, ".json").write_text("{")
+    if kind == "chunk":
+        results.path(0, ".json").write_text("{")
+    else:
+        (tmp_path / "a.rejected.jsonl").write_text("")
     assert results.read(0) is None
     with pytest.raises(AssertionError, match="3 items in, but 2 done"):
         results.write(1, Result(Counts(items=3, done=2)))
 
 
-def test_a_result_is_replaced_whole_or_done_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["chunk", "whole"])
+def test_a_result_is_replaced_whole_or_done_again(kind, tmp_path, monkeypatch):
     """Killed between the new files and the new entry, the old entry must not vouch for the new files."""
-    results = Results(tmp_path / "results")
+    folder = tmp_path / "results"
+    results = Results(folder) if kind == "chunk" else WholeResult(folder, tmp_path / "a.jsonl")
     payload = results.path(0, ".jsonl")
     results.write(0, Result(counts(3, failed=1), [PROBLEM], {payload: b"two lines"}))
 
@@ -82,6 +89,9 @@ def test_a_result_is_replaced_whole_or_done_again(tmp_path, monkeypatch):
         results.write(0, Result(counts(3), [], {payload: b"three lines"}))
     assert payload.read_bytes() == b"three lines"
     assert results.read(0) is None
+    monkeypatch.undo()
+    results.write(0, Result(counts(3), [], {payload: b"three lines"}))
+    assert results.read(0).problems == [] and not (tmp_path / "a.rejected.jsonl").exists()
 
 
 def test_a_result_whose_files_are_lost_is_none(tmp_path):

@@ -300,6 +300,7 @@ def test_what_a_disk_or_store_would_not_give_is_done_by_the_next_run(tiny_dualvi
     folder = output(tmp_path / "job")
     assert len(read_lines(folder / "0.jsonl")) == 5
     (problem,) = read_lines(folder / "0.rejected.jsonl")
+    assert not (folder / ".work/0").exists()  # the final files are the result, also of a shard that failed in part
     assert problem["reason"] == "shard unreadable" and "given up after 9 attempts" in problem["detail"]
     encode(tiny_dualvitok, tmp_path / "job", tmp_path / "in" / "0.tar")
     assert lines(folder) == lines(whole) and len(lines(folder)) == 1

@@ -42,7 +42,7 @@ class AnswerOutput(Output):
         return [path for name in names if (path := self.folder / name).exists()] + [*self.folder.glob("images/*.png")]
 
     def finish(self) -> Counts:
-        counts = self.source.finish()
+        counts = self.source.finish().counts
         write_summary(self.folder / SUMMARY, answers=counts.as_dict())
         write_report(self.folder, self.folder / ANSWERS, self.manifest)
         return counts

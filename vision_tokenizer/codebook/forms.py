@@ -59,10 +59,13 @@ class Form(Protocol):
         """What is held of a row until its chunk is written."""
         ...
 
-    def pack(self, rows: Iterable[Any]) -> bytes: ...
+    def pack(self, rows: Iterable[Any]) -> bytes:
+        """A file of these rows."""
+        ...
+
     def unpack(self, content: bytes) -> list[Any]: ...
     def joined(self, contents: Iterable[tuple[Result, bytes]]) -> Iterator[tuple[Result, bytes]]:
-        """The chunks' results with what each adds to the file."""
+        """The chunks' results with what each adds to the file of all."""
         ...
 
 
@@ -98,7 +101,7 @@ class ArrowRows:
 
     def pack(self, rows: Iterable[Row]) -> bytes:
         rows, sink = list(rows), pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, self._schema) as writer:
+        with pa.ipc.new_file(sink, self._schema) as writer:
             for start in range(0, len(rows), BATCH_ROWS):
                 writer.write_batch(self._batch(rows[start : start + BATCH_ROWS]))
         return sink.getvalue().to_pybytes()
@@ -117,16 +120,14 @@ class ArrowRows:
         return pa.record_batch(columns, self._schema)
 
     def unpack(self, content: bytes) -> list[Row]:
-        with pa.ipc.open_stream(content) as reader:
-            return [row for batch in reader for row in _rows(batch)]
+        return [row for batch in _batches(content) for row in _rows(batch)]
 
     def joined(self, contents: Iterable[tuple[Result, bytes]]) -> Iterator[tuple[Result, bytes]]:
         sink = _Drained()
         with pa.ipc.new_file(pa.PythonFile(sink, "w"), self._schema) as writer:
             for result, content in contents:
-                with pa.ipc.open_stream(content) as reader:
-                    for batch in reader:
-                        writer.write_batch(batch)
+                for batch in _batches(content):
+                    writer.write_batch(batch)
                 yield result, sink.drain()
         yield Result(Counts()), sink.drain()  # the file's index, which belongs to no chunk
 
@@ -156,6 +157,11 @@ class _Drained(io.RawIOBase):
     def drain(self) -> bytes:
         taken, self._blocks = b"".join(self._blocks), []
         return taken
+
+
+def _batches(content: bytes) -> Iterator[pa.RecordBatch]:
+    reader = pa.ipc.open_file(content)
+    return (reader.get_batch(index) for index in range(reader.num_record_batches))
 
 
 def _offsets(lengths: Iterable[int]) -> pa.Array:

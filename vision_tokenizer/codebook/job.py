@@ -159,8 +159,6 @@ class CodebookChunk(OpenChunk):
         seconds = watch.take()
         with watch("write"):  # counted with the next chunk
             self.save({self._payload: content}, tallies=tallies, seconds=seconds, progress=progress)
-            if self.source.dataset.shards is not None and len(self.source.table) == 1:
-                self.source.finish()  # one process could not finish thousands of them at the end
 
 
 def tally_crops(results: Sequence[Encoded | ItemError], tallies: Counter[str]) -> None:

@@ -9,6 +9,7 @@ stays while items have failed, so that a rerun need only try those.
 """
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -26,7 +27,7 @@ from vistoken.errors import UserError
 from vistoken.jobs.counts import SUMMARY, Counts, write_summary
 from vistoken.jobs.files import write_bytes
 from vistoken.jobs.manifest import read_manifest
-from vistoken.jobs.results import Result, Results
+from vistoken.jobs.results import Final, Result, Results, WholeResult
 from vistoken.jobs.run import WORK, JoinedSource, Output, Table
 from vistoken.jobs.shards import shard_stem
 from vistoken.store import Location, Stat, Url, read_ahead
@@ -63,6 +64,10 @@ class Settings:
         return dataset.root / self.output_dirname / f"{self.tag}_data_statistic.json"
 
 
+class Unread(UserError):
+    """An input file was not read to its end."""
+
+
 @dataclass(frozen=True)
 class CodebookFile(JoinedSource):
     """One annotation file or shard on its way to `output`."""
@@ -74,19 +79,16 @@ class CodebookFile(JoinedSource):
     def contents(self) -> Iterator[tuple[Result, bytes]]:
         return self.form.joined(self.results.contents(range(len(self.table)), self.form.suffix))
 
-    def unread(self) -> str | None:
-        """Why the file, which could be read when the run began, could not be read to its end, if it could not."""
-        if self.finished() is not None:
-            return None
-        try:
-            for index in range(len(self.table)):
-                if self.results.read(index) is None:
-                    for _ in self.table.read(self.table[index]):
-                        pass
-                    return f"{self.table.path}: could not be read in between. Run the same command again."
-        except UserError as error:
-            return str(error)
-        return None
+    def join(self) -> Final:
+        """Raises `Unread` where the input, which could be read when the run began, could not be read to its end."""
+        if not self.is_complete():
+            missing = next(index for index in range(len(self.table)) if self.results.read(index) is None)
+            try:
+                deque(self.table.read(self.table[missing]), maxlen=0)
+            except UserError as error:
+                raise Unread(str(error)) from error
+            raise Unread(f"{self.table.path}: could not be read in between. Run the same command again.")
+        return super().join()
 
     def check_unchanged(self) -> None:
         now = _table(self.dataset, self.table.path, self.output.parent / WORK, self.chunk_items)
@@ -121,7 +123,8 @@ class CodebookOutput(Output):
                     self.unreadable.append(str(error))
                 else:
                     stem = input_stem(dataset, path)
-                    results, final = Results(work / stem), folder / f"{stem}{form.suffix}"
+                    final = folder / f"{stem}{form.suffix}"
+                    results = WholeResult(work / stem, final) if len(table) == 1 else Results(work / stem)
                     files.append(CodebookFile(table, results, final, dataset, chunk_items, form))
         except UserError as error:
             self.unreadable.append(str(error))
@@ -135,21 +138,20 @@ class CodebookOutput(Output):
         names = {table.name.removesuffix(CHUNK_TABLE) for table in self.work.glob(f"*{CHUNK_TABLE}")}
         if self.dataset.shards is not None:
             names |= {shard_stem(name) for name in (read_manifest(self.folder) or {}).get("inputs", ())}
-        files = [
-            self.folder / f"{name}{suffix}" for name in names for suffix in (".jsonl", ".arrow", ".rejected.jsonl")
-        ]
-        return [*files, self.folder / SUMMARY, self.settings.statistics_file(self.dataset)]
+        ours = {f"{name}{suffix}" for name in names for suffix in (".jsonl", ".arrow", ".rejected.jsonl")}
+        files = [path for path in self.folder.glob("*") if path.name in ours | {SUMMARY}]
+        return [*files, self.settings.statistics_file(self.dataset)]
 
     def finish(self) -> Counts:
         """Write the final files, the statistics and the summary. Returns the counts of the data set."""
         total = Counts()
-        finished = []
-        for file, joined in each_joined(self.sources, self.folder):
-            if isinstance(joined, str):
-                self.unreadable.append(joined)
+        files: dict[str, Any] = {}
+        for file, final in each_final(self.sources, self.folder):
+            if isinstance(final, str):
+                self.unreadable.append(final)
             else:
-                total.add(joined)
-                finished.append(file)
+                total.add(final.counts)
+                files[file.table.path.name] = {**final.counts.as_dict(), "sha256": final.sha256}
         total.check(f"data set {self.dataset.name}")
         statistics = {name: n for name, n in sorted(total.tallies.items()) if name.startswith(RATIO) and n}
         write_bytes(self.settings.statistics_file(self.dataset), orjson.dumps(statistics, option=orjson.OPT_INDENT_2))
@@ -158,19 +160,24 @@ class CodebookOutput(Output):
             dataset=self.dataset.name,
             image_dir=str(self.dataset.image_dir.resolve()),
             total=total.as_dict(),
-            files={file.table.path.name: file.summary() for file in finished},
+            files=files,
             unreadable=self.unreadable,
         )
         return total
 
 
-def each_joined(files: Sequence[CodebookFile], folder: Location) -> Iterator[tuple[CodebookFile, Counts | str]]:
-    """Write the final files: the counts of each, or why it cannot be. In a store several at a time."""
+def each_final(files: Sequence[CodebookFile], folder: Location) -> Iterator[tuple[CodebookFile, Final | str]]:
+    """Write the final files that are not there yet: what is known of each, or why it cannot be. In a store several
+    at a time.
+    """
 
-    def join(file: CodebookFile) -> tuple[CodebookFile, Counts | str]:
-        return file, file.unread() or file.finish()
+    def finish(file: CodebookFile) -> tuple[CodebookFile, Final | str]:
+        try:
+            return file, file.finish()
+        except Unread as error:  # the others are finished all the same
+            return file, str(error)
 
-    return read_ahead(join, files, threads=8) if isinstance(folder, Url) else map(join, files)
+    return read_ahead(finish, files) if isinstance(folder, Url) else map(finish, files)
 
 
 def check_folders(datasets: Sequence[Dataset], settings: Settings) -> None:

@@ -177,7 +177,7 @@ class ImportOutput(Output):
 
     def finish(self) -> dict[str, Counts]:
         """Write the annotation files and the summary. Returns the counts of each file."""
-        counts = {file.output.stem: file.finish() for file in self.sources}
+        counts = {file.output.stem: file.finish().counts for file in self.sources}
         write_summary(self.folder / SUMMARY, files={name: of_file.as_dict() for name, of_file in counts.items()})
         return counts
 

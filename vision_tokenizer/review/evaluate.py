@@ -105,7 +105,7 @@ def evaluate(
         if not finished:
             figures = summarize(output, tokenizer)
             write_bytes(metrics, json.dumps(figures, indent=1).encode())
-        return source.finish(), json.loads(metrics.read_text())
+        return source.finish().counts, json.loads(metrics.read_text())
 
 
 class EvaluationChunk(OpenChunk):

@@ -19,17 +19,15 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Protocol
 
-import orjson
-
 from vistoken.errors import ItemError, UserError
 from vistoken.jobs.chunks import Chunk, Item
 from vistoken.jobs.counts import Counts, Problem
-from vistoken.jobs.files import exclusive, remove_leftovers, run_lock, write_bytes
+from vistoken.jobs.files import exclusive, remove_leftovers, run_lock
 from vistoken.jobs.manifest import MANIFEST, check_manifest
 from vistoken.jobs.progress import ItemsUnderWay, Progress, Stopwatch
-from vistoken.jobs.results import Result, ResultMissing, Results, joining
+from vistoken.jobs.results import Final, Result, ResultMissing, Results, WholeResult, joining
 from vistoken.jobs.workers import Workers
-from vistoken.store import Location, Url
+from vistoken.store import Location, Url, read_ahead
 
 WORK = ".work"  # in an output folder: what a run knows of its chunks
 WRITES_AHEAD = 3  # finished chunks that may wait to be written, in memory
@@ -72,10 +70,14 @@ class Source:
         """Whether every chunk has a result."""
         return self.results.count() >= len(self.table)
 
+    def save(self, index: int, result: Result) -> None:
+        """Complete the result of a chunk."""
+        self.results.write(index, result)
+
 
 @dataclass(frozen=True)
 class JoinedSource(Source):
-    """A source whose results are joined into one file, `output`; then they go, unless a rerun may retry what failed."""
+    """A source whose results become one file, `output`; then they go, unless a rerun may retry what failed."""
 
     output: Location
 
@@ -83,54 +85,55 @@ class JoinedSource(Source):
     def rejected(self) -> Location:
         return self.output.with_suffix(".rejected.jsonl")
 
-    def joined(self) -> Counts | None:
-        """The counts of the final file, if it is there; None also where a chunk was done again since."""
-        mark = self.results.mark
-        try:
-            stored = orjson.loads(mark.read_bytes())
-            counts, size = Counts.from_dict(stored["counts"]), stored["bytes"]
-        except FileNotFoundError:
+    def final(self) -> Final | None:
+        """What is known of the final file, if it is there; None also where a chunk was done again since."""
+        final = self.results.final()
+        if final is None:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{mark}: damaged ({error}). Run with --no-resume to make the data set anew.") from error
-        if not self.output.exists() or self.output.stat().st_size != size:
-            if counts.failed:  # the results are still there to make it from
-                return None
+        try:
+            whole = self.output.stat().st_size == final.bytes
+        except FileNotFoundError:
+            whole = False
+        if not whole and not final.counts.failed:  # else it is made again: the run retries anyway
             raise UserError(
                 f"{self.output}: finished earlier, but this is not what was written then. "
                 "Restore the file, or run with --no-resume to make it anew."
             )
-        return counts
+        return final if whole else None
 
     @cached_property
     def was_finished(self) -> bool:  # type: ignore[override]
         return self.finished() is not None
 
-    def finished(self) -> Counts | None:
-        """The counts of a final file in which nothing failed, else None: there is work to do."""
-        counts = self.joined()
-        return None if counts is None or counts.failed else counts
+    def finished(self) -> Final | None:
+        """What is known of a final file in which nothing failed, else None: there is work to do."""
+        final = self.final()
+        return None if final is None or final.counts.failed else final
 
-    def is_complete(self) -> bool:
-        return self.joined() is not None or super().is_complete()
-
-    def finish(self) -> Counts:
-        """Join the results into `output` and `rejected`, if that is not done; drop them where nothing failed."""
-        counts = self.joined()
-        if counts is None:
+    def save(self, index: int, result: Result) -> None:
+        if isinstance(self.results, WholeResult):
             self.check_unchanged()
-            try:
-                with joining(self.contents(), self.output, self.rejected) as joined:
-                    counts = joined.counts
-            except (ResultMissing, FileNotFoundError):
-                if (counts := self.joined()) is None:  # else another worker, in a store, has joined them meanwhile
-                    raise
-                return counts
-            written = {"bytes": joined.bytes, "sha256": joined.sha256}
-            write_bytes(self.results.mark, orjson.dumps({"counts": counts.as_dict(), **written}))
-        if not counts.failed:
+        super().save(index, result)
+
+    def finish(self) -> Final:
+        """Join the results, if that is not done; drop them where nothing failed."""
+        final = self.final() or self.join()
+        if not final.counts.failed:
             self.results.remove()
-        return counts
+        return final
+
+    def join(self) -> Final:
+        """Join the results into `output` and `rejected`."""
+        self.check_unchanged()
+        try:
+            with joining(self.contents(), self.output, self.rejected) as final:
+                pass
+        except (ResultMissing, FileNotFoundError):
+            if (found := self.final()) is None:  # else another worker, in a store, has joined them meanwhile
+                raise
+            return found
+        self.results.write_mark(final)
+        return final
 
     def contents(self) -> Iterator[tuple[Result, bytes]]:
         """The results, each with what it adds to `output`."""
@@ -138,11 +141,6 @@ class JoinedSource(Source):
 
     def check_unchanged(self) -> None:
         """Raise `UserError` where the input is not what the chunks were read from; for jobs to fill in."""
-
-    def summary(self) -> dict[str, Any]:
-        """What the run's summary says of the finished file; `sha256` is what a verifier holds it against."""
-        stored = orjson.loads(self.results.mark.read_bytes())
-        return {**stored["counts"], "sha256": stored["sha256"]}
 
 
 @dataclass(frozen=True)
@@ -225,7 +223,7 @@ class OpenChunk:
         counts.reasons.update((problem.kind, problem.reason) for problem in problems)
         counts.tallies.update(tallies)
         counts.seconds.update(seconds)
-        self.source.results.write(self.chunk.index, Result(counts, problems, files))
+        self.source.save(self.chunk.index, Result(counts, problems, files))
         progress.done(counts, self.under_way.shown if self.under_way else 0)
         self._done()
 
@@ -287,11 +285,12 @@ class Output:
             workers.on_first(lambda: self._settle(workers, restart, other_devices, held))
             # every worker has the same manifest, or codes of different kinds would be mixed
             check_manifest(self.folder, self.manifest, other_devices=other_devices)
-            if isinstance(self.work, Url):  # one listing in place of a request for each source
-                marks = {path.name for path in self.work.glob("*.done.json")}
+            if isinstance(self.work, Url):  # one listing tells which marks there are, and these are read side by side
+                marks = self._marks()
                 for source in self.sources:
                     if source.results.mark.name not in marks:
                         vars(source)["was_finished"] = False
+                deque(read_ahead(lambda source: source.was_finished, self.sources), maxlen=0)
             yield
 
     def _settle(self, workers: Workers, restart: str | None, other_devices: bool, held: ExitStack) -> None:
@@ -311,7 +310,11 @@ class Output:
 
     def complete(self) -> bool:
         """Whether every chunk has a result, whoever did it."""
-        return all(source.is_complete() for source in self.sources)
+        marks = self._marks()
+        return all(source.results.mark.name in marks or source.is_complete() for source in self.sources)
+
+    def _marks(self) -> set[str]:
+        return {path.name for path in self.work.glob("*.done.json")}
 
     def folders(self) -> list[Location]:
         """Where a killed run may have left temporary files."""
