@@ -83,15 +83,16 @@ class ChameleonFormat(SequenceFormat):
         return parse_conversation(self._process_item(value))
 
     def sample(self, draft: Draft, images: Images) -> TokenSample:
-        learned, blocks = draft.parsed.learned, []
+        learned, blocks, sizes = draft.parsed.learned, [], []
         for path in draft.paths:
             result = images[path]
             if isinstance(result, ItemError):
                 raise result
             blocks.append(self.vocabulary.image_block(result.codes[0]))
+            sizes.append(result.info.size)
         ends = [[self.vocabulary.end_of_turn]] * len(learned)
         tokens, loss_mask = join(draft.marked, learned, blocks, [self.vocabulary.begin], ends)
-        return TokenSample(draft.item, tokens, loss_mask, draft.parsed.images)
+        return TokenSample(draft.item, tokens, loss_mask, draft.parsed.images, tuple(sizes))
 
     def unconditional(self, prompt: np.ndarray, head: Sequence[int]) -> Sequence[int]:
         """The image alone: as published, no text and no earlier image, not even the start."""

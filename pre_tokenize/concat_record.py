@@ -8,6 +8,9 @@ written, and the message names what is missing. `--allow_partial` goes on with w
 
 Beside the record it writes `*.rejected.jsonl`, the items that are not in it, and `*.summary.json`. Sub-records in the
 published form (pickles, no manifest) are joined, too. Memory does not grow with the number of items.
+
+Training shares batches out by their length with the continuous tokens of the images, whose sizes pre_tokenize.py notes.
+With `--image_sizes` those that older or published sub-records lack are read from the images' headers.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import heapq
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from operator import itemgetter
@@ -27,12 +31,13 @@ from tqdm import tqdm
 
 from pre_tokenize.record import Lengths, companions, entry_line, manifest_id, read_entries
 from pre_tokenize.token_file import MAKE_ANEW, Contents, contents_of
+from vision_tokenizer.images.files import open_image
 from vistoken.cli import command_parser, run_command
-from vistoken.errors import DataError, UserError
+from vistoken.errors import DataError, Failed, UserError
 from vistoken.files import is_there, open_file
 from vistoken.jobs.files import atomic_write, write_bytes
 from vistoken.jobs.manifest import read_manifest
-from vistoken.store import Location, location
+from vistoken.store import Location, location, within
 
 _NAME = re.compile(r"(\d+)-of-(\d+)-record\.jsonl")
 _PIECE = 1 << 18  # entries sorted in memory at a time
@@ -50,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     manifest = read_manifest(args.sub_record_dir)
     if manifest is not None:
         check_manifests(sub_records, manifest)
-    lengths = concat(sub_records, args.save_path, manifest, complaints)
+    lengths = concat(sub_records, args.save_path, manifest, complaints, read_sizes=args.image_sizes)
     print(f"{args.save_path}: {lengths}")
 
 
@@ -60,6 +65,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--sub_record_dir", type=location, required=True, help="the --out_dir of pre_tokenize.py")
     add("--save_path", type=location, required=True, help="the record to write, .json or .jsonl")
     add("--allow_partial", action="store_true", help="warn of missing ranks and items instead of ending")
+    add("--image_sizes", action="store_true", help="read the sizes that sub-records lack from the images")
     return parser.parse_args(argv)
 
 
@@ -112,7 +118,12 @@ def check_manifests(sub_records: Sequence[Location], manifest: dict[str, Any]) -
 
 
 def concat(
-    sub_records: Sequence[Location], save_path: Location, manifest: dict[str, Any] | None, complaints: Complaints
+    sub_records: Sequence[Location],
+    save_path: Location,
+    manifest: dict[str, Any] | None,
+    complaints: Complaints,
+    *,
+    read_sizes: bool = False,
 ) -> Lengths:
     """Write `save_path` and its companions, and return the lengths of its items.
 
@@ -120,7 +131,7 @@ def concat(
     """
     rejected_path, summary_path = companions(save_path)
     folder = sub_records[0].parent
-    files = TokenFileCheck(folder, save_path.parent, manifest)
+    files = TokenFileCheck(folder, save_path.parent, manifest, ImageSizes() if read_sizes else None)
     expected = manifest["input"]["items"] if manifest else None
     order, lengths = Order(expected), Lengths()
     opening, separator, closing = (b"[\n", b",\n", b"\n]\n") if save_path.suffix == ".json" else (b"", b"\n", b"\n")
@@ -191,8 +202,14 @@ class _TokenFile(NamedTuple):
 class TokenFileCheck:
     """Entries as they must stand in the record, their token files checked on the way."""
 
-    def __init__(self, folder: Location, record_folder: Location, manifest: dict[str, Any] | None):
-        self._folder, self._manifest = folder, manifest
+    def __init__(
+        self,
+        folder: Location,
+        record_folder: Location,
+        manifest: dict[str, Any] | None,
+        image_sizes: "ImageSizes | None" = None,
+    ):
+        self._folder, self._manifest, self._image_sizes = folder, manifest, image_sizes
         self._way = "."  # from the record to the token files
         if folder != record_folder:
             on_disk = isinstance(folder, Path) and isinstance(record_folder, Path)
@@ -218,7 +235,10 @@ class TokenFileCheck:
                 f"{file.path}, row {row}: holds item {found.ids[row]} of {found.lengths[row]} tokens, but the "
                 f"sub-record says item {entry['id']} of {entry['len']}. Delete the sub-record and run its rank again."
             )
-        return entry_line(file.name, entry.get("row"), entry["len"], entry["id"], sha256)
+        sizes = entry.get("image_sizes")
+        if sizes is None and self._image_sizes:
+            sizes = self._image_sizes.of_row(found, row)
+        return entry_line(file.name, entry.get("row"), entry["len"], entry["id"], sha256, sizes)
 
     def _open(self, file: str, sha256: str | None) -> _TokenFile:
         path = self._folder / file
@@ -234,6 +254,34 @@ class TokenFileCheck:
         if contents.manifest is not None and contents.manifest != (self._manifest or {}):
             raise DataError(f"{path}: a token file of another run: its manifest is not that of {self._folder}")
         return _TokenFile(file, name, path, contents)
+
+
+class ImageSizes:
+    """Reads the (h, w) of images from their headers: of all images of a token file side by side."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(16, thread_name_prefix="header")
+        self._file: Contents | None = None
+        self._read: dict[str, Future[tuple[int, int] | None]] = {}
+
+    def of_row(self, file: Contents, row: int) -> list[tuple[int, int]] | None:
+        """None where one cannot be read: training will put another sample in the place of this one."""
+        if file is not self._file:
+            folder = location((file.manifest or {}).get("image_dir", ""))
+            names = {name for number in range(len(file.ids)) for name in file.images(number)}
+            self._file = file
+            self._read = {name: self._pool.submit(_image_size, within(folder, name)) for name in names}
+        images = file.images(row)
+        sizes = [size for name in images if (size := self._read[name].result())]
+        return sizes if len(sizes) == len(images) else None
+
+
+def _image_size(path: Location) -> tuple[int, int] | None:
+    try:
+        with open_image(path) as image:
+            return image.height, image.width
+    except Failed:
+        return None
 
 
 def _merged(sub_records: Sequence[Location], spill: Location) -> Iterator[tuple[int, dict[str, Any] | bytes]]:

@@ -103,18 +103,21 @@ class TokenOutput(Output):
             contents = {name: shard_bytes(samples, self.manifest)} if samples else {}
             places = [(name, row, None if row else hash_of(contents[name])) for row in range(len(samples))]
         entries = zip(places, samples, strict=True)
-        lines = [entry_line(name, row, len(s.tokens), s.id, sha256) for (name, row, sha256), s in entries]
+        lines = [entry_line(name, row, len(s.tokens), s.id, sha, s.image_sizes) for (name, row, sha), s in entries]
         files = {self.folder / name: content for name, content in contents.items()}
         files[self.source.results.path(chunk.index, _ENTRIES)] = b"".join(line + b"\n" for line in lines)
         return files
 
     def read_back(self, chunk: Chunk, items: Sequence[int]) -> dict[int, TokenSample]:
         """The samples of these items of a complete chunk, by item."""
+        entries = read_entries(self.source.results.path(chunk.index, _ENTRIES)) if items else ()
+        sizes = {entry["id"]: entry.get("image_sizes") for entry in entries}
         if self._as_pickles:
-            return {item: read_pickle(self.folder / f"files/{item}.pkl") for item in items}
+            samples = [read_pickle(self.folder / f"files/{item}.pkl") for item in items]
+        else:
+            samples = read_shard(self.folder / _shard(chunk)) if items else []
         wanted = set(items)
-        samples = read_shard(self.folder / _shard(chunk)) if items else []
-        return {sample.id: sample for sample in samples if sample.id in wanted}
+        return {s.id: s._replace(image_sizes=sizes.get(s.id)) for s in samples if s.id in wanted}
 
     def _pickle(self, sample: TokenSample) -> bytes:
         """A pickle knows no manifest: its images are named by their whole paths."""

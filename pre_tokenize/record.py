@@ -2,15 +2,16 @@
 
 One entry an item, `{"file": "files/0-1024.arrow", "row": 17, "len": 1094, "id": 17}`; pickles have no `row`. `file`
 is relative to the record's folder, so that a data set can be moved, or absolute. The first entry of a file has its
-hash, too, `"sha256": "8f2c..."`: the first 16 digits, which is plenty to tell damage. A record is a `.jsonl`, or a
-`.json` list; ours has an entry on each line, which is what lets it be read without holding it.
+hash, too, `"sha256": "8f2c..."`: the first 16 digits, which is plenty to tell damage. Where the sizes of an item's
+images are known it has `"image_sizes": [[480, 640]]`, (h, w): continuous tokens are counted from them. A record is a
+`.jsonl`, or a `.json` list; ours has an entry on each line, which is what lets it be read without holding it.
 """
 
 import hashlib
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -24,29 +25,36 @@ from vistoken.store import Location, within
 
 _HASH = re.compile("[0-9a-f]{16}")
 BLOCK = 1 << 16  # entries that are Python objects at a time: as arrays they take a twentieth of the memory
-COLUMNS = {  # one value an entry; from `hashes` on of each token file: its name is all names' text up to where it ends
+OF_ENTRIES = {  # one value an entry
     "file_numbers": "<u4",
     "rows": "<i4",
     "lengths": "<i4",
     "ids": "<i8",
-    "hashes": "<u8",
-    "name_ends": "<i8",
+    "image_starts": "<i8",
+    "image_counts": "<i2",
+}
+COLUMNS = OF_ENTRIES | {
+    "image_heights": "<i4",  # of each image
+    "image_widths": "<i4",
+    "hashes": "<u8",  # of each token file
+    "name_ends": "<i8",  # its name is all names' text up to here
     "names": "u1",
 }
 
 
 class Record:
-    """A record as columns: 20 bytes an item, plus each file's name and hash once.
+    """A record as columns: 30 bytes an item and 8 an image, plus each file's name and hash once.
 
-    `ids` (N,) int64, `lengths` (N,) int32, `rows` (N,) int32 (-1 for a pickle), `file_numbers` (N,) uint32. They are in
-    memory, or arrays that `training.data.index` has put into a folder; these are mapped, and a pickle of the record
-    (for data-loader processes) holds paths only.
+    `ids` (N,) int64, `lengths` (N,) int32, `rows` (N,) int32 (-1 for a pickle), `file_numbers` (N,) uint32,
+    `image_counts` (N,) int16 (-1 where the sizes of the images are not known). They are in memory, or arrays that
+    `training.data.index` has put into a folder; these are mapped, and a pickle of the record (for data-loader
+    processes) holds paths only.
     """
 
     def __init__(self, path: Location, columns: Mapping[str, np.ndarray], folder: Path | None = None):
         self.path, self.folder, self._columns = path, folder, columns
         self.file_numbers, self.rows = columns["file_numbers"], columns["rows"]
-        self.lengths, self.ids = columns["lengths"], columns["ids"]
+        self.lengths, self.ids, self.image_counts = columns["lengths"], columns["ids"], columns["image_counts"]
         self._name_ends, self._names, self._hashes = columns["name_ends"], columns["names"], columns["hashes"]
 
     @classmethod
@@ -58,8 +66,7 @@ class Record:
 
     def part(self, chosen: np.ndarray) -> "Record":
         """The entries of these numbers, as a record in memory."""
-        names = ("file_numbers", "rows", "lengths", "ids")
-        return Record(self.path, {**self._columns, **{name: self._columns[name][chosen] for name in names}})
+        return Record(self.path, {**self._columns, **{name: self._columns[name][chosen] for name in OF_ENTRIES}})
 
     @classmethod
     def mapped(cls, path: Location, folder: Path) -> "Record":
@@ -88,6 +95,13 @@ class Record:
         start = int(self._name_ends[number - 1]) if number else 0
         return within(self.path.parent, self._names[start : int(self._name_ends[number])].tobytes().decode())
 
+    def image_sizes(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of all images of the entries of these numbers: the place in `chosen` of each one's entry, heights, widths."""
+        starts, counts = self._columns["image_starts"][chosen], np.maximum(self.image_counts[chosen], 0)
+        owners = np.repeat(np.arange(len(chosen)), counts)
+        images = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts) + starts[owners]
+        return owners, self._columns["image_heights"][images], self._columns["image_widths"][images]
+
     def where(self, index: int) -> str:
         """The place of item `index`, for messages."""
         return f"{self.file(index)}, row {self.rows[index]}, item {self.ids[index]}"
@@ -95,7 +109,7 @@ class Record:
 
 def column_blocks(path: Location) -> Iterator[dict[str, np.ndarray]]:
     """The columns of a record, block by block, to be put one after another."""
-    entries, files, end = read_entries(path), 0, 0
+    entries, files, end, images = read_entries(path), 0, 0, 0
     numbers: dict[str, int] = {}  # of token files that hold many items; a pickle's name occurs once
     while block := list(islice(entries, BLOCK)):
         file_numbers, names, name_ends, hashes = [], [], [], []
@@ -110,11 +124,20 @@ def column_blocks(path: Location) -> Iterator[dict[str, np.ndarray]]:
                 if "row" in entry:
                     numbers[entry["file"]] = number
             file_numbers.append(number)
+        sizes = [entry.get("image_sizes") for entry in block]
+        counts = np.array([-1 if known is None else len(known) for known in sizes], "<i2")
+        known = np.array([size for of_entry in sizes for size in of_entry or ()], "<i4").reshape(-1, 2)
+        starts = images + np.cumsum(np.maximum(counts, 0), dtype="<i8")
+        images += len(known)
         yield {
             "file_numbers": np.array(file_numbers, "<u4"),
             "rows": np.array([entry.get("row", -1) for entry in block], "<i4"),
             "lengths": np.array([entry["len"] for entry in block], "<i4"),
             "ids": np.array([entry["id"] for entry in block], "<i8"),
+            "image_starts": starts - np.maximum(counts, 0),
+            "image_counts": counts,
+            "image_heights": known[:, 0],
+            "image_widths": known[:, 1],
             "hashes": np.array(hashes, "<u8"),
             "name_ends": np.array(name_ends, "<i8"),
             "names": np.frombuffer(b"".join(names), "u1"),
@@ -145,10 +168,17 @@ def read_entries(path: Location) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: cannot read the record ({error.strerror})") from error
 
 
-def entry_line(file: str, row: int | None, length: int, item: int, sha256: str | None = None) -> bytes:
-    """An entry as JSON, without a line end. `sha256` belongs to the first entry of a file."""
-    where = {"file": file} if row is None else {"file": file, "row": row}
-    return orjson.dumps({**where, "len": length, "id": item, **({"sha256": sha256} if sha256 else {})})
+def entry_line(
+    file: str,
+    row: int | None,
+    length: int,
+    item: int,
+    sha256: str | None = None,
+    image_sizes: Sequence[Sequence[int]] | None = None,
+) -> bytes:
+    """An entry as JSON, without a line end. `sha256` belongs to the first entry of a file; sizes are (h, w)."""
+    entry = {"file": file, "row": row, "len": length, "id": item, "image_sizes": image_sizes, "sha256": sha256}
+    return orjson.dumps({name: value for name, value in entry.items() if value is not None})
 
 
 def _whole(path: Location) -> list[Any]:
@@ -177,10 +207,20 @@ def _checked(entry: Any, path: Location, where: str) -> dict[str, Any]:
         and _fits(entry.get("row", 0), 2**31)
         and _fits(entry.get("id"), 2**63)
         and ("sha256" not in entry or (isinstance(entry["sha256"], str) and _HASH.fullmatch(entry["sha256"])))
+        and ("image_sizes" not in entry or _are_sizes(entry["image_sizes"]))
     )
     if not right:
         raise DataError(f'{path}, {where}: expected {{"file", "len", "id"}} and perhaps "row", found {entry!r:.80}')
     return entry
+
+
+def _are_sizes(sizes: Any) -> bool:
+    return (
+        isinstance(sizes, list)
+        and len(sizes) < 2**15
+        and all(isinstance(size, list) and len(size) == 2 for size in sizes)
+        and all(_fits(side, 2**31) and side for size in sizes for side in size)
+    )
 
 
 class Lengths:

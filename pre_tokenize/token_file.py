@@ -11,7 +11,7 @@ import io
 import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -46,6 +46,7 @@ class TokenSample(NamedTuple):
     tokens: np.ndarray  # (L,) int32
     loss_mask: np.ndarray  # (L,) bool
     images: tuple[str, ...]  # paths, in the order of the image blocks
+    image_sizes: tuple[tuple[int, int], ...] | None = None  # (h, w) of each, where known; they go to the record
 
     @property
     def labels(self) -> np.ndarray:
@@ -215,12 +216,14 @@ class _Shard:
         """(rows,) int32."""
         return np.diff(self._token_ends)
 
+    def images(self, row: int) -> tuple[str, ...]:
+        return tuple(self._images[row].as_py())
+
     def sample(self, row: int) -> TokenSample:
         if not 0 <= row < self.rows:
             raise DataError(f"{self.path}: the record names row {row}, the file has {self.rows}")
         start, end = self._token_ends[row], self._token_ends[row + 1]
-        images = tuple(self._images[row].as_py())
-        return TokenSample(int(self.ids[row]), self._tokens[start:end].copy(), self._mask(row), images)
+        return TokenSample(int(self.ids[row]), self._tokens[start:end].copy(), self._mask(row), self.images(row))
 
     def _mask(self, row: int) -> np.ndarray:
         start, end = int(self._mask_ends[row]), int(self._mask_ends[row + 1])
@@ -264,6 +267,7 @@ class Contents(NamedTuple):
     sha256: str  # as in records
     ids: np.ndarray  # (rows,) int64
     lengths: np.ndarray  # (rows,) int32
+    images: Callable[[int], tuple[str, ...]]  # of a row, as stored
     manifest: dict[str, Any] | None  # None for a pickle
 
 
@@ -275,9 +279,10 @@ def contents_of(path: Location, sha256: str | None = None) -> Contents:
         raise _damaged(path, error) from error
     if path.suffix == ".arrow":
         shard = _Shard(path, sha256)
-        return Contents(sha256, shard.ids, shard.lengths, shard.manifest)
+        return Contents(sha256, shard.ids, shard.lengths, shard.images, shard.manifest)
     sample = read_pickle(path, sha256)
-    return Contents(sha256, np.array([sample.id]), np.array([len(sample.tokens)], np.int32), None)
+    lengths = np.array([len(sample.tokens)], np.int32)
+    return Contents(sha256, np.array([sample.id]), lengths, lambda row: sample.images, None)
 
 
 def shard_bytes(samples: Sequence[TokenSample], manifest: Mapping[str, Any]) -> bytes:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.data.anyres import NEWLINE, best_canvas, feature_layout, to_tiles
+from training.data.anyres import NEWLINE, best_canvas, continuous_tokens, feature_layout, to_tiles
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,13 @@ def test_base_is_one_tile_in_reading_order():
 def test_an_image_too_thin_for_any_map_keeps_its_whole():
     assert len(to_tiles(Image.new("RGB", (3000, 1)), 384, anyres=True)) == 3
     assert (feature_layout(3000, 1, 384, 27, anyres=True)[:729] == np.arange(729)).all()
+
+
+@pytest.mark.parametrize(("side", "grid"), [(384, 27), (56, 4)])
+def test_tokens_are_counted_as_they_are_laid_out(side, grid):
+    random = np.random.default_rng(0)
+    widths, heights = np.concatenate([random.integers(1, 3000, (2, 300)), random.integers(300, 900, (2, 300))], axis=1)
+    widths[:3], heights[:3] = (1, 3000, 384), (3000, 1, 384)
+    laid_out = [len(feature_layout(int(w), int(h), side, grid, True)) + 1 for w, h in zip(widths, heights, strict=True)]
+    assert continuous_tokens(heights.astype(np.int32), widths.astype(np.int32), side, grid, True).tolist() == laid_out
+    assert continuous_tokens(heights, widths, side, grid, False).tolist() == [grid * grid + 1] * 600

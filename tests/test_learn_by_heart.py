@@ -20,6 +20,7 @@ from training.generation.sampling import Sampling
 from training.models.causal_lm import load_causal_lm
 from training.toy_model import write_toy
 from vision_tokenizer.codebook.encoder import Encoded
+from vision_tokenizer.images.dualvitok import ImageInfo
 from vistoken.jobs.chunks import Item
 
 CAPTIONS = ("a red barn", "a cat asleep", "the moon over water", "two apples")
@@ -43,8 +44,9 @@ def test_unitoken_draws_what_it_learned(tmp_path, chameleon_folder):
     codes = [random.integers(0, 8192, (4, 4)) for _ in items]
     for item in items:
         write_image(tmp_path / f"{item.index}.png", random)
+    info = ImageInfo((64, 64), (64, 64))
     samples = [
-        format.sample(draft, {draft.paths[0]: Encoded((grid,), None)})._replace(images=(str(draft.paths[0]),))
+        format.sample(draft, {draft.paths[0]: Encoded((grid,), info)})._replace(images=(str(draft.paths[0]),))
         for draft, grid in zip(format.drafts(items), codes, strict=True)
     ]
     write_toy(chameleon_folder, tmp_path / "toy")

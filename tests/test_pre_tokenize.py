@@ -116,6 +116,35 @@ def test_both_formats_hold_the_same(tokenize, picture, tmp_path):
         assert arrow[item].images == pkl[item].images
 
 
+@pytest.mark.parametrize("form", ["arrow", "pkl"])
+def test_the_record_has_the_sizes_of_images(tokenize, picture, tmp_path, form):
+    """As they were tokenised; where the sub-records lack them, their headers are read."""
+    out, gone = tmp_path / "out", picture(2)
+    items = [ask("<|image|><|image|>", images=[picture(0), picture(1)]), ask("who?"), ask("<|image|>", images=[gone])]
+    assert tokenize(items, "--format", form) == 0
+    join = ["--sub_record_dir", str(out), "--save_path", str(out / "record.json")]
+    concat_record.main(join)
+    complete = (out / "record.json").read_bytes()
+    sizes = [entry["image_sizes"] for entry in json.loads(complete)]
+    assert sizes == [[[70, 80]] * 2, [], [[70, 80]]]
+
+    sub_record = out / "0-of-1-record.jsonl"
+    lines = [json.loads(line) for line in sub_record.read_text().splitlines()]
+    sub_record.write_text("".join(json.dumps({**line, "image_sizes": None}) + "\n" for line in lines))
+    with pytest.raises(UserError, match="line 1: expected"):  # it is absent where nothing is known
+        concat_record.main(join)
+    for line in lines:
+        del line["image_sizes"]
+    sub_record.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    concat_record.main(join)
+    assert not any("image_sizes" in entry for entry in json.loads((out / "record.json").read_text()))
+    concat_record.main([*join, "--image_sizes"])
+    assert (out / "record.json").read_bytes() == complete
+    gone.unlink()
+    concat_record.main([*join, "--image_sizes"])
+    assert [entry.get("image_sizes") for entry in json.loads((out / "record.json").read_text())] == [*sizes[:2], None]
+
+
 def test_json_and_json_lines_give_the_same_token_files(tokenize, tmp_path):
     items = [ask(f"question {i}?") for i in range(6)]
     lines = tmp_path / "data.jsonl"

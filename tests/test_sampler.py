@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from training.data.sampler import RankBatches, Sampler, Source, permute
+from training.data.sampler import RankBatches, Sampler, Source, permute, share_out
 
 
 def source(count, ratio=1.0, kind="default", seed=0):
@@ -105,3 +105,45 @@ def test_dropped_conditions_depend_on_sample_and_epoch_alone():
     assert 300 < len(first) < 500 and first != second
     others = [list(RankBatches(sampler, 2, 2, rank, 2, (0, 0), condition_dropout=0.1)) for rank in range(2)]
     assert sorted(n for rank in others for batch in rank for n in batch) == sorted(n for b in dropped for n in b)
+
+
+def mixed(count=512):
+    """Long and short samples whose continuous tokens do not go by their discrete ones."""
+    random = np.random.default_rng(0)
+    images = random.choice([0, 730, 2200, 3700], count)
+    lengths = np.where(images > 0, 1150, random.integers(30, 1500, count)).astype(np.int32)
+    return Source("", lengths=lengths, continuous=images.__getitem__)
+
+
+@pytest.mark.parametrize(("world", "budget"), [(1, 9000), (4, 9000), (8, 5000), (16, 1000)])
+def test_a_budget_of_tokens_is_kept_and_every_sample_comes_once(world, budget):
+    sampler = Sampler([mixed(), source(64, kind="text")], 64, seed=0)
+    ranks = [list(RankBatches(sampler, 1, 1, rank, world, (0, 0), budget=budget).steps()) for rank in range(world)]
+    for number, samples in enumerate(sampler.epoch(0)):
+        batches = [rank[number] for rank in ranks]
+        assert len({len(of_rank) for of_rank in batches}) == 1, "every process makes as many collective calls"
+        assert sorted(sample for of_rank in batches for batch in of_rank for sample in batch) == sorted(samples)
+        for batch in (batch for of_rank in batches for batch in of_rank):
+            assert sampler.tokens(np.array(batch)).sum() <= budget or len(batch) == 1
+    flat = list(RankBatches(sampler, 1, 1, 0, world, (0, 0), budget=budget))
+    assert flat == [batch for step in ranks[0] for batch in step]
+    middle = list(RankBatches(sampler, 1, 1, 0, world, (0, 5), budget=budget).steps())
+    assert middle == ranks[0][5:]
+
+
+def test_a_budget_makes_as_few_batches_as_it_can():
+    assert share_out(np.array([5, 5, 5, 5]), 2, 10) == [[[1, 3], [0, 2]]]
+    assert share_out(np.array([50, 1, 1, 1]), 1, 10) == [[[0]], [[1, 2, 3]]]
+    cut = Source("", lengths=np.array([4000, 10]), continuous=np.array([100, 0]).__getitem__)
+    assert cut.tokens(np.array([0, 1]), 1000).tolist() == [1100, 10]
+
+
+def test_processes_take_about_as_long_where_images_make_the_length():
+    """What the slowest process of each batch computes, over what all of them do."""
+    known = mixed(4096)
+    slowest = {}
+    for name, one in {"discrete": Source("", lengths=known.lengths), "all": known}.items():
+        ranks = [list(RankBatches(Sampler([one], 128, 0), 1, 4, rank, 8, (0, 0))) for rank in range(8)]
+        loads = np.array([[known.tokens(np.array(batch)).sum() for batch in of_rank] for of_rank in ranks])
+        slowest[name] = loads.max(0).sum() / loads.mean(0).sum()
+    assert slowest["discrete"] > 1.2 and slowest["all"] < 1.05

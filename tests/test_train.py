@@ -36,6 +36,7 @@ from training.data.loading import read_data_config, split_record
 from training.data.packing import discrete, pack
 from training.loop import learning_rate
 from training.models.folder import open_unitoken
+from training.models.unitoken import UniToken
 from training.report import Report, peak_flops
 from training.state import Progress
 from training.train import main
@@ -92,7 +93,14 @@ def test_stage2_trajectory(tmp_path, model, images, variant):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "way", [{"data_parallel": "sdp"}, {"shard_over": 1}, {"whole_gradients": "yes"}], ids=lambda way: "".join(way)
+    "way",
+    [
+        {"data_parallel": "sdp"},
+        {"shard_over": 1},
+        {"whole_gradients": "yes"},
+        {"batch_tokens": 600, "batch_size": False},
+    ],
+    ids=lambda way: next(iter(way)),
 )
 def test_two_processes_give_the_curve_of_one(tmp_path, model, images, way):
     """Accumulating too; in each first batch one process has text only, the other an image."""
@@ -189,6 +197,32 @@ def test_weight_decay_is_this_runs_not_the_checkpoints(tmp_path, model, text):
     same = train(model, text, tmp_path / "same", **TEXT, max_steps=6)
     decayed = train(model, text, tmp_path / "decayed", **TEXT, max_steps=6, wd=50)
     assert decayed[3] == pytest.approx(same[3]) and decayed[5]["c_loss"] != pytest.approx(same[5]["c_loss"], rel=1e-4)
+
+
+def test_a_budget_of_tokens_wants_the_sizes_of_images(tmp_path, model):
+    samples = [sample._replace(image_sizes=None) for sample in golden_samples()]
+    data = write_data_config(tmp_path / "data.yaml", write_record(tmp_path / "tokens", samples))
+    way = {"batch_tokens": 600, "global_batch_size": 4, "batch_size": False}
+    with pytest.raises(UserError, match="lacks the image sizes of 4 samples"):
+        train(model, data, tmp_path / "output", **way)
+
+
+@pytest.mark.parametrize(
+    ("way", "named"),
+    [
+        ({}, r"4 samples, .* Lower --batch_size \(BATCH_SIZE\) or --max_seq_len"),
+        ({"batch_size": 1}, r"1 samples, .* Lower --max_seq_len"),
+        ({"batch_tokens": 9999, "global_batch_size": 4, "batch_size": False}, r"Lower --batch_tokens \(BATCH_TOKENS\)"),
+    ],
+    ids=["samples", "one", "tokens"],
+)
+def test_out_of_memory_names_what_to_lower(tmp_path, model, images, monkeypatch, way, named):
+    def full(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(UniToken, "forward", full)
+    with pytest.raises(UserError, match=f"too little memory for a batch of .*{named}"):
+        train(model, images, tmp_path / "output", **way)
 
 
 def test_a_refused_resume_leaves_the_runs_configuration(tmp_path, model, text):

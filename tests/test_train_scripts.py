@@ -79,6 +79,8 @@ def test_a_recipe_fits_every_number_of_processes(tmp_path, name, world):
         ({"global_batch_size": 40}, 8, (1, 5)),
         ({"global_batch_size": 128, "accum_iter": 4}, 8, (4, 4)),
         ({"global_batch_size": 128, "batch_size": 8}, 4, (8, 4)),
+        ({"global_batch_size": 128, "batch_tokens": 16384}, 8, (16, 1)),
+        ({"global_batch_size": 128, "batch_tokens": 16384}, 48, None),
         ({"global_batch_size": 128, "batch_size": 4}, 64, None),
         ({"global_batch_size": 128}, 48, None),
         ({"global_batch_size": 4}, 8, None),
@@ -91,6 +93,12 @@ def test_a_step_is_shared_out_or_refused(given, world, shares):
     else:
         with pytest.raises(UserError, match=f"--global_batch_size .* x {world} \\(processes\\)"):
             config.shares(world)
+
+
+@pytest.mark.parametrize("given", [{}, {"global_batch_size": 8, "batch_size": 2}, {"accum_iter": 2}])
+def test_a_budget_of_tokens_takes_the_place_of_the_batch_size(given):
+    with pytest.raises(UserError, match="--batch_tokens goes with --global_batch_size, without --batch_size"):
+        resolve({"init_from": "a", "data_config": "b", "output_dir": "c", "batch_tokens": 100, **given})
 
 
 def test_the_language_model_recipe(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import yaml
 from conftest import GOLDEN
+from PIL import Image
 from safetensors.torch import save_file
 from unitoken_small import IMAGES, ITEMS, LLM_JSON, synthetic_state, tokens_and_labels
 
@@ -64,7 +65,8 @@ def golden_samples(kinds: Sequence[str] = ("caption", "text", "t2i", "wide")) ->
         tokens, labels = tokens_and_labels(kind)
         image = ITEMS[kind][1]
         images = (str(IMAGES / image),) if image else ()
-        samples.append(TokenSample(number, tokens.astype(np.int32), labels >= 0, images))
+        sizes = tuple(Image.open(path).size[::-1] for path in images)
+        samples.append(TokenSample(number, tokens.astype(np.int32), labels >= 0, images, sizes))
     return samples
 
 
@@ -85,10 +87,13 @@ def write_record(folder: Path, samples: Sequence[TokenSample], *, pickles: bool 
     if pickles:
         for sample in samples:
             (folder / f"files/{sample.id}.pkl").write_bytes(pickle_bytes(sample))
-            lines.append(entry_line(f"files/{sample.id}.pkl", None, len(sample.tokens), sample.id))
+            name = f"files/{sample.id}.pkl"
+            lines.append(entry_line(name, None, len(sample.tokens), sample.id, None, sample.image_sizes))
     else:
         (folder / "files/0.arrow").write_bytes(shard_bytes(samples, manifest or {}))
-        lines += [entry_line("files/0.arrow", row, len(s.tokens), s.id) for row, s in enumerate(samples)]
+        for row, sample in enumerate(samples):
+            length, sizes = len(sample.tokens), sample.image_sizes
+            lines.append(entry_line("files/0.arrow", row, length, sample.id, None, sizes))
     (folder / "record.jsonl").write_bytes(b"".join(line.rstrip() + b"\n" for line in lines))
     return folder / "record.jsonl"
 

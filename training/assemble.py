@@ -3,9 +3,11 @@
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -127,7 +129,19 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
     opened = [one for one in opened if one[0].validation < 1]
     if not opened:
         raise UserError(f"{config.data_config}: all records are for validation, so there is nothing to train on")
-    sources = [replace(source, lengths=record.lengths) for source, (record, _), _ in opened]
+    reader = None
+    if folder.vision:
+        reader = ImageReader(folder.vision.image_size, folder.vision.grid, config.variant == "anyres")
+        for source, (record, _), _ in opened:
+            if config.batch_tokens and (unknown := np.count_nonzero(record.image_counts < 0)):
+                raise UserError(
+                    f"{source.path}: it lacks the image sizes of {unknown:,} samples, so --batch_tokens cannot count "
+                    "their continuous tokens. Run concat_record.py again with --image_sizes, or give --batch_size."
+                )
+    sources = [
+        replace(source, lengths=record.lengths, continuous=reader and partial(reader.tokens, record))
+        for source, (record, _), _ in opened
+    ]
     sampler = Sampler(sources, step_size, config.seed)
     for source in sources:
         if not source.drawn:
@@ -143,9 +157,6 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
     vocabulary = check_tokenizer(folder.tokenizer, chameleon=config.variant != "lm")
     for one in (*files, *held_out):
         check_manifest(one.manifest(), one.record.path, vocabulary, folder.llm.vocab_size)
-    reader = None
-    if folder.vision:
-        reader = ImageReader(folder.vision.image_size, folder.vision.grid, config.variant == "anyres")
     format = sequence_format(folder.tokenizer, config) if config.condition_dropout else None
     rules = SampleRules(folder.llm.vocab_size, config.max_seq_len, masked_words(config), reader, format)
     return Data(Batches(files, rules), sampler, identity, Batches(held_out, rules) if held_out else None)

@@ -61,6 +61,12 @@ class TrainConfig:
     batch_size: int | None = option(
         None, f"samples a process takes at a time; default: {BATCH_SIZE}, or fewer if that is its share", low=1
     )
+    batch_tokens: int | None = option(
+        None,
+        "instead of batch_size and accum_iter: tokens a process takes at a time, continuous ones included; a step of "
+        "global_batch_size samples becomes as many batches as that takes",
+        low=1,
+    )
     accum_iter: int | None = option(
         None, "batches per optimizer step; default: what global_batch_size needs, or 1", low=1
     )
@@ -120,6 +126,8 @@ class TrainConfig:
             raise UserError("--tokenizer_from goes with --variant lm; the tokenizer is in --init_from")
         if self.condition_dropout > 1:
             raise UserError(f"--condition_dropout is a share from 0 to 1, found {self.condition_dropout}")
+        if self.batch_tokens and (self.batch_size or self.accum_iter or not self.global_batch_size):
+            raise UserError("--batch_tokens goes with --global_batch_size, without --batch_size and --accum_iter")
         if self.selective_checkpointing and not self.checkpointing:
             raise UserError("--selective_checkpointing goes with --checkpointing")
         if self.min_lr > self.lr:
@@ -128,12 +136,17 @@ class TrainConfig:
             raise UserError(f"--warmup_epochs {self.warmup_epochs} must be below --epochs {self.epochs}")
 
     def shares(self, world: int) -> tuple[int, int]:
-        """Samples of a batch, and batches per optimizer step, of each of `world` processes."""
+        """Samples of a batch, and batches per optimizer step, of each of `world` processes.
+
+        With `batch_tokens`, which make the batches of each step anew, all its samples are one.
+        """
         if world % (self.shard_over or world):
             raise UserError(f"--shard_over {self.shard_over} does not divide the {world} processes")
         total, at_once, batches = self.global_batch_size, self.batch_size, self.accum_iter
         if total is None:
             return at_once or BATCH_SIZE, batches or 1
+        if self.batch_tokens:
+            batches = 1
         if at_once is None:
             share = total // (world * (batches or 1))
             at_once = share if batches else max(n for n in range(1, BATCH_SIZE + 1) if share % n == 0)

@@ -36,15 +36,20 @@ class Memory:
 
 
 def longest_batch(config: TrainConfig, vision: VisionConfig | None, samples: int) -> tuple[int, int]:
-    """(tokens, tiles) of a batch of `samples` that are as long as `max_seq_len` allows and have an image each."""
-    if vision is None:
-        return samples * config.max_seq_len, 0
-    tiles, continuous = 1, vision.grid**2 + 1  # the separator
-    if config.variant == "anyres":
-        columns, rows = max(CANVASES, key=lambda canvas: canvas[0] * canvas[1])
-        tiles += columns * rows
-        continuous += rows * vision.grid * (columns * vision.grid + 1)
-    return samples * (config.max_seq_len + continuous), samples * tiles
+    """(tokens, tiles) of a batch of `samples` that are as long as `max_seq_len` allows and have an image each.
+
+    With `batch_tokens`, of a batch of so many tokens, or of one such sample.
+    """
+    tiles, length = 0, config.max_seq_len
+    if vision:
+        tiles, length = 1, length + vision.grid**2 + 1  # the separator
+        if config.variant == "anyres":
+            columns, rows = max(CANVASES, key=lambda canvas: canvas[0] * canvas[1])
+            tiles += columns * rows
+            length += rows * vision.grid * (columns * vision.grid + 1)
+        if config.batch_tokens:  # of images alone
+            return max(config.batch_tokens, length), max(config.batch_tokens // (vision.grid**2 + 1), tiles)
+    return (max(config.batch_tokens, length) if config.batch_tokens else samples * length), samples * tiles
 
 
 def memory(

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from training.config import TrainConfig
 from training.data.loading import Batches
 from training.data.packing import Batch, Skipped
-from training.data.sampler import Sampler
+from training.data.sampler import RankBatches
 from training.parallel import synchronise_gradients
 from training.report import Flops, Report
 from training.state import Progress, Saver
@@ -33,13 +33,13 @@ class Run:
     optimizer: AdamW
     scaler: torch.amp.GradScaler
     loader: DataLoader
+    order: RankBatches  # of what the loader gives
     epoch_steps: int
-    accumulation: int  # batches of a process in an optimizer step
+    accumulation: int  # batches of a process in an optimizer step; with batch_tokens, steps count as one
     whole_gradients: bool  # until the last of them
     device: torch.device
     flops: Flops
     saver: Saver
-    sampler: Sampler
     validation: Batches | None  # samples that are never trained on
     batch_size: int  # of a process
 
@@ -71,12 +71,13 @@ class Losses:
 
 def train(run: Run, progress: Progress, report: Report | None) -> None:
     """Go from `progress` to the last step, with a checkpoint every so many iterations and at the end."""
-    config, loader, order = run.config, iter(run.loader), run.sampler.order(progress.epoch)
+    config, sampler = run.config, run.order.sampler
+    loader, steps, types = iter(run.loader), run.order.steps(), sampler.order(progress.epoch)
     while progress.step < run.total_steps:
         lr = learning_rate(progress.epoch + progress.epoch_step / run.epoch_steps, config)
         for group in run.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        batches, counts = next_batches(run, loader)
+        batches, counts = next_batches(run, loader, len(next(steps)))
         losses = train_step(run, batches, counts.labels, progress.step)
 
         progress.step += 1
@@ -99,7 +100,7 @@ def train(run: Run, progress: Progress, report: Report | None) -> None:
                 "lr": lr,
                 "vit_lr": lr * config.vit_lr_scale,
                 "tokens": counts.tokens,
-                "type": run.sampler.types[order[progress.epoch_step - 1]],  # of all samples of the step
+                "type": sampler.types[types[progress.epoch_step - 1]],  # of all samples of the step
             }
             if held_out:
                 metrics["validation"] = held_out
@@ -107,7 +108,7 @@ def train(run: Run, progress: Progress, report: Report | None) -> None:
 
         if progress.epoch_step == run.epoch_steps:
             progress.epoch, progress.epoch_step = progress.epoch + 1, 0
-            order = run.sampler.order(progress.epoch)
+            types = sampler.order(progress.epoch)
         iterations, interval = progress.step * run.accumulation, config.save_iteration_interval
         if iterations // interval > (iterations - run.accumulation) // interval or progress.step == run.total_steps:
             if run.scaler.is_enabled():
@@ -119,9 +120,11 @@ def train(run: Run, progress: Progress, report: Report | None) -> None:
     run.saver.finish()
 
 
-def next_batches(run: Run, loader) -> tuple[list[Batch], Counts]:
-    """This process's batches of a step, and what the step is made of. Raises on all processes what failed on any."""
-    loaded = list(itertools.islice(loader, run.accumulation))
+def next_batches(run: Run, loader: Iterator[Batch | UserError], count: int) -> tuple[list[Batch], Counts]:
+    """This process's `count` batches of a step, and what the step is made of. Raises on all processes what failed on
+    any.
+    """
+    loaded = list(itertools.islice(loader, count))
     batches = [one for one in loaded if isinstance(one, Batch)]
     errors = [one for one in loaded if isinstance(one, UserError)]
     skipped = [skip for batch in batches for skip in batch.skipped]
@@ -198,7 +201,8 @@ def judge_skipped(progress: Progress, skipped: list[Skipped], max_failed: float)
 
 def out_of_memory(run: Run, batch: Batch) -> UserError:
     """The error for a batch that the device has no room for."""
-    names = {"--batch_size (BATCH_SIZE)": len(batch.names) > 1, "--max_seq_len (MAX_SEQ_LEN)": True}
+    size = "--batch_tokens (BATCH_TOKENS)" if run.config.batch_tokens else "--batch_size (BATCH_SIZE)"
+    names = {size: len(batch.names) > 1, "--max_seq_len (MAX_SEQ_LEN)": True}
     smaller = " or ".join(name for name, helps in names.items() if helps)
     advice = "" if run.config.checkpointing else ", or give --checkpointing"
     return UserError(

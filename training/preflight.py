@@ -36,22 +36,30 @@ def memory_lines(memory: Memory, config: TrainConfig, vision: VisionConfig | Non
     samples, batches = config.shares(world)
     tokens, tiles = longest_batch(config, vision, samples)
     longest = f"{tokens:,} tokens" + (f" and {tiles} tiles" if tiles else "")
-    return (
-        f"a step: {world} processes x {batches} batches x {samples} samples\n"
-        f"memory a process: about {memory}, with a batch of {longest}"
-    )
+    step = f"{world} processes x {batches} batches x {samples} samples"
+    if config.batch_tokens:
+        step = f"{samples * world} samples over {world} processes, in batches of at most {config.batch_tokens:,} tokens"
+    return f"a step: {step}\nmemory a process: about {memory}, with a batch of {longest}"
 
 
 def data_lines(data: Data) -> str:
     """Samples and lengths by record, steps by type."""
     lines, sampler, limit = [], data.sampler, data.dataset.rules.max_seq_len
     for files, source in zip(data.dataset.sources, sampler.sources, strict=True):
-        some = np.asarray(source.lengths[:: max(len(source.lengths) // 100_000, 1)])
-        low, middle, high = np.quantile(some, (0, 0.5, 1)).astype(int)
+        rows = np.arange(0, len(source.lengths), max(len(source.lengths) // 100_000, 1))
+        low, middle, high = np.quantile(source.lengths[rows], (0, 0.5, 1)).astype(int)
         lines.append(
             f"{files.record.path}: {len(source.lengths):,} samples, {source.drawn:,} an epoch as {source.type!r}; "
             f"discrete tokens {low} / {middle} / {high} (least / median / most)"
         )
+        if source.continuous:
+            low, middle, high = np.quantile(source.continuous(rows), (0, 0.5, 1)).astype(int)
+            lines[-1] += f", continuous {low} / {middle} / {high}"
+            if unknown := np.count_nonzero(files.record.image_counts < 0):
+                lines[-1] += (
+                    f"; {unknown:,} lack the sizes of their images, whose continuous tokens do not count where batches "
+                    "are shared out (concat_record.py --image_sizes)"
+                )
         if longer := np.count_nonzero(source.lengths > limit):
             lines[-1] += f"; {longer:,} are longer than --max_seq_len {limit} and are cut off there"
     for files in data.validation.sources if data.validation else ():

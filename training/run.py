@@ -11,7 +11,7 @@ from torch import nn
 
 from training import estimate, preflight, state
 from training.assemble import Data, build_optimizer, on_rank_0, open_data, open_model
-from training.config import CONFIG_FILE, TrainConfig
+from training.config import BATCH_SIZE, CONFIG_FILE, TrainConfig
 from training.data.loading import loader_deaths_named, make_loader, read_data_config
 from training.data.sampler import RankBatches
 from training.loop import Run, train
@@ -57,6 +57,8 @@ def run(config: TrainConfig, world: int, local_rank: int) -> None:
             world,
             position=(progress.epoch, progress.epoch_step),
             condition_dropout=config.condition_dropout,
+            budget=config.batch_tokens,
+            limit=config.max_seq_len,
         )
         job = Run(
             config=config,
@@ -64,15 +66,15 @@ def run(config: TrainConfig, world: int, local_rank: int) -> None:
             optimizer=optimizer,
             scaler=torch.amp.GradScaler(device.type, progress.loss_scale, enabled=config.precision == "fp16"),
             loader=make_loader(data.dataset, order, config.num_workers, pin=device.type == "cuda"),
+            order=order,
             epoch_steps=len(data.sampler),
             accumulation=batches,
             whole_gradients=whole,
             device=device,
             flops=flops,
             saver=state.Saver(config, settled),
-            sampler=data.sampler,
             validation=data.validation,
-            batch_size=samples,
+            batch_size=min(samples, BATCH_SIZE) if config.batch_tokens else samples,
         )
         report = None
         if dist.get_rank() == 0:
@@ -121,7 +123,8 @@ def begin_output(
     world = dist.get_world_size()
     with_whole = estimate.memory(model, config, folder.llm, folder.vision, world, whole=True)
     whole = config.whole_gradients == "yes"
-    if config.whole_gradients == "auto" and device.type == "cuda" and world > 1 and config.shares(world)[1] > 1:
+    several = config.batch_tokens or config.shares(world)[1] > 1
+    if config.whole_gradients == "auto" and device.type == "cuda" and world > 1 and several:
         whole = with_whole.total < ROOM * torch.cuda.get_device_properties(device).total_memory
     memory = with_whole if whole else replace(with_whole, whole_gradients=0)
     print(preflight.device_line(device, world))

@@ -86,6 +86,30 @@ def feature_layout(width: int, height: int, side: int, grid: int, anyres: bool) 
     return np.concatenate((whole, ended.ravel()))
 
 
+def continuous_tokens(heights: np.ndarray, widths: np.ndarray, side: int, grid: int, anyres: bool) -> np.ndarray:
+    """(n,) int64: how many tokens images of these sizes add to a sequence, the separator among them.
+
+    What `feature_layout` lays out, without laying it out: batches are shared out by it before an image is opened.
+    """
+    whole = np.full(len(heights), 1 + grid * grid)
+    if not anyres:
+        return whole
+    kept, wasted = [], []
+    for columns, rows in CANVASES:
+        scale = np.minimum(columns * side / widths, rows * side / heights)
+        fits = (widths * scale).astype(np.int64) * (heights * scale).astype(np.int64)
+        kept.append(np.minimum(fits, widths.astype(np.int64) * heights))
+        wasted.append(columns * rows * side * side - kept[-1])
+    best = np.argmax(np.stack(kept) * 2**32 - np.stack(wasted), axis=0)
+    map_width, map_height = (np.array(CANVASES).T * grid)[:, best]
+    is_wide = widths / heights > map_width / map_height
+    high = map_height - (heights * (map_width / widths)).astype(np.int64)
+    wide = map_width - (widths * (map_height / heights)).astype(np.int64)
+    map_height = np.where(is_wide, map_height - high // 2 * 2, map_height)
+    map_width = np.where(is_wide, map_width, map_width - wide // 2 * 2)
+    return whole + map_height * (map_width + 1)
+
+
 def _without_border(feature_map: np.ndarray, width: int, height: int) -> np.ndarray:
     map_height, map_width = feature_map.shape
     if width / height > map_width / map_height:

@@ -64,5 +64,5 @@ def _write(record: Path, folder: Path) -> None:
         raise UserError(f"{record}: this record is empty. Run pre_tokenize.py and concat_record.py first.")
     for name, dtype in COLUMNS.items():
         raw = folder / f"{name}.raw"
-        np.save(folder / f"{name}.npy", np.memmap(raw, dtype, "r"))
+        np.save(folder / f"{name}.npy", np.memmap(raw, dtype, "r") if raw.stat().st_size else np.empty(0, dtype))
         raw.unlink()

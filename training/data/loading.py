@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from pre_tokenize.record import Record
 from pre_tokenize.sequences import SequenceFormat
 from pre_tokenize.token_file import IGNORE, TokenFiles, TokenSample
-from training.data.anyres import ImageInput, image_input
+from training.data.anyres import ImageInput, continuous_tokens, image_input
 from training.data.packing import IMAGE_END, Batch, Sample, Skipped, discrete, interleave, pack
 from training.data.sampler import RankBatches, Source, uniform
 from vision_tokenizer.images.files import read_image
@@ -125,6 +125,12 @@ class ImageReader:
     def __call__(self, path: str) -> ImageInput:
         """Raises `Failed` where the file cannot be read."""
         return image_input(read_image(Path(path).absolute()).convert("RGB"), self.side, self.grid, self.anyres)
+
+    def tokens(self, record: Record, rows: np.ndarray) -> np.ndarray:
+        """How many tokens the images of these samples add, as far as the record knows their sizes."""
+        owners, heights, widths = record.image_sizes(rows)
+        counts = continuous_tokens(heights, widths, self.side, self.grid, self.anyres)
+        return np.bincount(owners, counts, minlength=len(rows)).astype(np.int64)
 
 
 def build_sample(tokens: TokenSample, name: str, rules: SampleRules) -> Sample:

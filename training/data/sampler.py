@@ -6,7 +6,8 @@ Steps are global. Processes and accumulated batches only share one out, so the o
 there are.
 """
 
-from collections.abc import Iterator, Sequence
+import heapq
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,11 +25,17 @@ class Source:
     type: str = "default"  # batches hold one type only
     image_dir: Path | None = None  # where relative images begin, if not where they did when the tokens were made
     validation: float = 0.0  # share that is never trained on, by a hash of the id
-    lengths: np.ndarray | None = field(default=None, compare=False)  # (n,) once the record is open
+    lengths: np.ndarray | None = field(default=None, compare=False)  # (n,) discrete tokens, once the record is open
+    continuous: Callable[[np.ndarray], np.ndarray] | None = field(default=None, compare=False)  # rows -> their tokens
 
     @property
     def drawn(self) -> int:
         return round(len(self.lengths) * self.ratio)
+
+    def tokens(self, rows: np.ndarray, limit: int | None = None) -> np.ndarray:
+        """How long these samples are with their continuous tokens, the discrete ones being cut at `limit`."""
+        lengths = np.minimum(self.lengths[rows], limit or np.iinfo(np.int32).max).astype(np.int64)
+        return lengths + self.continuous(rows) if self.continuous else lengths
 
 
 def permute(positions: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:
@@ -100,20 +107,29 @@ class Sampler:
         for window in range(start // self.window, -(-self.type_steps[kind] // self.window)):
             first = window * self.window
             last = min(first + self.window, self.type_steps[kind])
-            samples, lengths = self._draw(kind, epoch, np.arange(first * self.step_size, last * self.step_size))
-            by_length = np.argsort(lengths, kind="stable").reshape(-1, self.step_size)
+            samples = self._draw(kind, epoch, np.arange(first * self.step_size, last * self.step_size))
+            by_length = np.argsort(self.tokens(samples), kind="stable").reshape(-1, self.step_size)
             np.random.default_rng([self.seed, epoch, 1, kind, window]).shuffle(by_length)
             for step in by_length[max(start - first, 0) :]:
                 yield samples[step].tolist()
 
-    def _draw(self, kind: int, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers and lengths of the samples at `positions` of a type's shuffled epoch."""
+    def tokens(self, samples: np.ndarray, limit: int | None = None) -> np.ndarray:
+        """How long each of these samples is, see `Source.tokens`."""
+        owners = np.searchsorted(self.starts, samples, side="right") - 1
+        lengths = np.empty(len(samples), np.int64)
+        for owner in np.unique(owners):
+            own = owners == owner
+            lengths[own] = self.sources[owner].tokens(samples[own] - self.starts[owner], limit)
+        return lengths
+
+    def _draw(self, kind: int, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """The samples at `positions` of a type's shuffled epoch."""
         drawn = self._drawn[kind]
         shuffled = permute(positions, int(drawn.sum()), (self.seed, epoch, 2, kind))
         ends = np.cumsum(drawn)
         member = np.searchsorted(ends, shuffled, side="right")
         place = shuffled - (ends - drawn)[member]
-        samples, lengths = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
+        samples = np.empty(len(positions), np.int64)
         for number, source in enumerate(self._members[kind]):
             size = len(self.sources[source].lengths)
             turns = np.where(member == number, place // max(size, 1), -1)  # above ratio 1 the record is used again
@@ -121,14 +137,36 @@ class Sampler:
                 chosen = np.flatnonzero(turns == turn)
                 rows = permute(place[chosen] % size, size, (self.seed, epoch, 3, source, int(turn)))
                 samples[chosen] = self.starts[source] + rows
-                lengths[chosen] = self.sources[source].lengths[rows]
-        return samples, lengths
+        return samples
+
+
+def share_out(lengths: np.ndarray, processes: int, budget: int) -> list[list[list[int]]]:
+    """Positions in `lengths` by batch and process: a step's samples in as few batches as hold `budget` tokens each.
+
+    Only a sample that is longer by itself exceeds it. Each process gets as many batches, none empty, and those that
+    are computed at the same time are about as long. `lengths` is (samples,), a multiple of `processes`.
+    """
+    longest_first = np.argsort(-lengths, kind="stable")
+    batches = max(-(-int(np.minimum(lengths, budget).sum()) // (budget * processes)), 1)
+    while True:
+        emptiest = [(0, number) for number in range(batches * processes)]  # a heap
+        found: list[list[int]] = [[] for _ in emptiest]
+        for position in longest_first:
+            load, number = heapq.heappop(emptiest)
+            found[number].append(int(position))
+            heapq.heappush(emptiest, (load + max(int(lengths[position]), 1), number))
+        if all(load <= budget or len(found[number]) == 1 for load, number in emptiest):
+            break
+        batches += 1
+    by_load = [sorted(found[number]) for _, number in sorted(emptiest, reverse=True)]
+    return [by_load[start : start + processes] for start in range(0, len(by_load), processes)]
 
 
 class RankBatches:
     """What one process loads: its share of each step, batch by batch, from a position until the last epoch's end.
 
-    Neighbours in length go to different processes, so that these take about the same time.
+    A step has `accumulation` batches of as many samples, neighbours in length going to different processes, so that
+    these take about the same time; with a `budget` of tokens, as many batches as `share_out` makes of it.
     """
 
     def __init__(
@@ -140,21 +178,33 @@ class RankBatches:
         world: int,
         position: tuple[int, int],
         condition_dropout: float = 0.0,
+        budget: int | None = None,
+        limit: int | None = None,
     ):
         """`position` is an epoch and a step in it. `condition_dropout` is the share of samples that come as
-        -1 - number: without their condition, see `Batches`.
+        -1 - number: without their condition, see `Batches`. `limit` is where their discrete tokens are cut off.
         """
         self.sampler, self.epochs, self.accumulation = sampler, epochs, accumulation
         self.rank, self.world, self.position = rank, world, position
-        self.condition_dropout = condition_dropout
+        self.condition_dropout, self.budget, self.limit = condition_dropout, budget, limit
 
     def __iter__(self) -> Iterator[list[int]]:
+        for batches in self.steps():
+            yield from batches
+
+    def steps(self) -> Iterator[list[list[int]]]:
+        """This process's batches of each step."""
         first, step = self.position
         size = self.sampler.step_size // self.accumulation
         for epoch in range(first, self.epochs):
             for samples in self.sampler.epoch(epoch, step if epoch == first else 0):
-                for start in range(0, len(samples), size):
-                    yield self._dropped(samples[start : start + size][self.rank :: self.world], epoch)
+                if self.budget:
+                    shares = share_out(self.sampler.tokens(np.array(samples), self.limit), self.world, self.budget)
+                    batches = [[samples[position] for position in batch[self.rank]] for batch in shares]
+                else:
+                    starts = range(0, len(samples), size)
+                    batches = [samples[start : start + size][self.rank :: self.world] for start in starts]
+                yield [self._dropped(batch, epoch) for batch in batches]
 
     def _dropped(self, samples: list[int], epoch: int) -> list[int]:
         """By sample and epoch, so that neither the step nor the process decides."""
