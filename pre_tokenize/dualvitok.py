@@ -10,7 +10,7 @@ an input image in the form in which it writes one: as its codes, which are not l
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ from vistoken.jobs.chunks import Item
 from vistoken.jobs.counts import SUMMARY
 from vistoken.jobs.manifest import MANIFEST, read_manifest
 from vistoken.jobs.run import Table
+from vistoken.jobs.shards import shard_stem
 from vistoken.store import Location, location
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -173,7 +174,7 @@ def _check_unchanged(table: Table) -> None:
     """Hold the lines against the hash in the summary of codebook inference, where that lies beside them."""
     try:
         files = orjson.loads((table.path.parent / SUMMARY).read_bytes())["files"]
-        written = {PurePath(name).stem: of_file["sha256"] for name, of_file in files.items()}.get(table.path.stem)
+        written = {shard_stem(name): of_file["sha256"] for name, of_file in files.items()}.get(table.path.stem)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # codes that were moved, or made elsewhere
         return
     if written is not None and written != table.fingerprint:

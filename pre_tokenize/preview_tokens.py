@@ -11,16 +11,19 @@ them, images are only named. One process, on a GPU if there is one (`--device cp
 
 import argparse
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vision_tokenizer.tokenizer.flags import add_tokenizer_files, check_tokenizer_files
 from vistoken.cli import Flags, add_device, add_sample, command_parser, run_command
-from vistoken.errors import UserError
-from vistoken.store import location
+from vistoken.errors import Failed, UserError
+from vistoken.store import Location, location
 
 if TYPE_CHECKING:
     from pre_tokenize.token_preview import Original
+    from vision_tokenizer.codebook.shards import Embedded
     from vision_tokenizer.models.protocol import ImageTokenizer
 
 
@@ -29,9 +32,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_record(parser)
     add_tokenizer_files(parser, required=False)
     add_sample(parser, "conversations to show", default=12)
+    parser.add_argument(
+        "--data_config",
+        type=location,
+        help="of images that lay in shards: the metadata config of codebook inference, to find them there",
+    )
     parser.add_argument("--note", default="", help="a sentence to show on top of the report")
     add_device(parser)
-    parser.add_argument("--out_dir", type=Path, default=Path("preview"), help="folder to write")
+    parser.add_argument("--out_dir", type=location, default=Path("preview"), help="folder to write")
     args = parser.parse_args(argv)
     check_tokenizer_files(parser, args)
     return args
@@ -55,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     from pre_tokenize.token_preview import COUNTED, Renderer, count_contents, write_report
     from vision_tokenizer.review.issues import draw
 
-    files = TokenFiles(args.record, args.image_dir)
+    files = TokenFiles(args.record, "" if args.data_config else args.image_dir)
     if not len(files):
         raise UserError(f"{args.record}: no items in it")
     manifest = files.manifest()
@@ -69,7 +77,11 @@ def main(argv: list[str] | None = None) -> int:
         except (ValueError, IndexError) as error:
             print(f"item {files.record.ids[position]} cannot be shown: {error}; see verify_tokens.py", file=sys.stderr)
     if renderer.pairs and not any(pair.original for pair in renderer.pairs):
-        print("none of the originals was found: name their folder with --image_dir", file=sys.stderr)
+        print(
+            "none of the originals was found: name their folder with --image_dir or, where they lay in shards, the "
+            "metadata config with --data_config",
+            file=sys.stderr,
+        )
     write_report(args.out_dir, files, contents, conversations, renderer.pairs, args.note)
     print(f"{len(conversations):,} of {len(files):,} conversations, {len(renderer.pairs):,} images decoded")
     print(f"look at {args.out_dir / 'report.html'}")
@@ -95,7 +107,26 @@ def image_parts(args: argparse.Namespace, manifest: dict[str, Any] | None) -> "t
     if args.model_config:
         tokenizer = load_dualvitok(args.model_config, args.tokenizer_checkpoint, device=args.device, decoder=True)
         check_fingerprint(manifest, tokenizer, args.tokenizer_checkpoint)
-    return tokenizer, lambda path, block: prepare_at(path, (block.size,), 0.0)[0]
+    find = shard_images(args.data_config) if args.data_config else lambda path: path
+    return tokenizer, lambda path, block: prepare_at(find(path), (block.size,), 0.0)[0]
+
+
+def shard_images(data_config: Location) -> "Callable[[Location], Location | Embedded]":
+    """Finds an image by its name in the shards of a metadata config."""
+    from vision_tokenizer.codebook.annotations import read_data_config
+    from vision_tokenizer.codebook.inputs import stored_image
+
+    datasets = [dataset for dataset in read_data_config(data_config) if dataset.shards is not None]
+    if not datasets:
+        raise UserError(f"{data_config}: no data set of shards in it. Name the folder of its images with --image_dir.")
+
+    def find(name: Location) -> "Location | Embedded":
+        for dataset in datasets:
+            with suppress(Failed):
+                return stored_image(dataset, str(name))
+        raise Failed("image not found", f"{name} is in no shard of {data_config}")
+
+    return find
 
 
 def check_fingerprint(manifest: dict[str, Any] | None, tokenizer: "ImageTokenizer", source: str) -> None:

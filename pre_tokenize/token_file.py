@@ -24,6 +24,7 @@ import pyarrow as pa
 from pre_tokenize.record import Record
 from vistoken.errors import DataError
 from vistoken.files import check_regular, read_file
+from vistoken.jobs.files import write_bytes
 from vistoken.jobs.manifest import read_manifest
 from vistoken.store import Location, Url, location, within
 
@@ -61,6 +62,8 @@ class TokenFiles(Sequence[TokenSample]):
         record: a record file, `.json` or `.jsonl`, or one that is loaded already.
         image_dir: where relative image paths begin, if not where they did when the tokens were made.
         checked: for processes that read the same record, so that each file is held against its hash by one of them.
+        cache: a local folder for copies of files that lie in a store; each is fetched when it is first needed, and
+            mapped from then on. Without it the files last used are held in memory, which suits reading in order.
 
     Cheap to pickle (data-loader workers): mapped files stay behind and are mapped again on first use. A file that
     is missing, damaged or not of this record raises `DataError` with its path.
@@ -71,10 +74,12 @@ class TokenFiles(Sequence[TokenSample]):
         record: Record | str | Location,
         image_dir: str | Location | None = None,
         checked: "CheckedFiles | None" = None,
+        cache: Path | None = None,
     ):
         self.record = record if isinstance(record, Record) else Record.load(location(record))
         self._image_dir = image_dir
         self._checked = checked
+        self._cache = cache
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
 
     def __len__(self) -> int:
@@ -104,7 +109,7 @@ class TokenFiles(Sequence[TokenSample]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         record = self.record
-        path, row, folder = record.file(index), int(record.rows[index]), self._image_dir
+        path, row, folder = self._file(index), int(record.rows[index]), self._image_dir
         if path.suffix == ".arrow":
             shard = self._shard(index)
             sample = shard.sample(row)
@@ -123,12 +128,20 @@ class TokenFiles(Sequence[TokenSample]):
         """The mapped file of item `index`, from those that are open; the one used longest ago is closed for it."""
         number = int(self.record.file_numbers[index])
         if number not in self._shards:
-            self._shards[number] = _Shard(self.record.file(index), sha256 := self._unchecked(index))
+            path = self._file(index)
+            self._shards[number] = _Shard(path, sha256 := self._unchecked(index))
             self._mark(index, sha256)
-            if len(self._shards) > (_READ_SHARDS if isinstance(self.record.path, Url) else OPEN_SHARDS):
+            if len(self._shards) > (_READ_SHARDS if isinstance(path, Url) else OPEN_SHARDS):
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)
         return self._shards[number]
+
+    def _file(self, index: int) -> Location:
+        """Where the file of item `index` is to be read."""
+        path = self.record.file(index)
+        return (
+            kept_copy(path, self._cache, self.record.sha256(index)) if self._cache and isinstance(path, Url) else path
+        )
 
     def _unchecked(self, index: int) -> str | None:
         """The hash that the file of item `index` is yet to be held against, if it has one."""
@@ -142,6 +155,27 @@ class TokenFiles(Sequence[TokenSample]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": OrderedDict()}
+
+
+def kept_copy(url: Url, cache: Path, sha256: str | None) -> Path:
+    """The copy of a token file in `cache`, which is fetched if it is not there. Its name is that of the content: the
+    hash of the record, or what the store knows of the object. Raises `DataError` as for a file on the disk.
+    """
+    try:
+        key = sha256
+        if key is None:
+            stat = url.stat()
+            key = hash_of(f"{url} {stat.st_size} {stat.st_mtime_ns}".encode())
+        copy = cache / key[:2] / f"{key}{url.suffix}"
+        if not copy.exists():
+            content = url.read_bytes()
+            check_hash(url, content, sha256)
+            write_bytes(copy, content)  # whole or absent, however many processes fetch it at once
+    except FileNotFoundError as error:
+        raise DataError(f"{url}: the record names this token file, but it does not exist. {MAKE_ANEW}") from error
+    except OSError as error:
+        raise DataError(f"{url}: cannot read this token file ({error.strerror})") from error
+    return copy
 
 
 class CheckedFiles:

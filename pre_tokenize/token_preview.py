@@ -131,7 +131,7 @@ class Renderer:
 
 
 def write_report(
-    folder: Path,
+    folder: Location,
     files: TokenFiles,
     contents: Contents,
     conversations: Sequence[Conversation],

@@ -6,17 +6,21 @@ import time
 
 import pytest
 from codebook_job import dataset, kill_all, launch, run_here, write_config
+from lm_small import extended_tokenizer, write_model
 from PIL import Image
 from store_server import s3_server
+from test_shards import samples, write_tar
+from train_small import train
 
-from pre_tokenize import concat_record, pre_tokenize, verify_tokens
+from pre_tokenize import concat_record, pre_tokenize, preview_tokens, verify_tokens
 from pre_tokenize.token_file import TokenFiles
 from vision_tokenizer.codebook import output as codebook_output
 from vision_tokenizer.models.dualvitok.model import load_dualvitok
-from vision_tokenizer.tokenizer import plan_codebook_inference, verify_codebook
+from vision_tokenizer.tokenizer import plan_codebook_inference, preview_codes, verify_codebook
+from vision_tokenizer.tokenizer.tokenizer_codebook_inference import main as codebook_inference
 from vistoken import store
 from vistoken.errors import UserError
-from vistoken.store import Location, Url, remove_tree
+from vistoken.store import Location, Url, local_copy, remove_tree
 
 FIXED = ("--resolution_type", "fixed", "--resolution", "32")
 TINY = (*FIXED, "--batch_size", "2", "--max_failed", "1", "--crop_percent_thresh", "0.5")
@@ -249,3 +253,53 @@ def test_conversations_become_token_files_in_a_bucket(bucket, tmp_path, chameleo
         assert verify_tokens.main(["--record", str(files[1]), *tokenizer, "--device", "cpu"]) == 0
     assert records[bucket] == records[tmp_path]
     assert {"files/0-4.arrow", "files/4-7.arrow", "record.json", "record.rejected.jsonl"} <= records[bucket].keys()
+
+
+@pytest.mark.slow
+def test_from_tars_to_trained_steps_by_urls_alone(bucket, tmp_path, tiny_dualvitok):
+    """Plan, codes, token files, each of them verified and looked at, then some steps of training on them."""
+    tokenizer = extended_tokenizer(tmp_path, (256, 512))
+    for path in (*tiny_dualvitok, *tokenizer.iterdir()):
+        (bucket / "models" / path.name).write_bytes(path.read_bytes())
+    for number in range(2):
+        tar = write_tar(tmp_path / f"{number}.tar", samples(6, first=10 * number))
+        (bucket / f"in/{number}.tar").write_bytes(tar.read_bytes())
+    entry = {"root": str(bucket / "out"), "shards": f"{bucket}/in/{{0..1}}.tar", "tokenizer_inference": True}
+    (bucket / "meta.json").write_bytes(json.dumps({"set": entry}).encode())
+    (bucket / "train.yaml").write_bytes(b"META: [{path: tokens0/record.json}, {path: tokens1/record.json}]")
+
+    def call(main, **given):
+        flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+        assert not main(flags), main.__module__
+
+    data = {"data_config": bucket / "meta.json", "resolution_type": "fixed", "resolution": 64}
+    model = {"model_config": bucket / "models/tiny.py", "device": "cpu"}
+    model["tokenizer_checkpoint"] = bucket / "models/pytorch_model.bin"
+    call(
+        plan_codebook_inference.main, **data, model_config=model["model_config"], out_dir=bucket / "plan", num_workers=1
+    )
+    call(codebook_inference, **data, **model)
+    call(verify_codebook.main, **data, **model)
+    call(preview_codes.main, **data, **model, out_dir=bucket / "preview")
+    for number in range(2):
+        tokens = bucket / f"tokens{number}"
+        source = {"tokenizer_dir": bucket / "models", "device": "cpu"}
+        source["in_filename"] = bucket / f"out/jsonl_after_tokenizer/dualvitok/fixed_64/{number}.jsonl"
+        call(pre_tokenize.main, image_tokenizer="dualvitok", **source, out_dir=tokens)
+        call(concat_record.main, sub_record_dir=tokens, save_path=tokens / "record.json")
+        call(verify_tokens.main, record=tokens / "record.json", **source)
+    shown = {"record": bucket / "tokens0/record.json", "tokenizer_dir": bucket / "models", "out_dir": bucket / "shown"}
+    call(preview_tokens.main, **shown, **model, data_config=bucket / "meta.json")
+    for page in ("preview/report.html", "shown/report.html"):
+        assert "PSNR" in (bucket / page).read_text() and "no original" not in (bucket / page).read_text()
+
+    small = write_model(tmp_path / "small", vocab_size=303)
+    settings = {"variant": "lm", "dropout": 0, "unmask_image_logits": False, "batch_size": 2, "epochs": 2}
+    settings |= {"tokenizer_from": tokenizer, "num_workers": 1}
+    with pytest.raises(UserError, match=r"tokens0/record\.json: its token files lie in a store.* --token_cache"):
+        train(small, bucket / "train.yaml", tmp_path / "refused", **settings)
+    found = train(small, bucket / "train.yaml", tmp_path / "by-url", **settings, token_cache=tmp_path / "cache")
+    assert len(found) == 12 and len(list((tmp_path / "cache").glob("*/*.arrow"))) == 2
+    with local_copy(bucket) as copy:
+        on_disk = train(small, copy / "train.yaml", tmp_path / "on-disk", **settings)
+    assert [step["c_loss"] for step in found] == [step["c_loss"] for step in on_disk]

@@ -5,7 +5,9 @@ import os
 import pickle
 import resource
 import signal
+import tarfile
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -188,6 +190,21 @@ def test_an_unreadable_image_is_replaced_and_told(tmp_path):
     assert [name[-4:] for name in batch.names] == ["id 1", "id 1"]
     (skipped,) = batch.skipped
     assert "row 0" in skipped.name and "broken.jpg" in skipped.reason and skipped.instead.endswith("id 1")
+
+
+def test_images_that_lie_in_a_tar_file_are_those_of_the_folder(tmp_path):
+    """As pre_tokenize.py names them."""
+    with tarfile.open(tmp_path / "shard-0.tar", "w") as tar:
+        tar.add(golden_samples(["caption"])[0].images[0], "deep/0.png")
+    rules = replace(RULES, continuous=replace(RULES.continuous, members=tmp_path / "members"))
+    packed = {}
+    for folder, name in ((None, golden_samples(["caption"])[0].images[0]), (tmp_path, "shard-0.tar/deep/0.png")):
+        samples = [golden_samples(["caption"])[0]._replace(images=(name,))]
+        record = write_record(tmp_path / f"tokens{len(packed)}", samples, manifest={"image_dir": str(folder or "")})
+        batch = Batches([TokenFiles(record)], rules)[[0]]
+        packed[folder] = batch.tiles
+    assert len(packed[None]) == 1 and (packed[None] == packed[tmp_path]).all()
+    assert len(list((tmp_path / "members").glob("index-shard-0.tar-*.json"))) == 1
 
 
 def test_a_record_without_any_usable_sample_is_an_error_not_a_loop(tmp_path):

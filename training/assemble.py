@@ -27,6 +27,7 @@ from training.models.unitoken import UniToken
 from training.models.units import recompute
 from vision_tokenizer.models.chameleon.vocabulary import MARK_NAMES, RELEASED_IMAGE_IDS, RELEASED_MARKS
 from vistoken.errors import UserError
+from vistoken.store import Url
 from vistoken.weights import load_strict
 
 Result = TypeVar("Result")
@@ -108,12 +109,14 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
     """Raises `UserError` for a damaged or empty record, tokens of another model, or too few samples for a step."""
     digests = on_rank_0(lambda: [fingerprint(source.path) for source in sources])
     own = Path(config.output_dir) / "index"
-    parents = [source.path.parent if config.cache_ann_on_disk else own for source in sources]
+    paths = [source.path for source in sources]
+    parents = [path.parent if config.cache_ann_on_disk and isinstance(path, Path) else own for path in paths]
 
     def open_records() -> list[Record]:
         given = zip(sources, digests, parents, strict=True)
         return [open_indexed(source.path, digest, parent) for source, digest, parent in given]
 
+    cache = Path(config.token_cache) if config.token_cache else None
     checked = [CheckedFiles(own / f"checked-{socket.gethostname()}-{number}") for number in range(len(sources))]
     if local_rank == 0:  # one process of each node writes the indexes
         for marks, record in zip(checked, open_records(), strict=True):
@@ -125,13 +128,13 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
         for digest, source in zip(digests, sources, strict=True)
     ]
     opened = list(zip(sources, parts, checked, strict=True))
-    held_out = [TokenFiles(held, source.image_dir, marks) for source, (_, held), marks in opened if held]
+    held_out = [TokenFiles(held, source.image_dir, marks, cache) for source, (_, held), marks in opened if held]
     opened = [one for one in opened if one[0].validation < 1]
     if not opened:
         raise UserError(f"{config.data_config}: all records are for validation, so there is nothing to train on")
     reader = None
     if folder.vision:
-        reader = ImageReader(folder.vision.image_size, folder.vision.grid, config.variant == "anyres")
+        reader = ImageReader(folder.vision.image_size, folder.vision.grid, config.variant == "anyres", own / "members")
         for source, (record, _), _ in opened:
             if config.batch_tokens and (unknown := np.count_nonzero(record.image_counts < 0)):
                 raise UserError(
@@ -153,9 +156,14 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
                 f"{config.data_config}: {drawn} samples of type {kind!r} are too few for one step of {step_size}, so "
                 "they would never be used. Draw more of them, lower the global batch, or give them another's type."
             )
-    files = [TokenFiles(record, source.image_dir, marks) for source, (record, _), marks in opened]
+    files = [TokenFiles(record, source.image_dir, marks, cache) for source, (record, _), marks in opened]
     vocabulary = check_tokenizer(folder.tokenizer, chameleon=config.variant != "lm")
     for one in (*files, *held_out):
+        if isinstance(one.record.file(0), Url) and not cache:
+            raise UserError(
+                f"{one.record.path}: its token files lie in a store, and are read in random order. Say with "
+                "--token_cache which local folder may keep copies of them: each is fetched once."
+            )
         check_manifest(one.manifest(), one.record.path, vocabulary, folder.llm.vocab_size)
     format = sequence_format(folder.tokenizer, config) if config.condition_dropout else None
     rules = SampleRules(folder.llm.vocab_size, config.max_seq_len, masked_words(config), reader, format)

@@ -99,6 +99,9 @@ class TrainConfig:
     compile: bool = option(False, "compile each layer")
     num_workers: int = option(4, "data-loader processes", low=0)
     cache_ann_on_disk: bool = option(False, "keep the records' indexes beside them, for other runs, not in output_dir")
+    token_cache: str = option(
+        "", "local folder for copies of token files that lie in a store: each node fetches each file once"
+    )
     max_failed: float = option(0.01, "stop when a greater share of samples had to be replaced", low=0)
     # checkpoints and logs
     save_iteration_interval: int = option(1000, "iterations (batches of a process) between checkpoints", low=1)

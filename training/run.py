@@ -22,6 +22,7 @@ from training.report import Flops, Report
 from training.state import Progress
 from vistoken.device import float32_products
 from vistoken.errors import UserError
+from vistoken.store import location
 
 ROOM = 0.8  # share of a GPU's memory that may be planned for
 
@@ -29,7 +30,7 @@ ROOM = 0.8  # share of a GPU's memory that may be planned for
 def run(config: TrainConfig, world: int, local_rank: int) -> None:
     """Train as `config` says, from the newest checkpoint if there is one, and save the model."""
     samples, batches = config.shares(world)
-    sources = read_data_config(Path(config.data_config))
+    sources = read_data_config(location(config.data_config))
     checkpoint = starting_point(config)
     model, folder = open_model(config, resumed=checkpoint is not None)
     with process_group() as device, float32_products(tf32=config.precision != "fp32"):

@@ -370,12 +370,13 @@ def _resolve(url: Url) -> tuple[Any, str]:
     """The file system of `url`, and its key there."""
     rest = url.url.partition("://")[2]
     if url.scheme in ("s3", "gs", "gcs"):
-        return _file_system(url.scheme, url.parts[0]), rest
+        return _file_system(url.scheme, url.parts[0], os.getpid()), rest
     return _any_file_system(url.url)
 
 
 @lru_cache(maxsize=64)
-def _file_system(scheme: str, bucket: str) -> Any:
+def _file_system(scheme: str, bucket: str, process: int) -> Any:
+    """One for each process: after a fork two of them must not speak through one connection."""
     from pyarrow import fs
 
     if scheme != "s3":

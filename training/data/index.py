@@ -16,9 +16,10 @@ import numpy as np
 from pre_tokenize.record import COLUMNS, Record, column_blocks
 from vistoken.errors import UserError
 from vistoken.jobs.files import sha256_of
+from vistoken.store import Location
 
 
-def fingerprint(record: Path) -> str:
+def fingerprint(record: Location) -> str:
     """Of a record's content: a gigabyte takes about a second."""
     try:
         return sha256_of(record)[:16]
@@ -26,7 +27,7 @@ def fingerprint(record: Path) -> str:
         raise UserError(f"{record}: cannot read this record ({error.strerror})") from error
 
 
-def open_indexed(record: Path, digest: str, parent: Path) -> Record:
+def open_indexed(record: Location, digest: str, parent: Path) -> Record:
     """A record, mapped from its index in `parent`, which is written if it is not there. `digest` is its fingerprint.
 
     Raises `UserError` for a record that is damaged or empty, or a folder that cannot be written.
@@ -53,7 +54,7 @@ def open_indexed(record: Path, digest: str, parent: Path) -> Record:
     return Record.mapped(record, target)
 
 
-def _write(record: Path, folder: Path) -> None:
+def _write(record: Location, folder: Path) -> None:
     """Stream the record's columns into raw files, then give each its array header."""
     with ExitStack() as closing:
         files = {name: closing.enter_context((folder / f"{name}.raw").open("wb")) for name in COLUMNS}

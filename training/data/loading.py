@@ -22,6 +22,8 @@ from vision_tokenizer.images.files import read_image
 from vision_tokenizer.models.chameleon.vocabulary import RELEASED_IMAGE_IDS
 from vistoken.errors import DataError, Failed, UserError
 from vistoken.files import read_yaml
+from vistoken.jobs.members import indexes
+from vistoken.store import Location, location, within
 
 MAX_RATIO = 1000  # times that a record is gone through in an epoch
 REPLACEMENTS = 16  # samples tried in the place of one that fails
@@ -29,7 +31,7 @@ STRIDE = 7919  # from one to the next, in the record: far enough not to meet the
 SOURCE_KEYS = ("path", "ratio", "type", "image_dir", "validation", "split")
 
 
-def read_data_config(path: Path) -> list[Source]:
+def read_data_config(path: Location) -> list[Source]:
     """The records of a data config, relative paths taken from its folder. Raises `UserError` naming the field."""
     content = read_yaml(path, "data config")
     if not isinstance(content, dict) or set(content) != {"META"} or not isinstance(content["META"], list):
@@ -40,14 +42,14 @@ def read_data_config(path: Path) -> list[Source]:
     return [_source(entry, f"{path}, META entry {n}", path.parent) for n, entry in enumerate(content["META"])]
 
 
-def _source(entry: Any, where: str, folder: Path) -> Source:
+def _source(entry: Any, where: str, folder: Location) -> Source:
     if not isinstance(entry, dict) or "path" not in entry:
         raise UserError(f"{where}: expected a path, and perhaps ratio, type and image_dir, found {entry!r:.80}")
     if unknown := [key for key in entry if key not in SOURCE_KEYS]:
         raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(SOURCE_KEYS)}")
     share = _validation(entry, where)
     fields = {key: value for key, value in entry.items() if key not in ("path", "split", "validation")}
-    source = Source(folder / str(entry["path"]), validation=share, **fields)
+    source = Source(within(folder, str(entry["path"])), validation=share, **fields)
     ratio = source.ratio
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= MAX_RATIO:
         raise UserError(f"{where}: ratio must be a number above 0, at most {MAX_RATIO}, found {ratio!r}")
@@ -58,7 +60,7 @@ def _source(entry: Any, where: str, folder: Path) -> Source:
     if source.path.suffix not in (".json", ".jsonl"):
         raise UserError(f"{where}: a record is a .json or .jsonl file, this is {source.path}")
     if "image_dir" in entry:
-        source = replace(source, image_dir=folder / str(entry["image_dir"]))
+        source = replace(source, image_dir=within(folder, str(entry["image_dir"])))
         if not source.image_dir.is_dir():
             raise UserError(f"{where}: image_dir is no folder: {source.image_dir}")
     return source
@@ -84,7 +86,9 @@ def split_record(record: Record, share: float) -> tuple[Record, Record | None]:
     return record.part(np.flatnonzero(~held)), record.part(np.flatnonzero(held))
 
 
-def check_manifest(manifest: Mapping[str, Any] | None, record: Path, vocabulary: str | None, vocab_size: int) -> None:
+def check_manifest(
+    manifest: Mapping[str, Any] | None, record: Location, vocabulary: str | None, vocab_size: int
+) -> None:
     """Refuse tokens that were made for another model. Published pickles carry no manifest and are taken on trust.
 
     `vocabulary` is the fingerprint of the model's own, None if its folder has no tokenizer file.
@@ -121,10 +125,12 @@ class ImageReader:
     side: int
     grid: int
     anyres: bool
+    members: Path | None = None  # folder for the indexes of tar files in which images lie, shared by all processes
 
     def __call__(self, path: str) -> ImageInput:
         """Raises `Failed` where the file cannot be read."""
-        return image_input(read_image(Path(path).absolute()).convert("RGB"), self.side, self.grid, self.anyres)
+        indexes.folder = self.members
+        return image_input(read_image(location(path).absolute()).convert("RGB"), self.side, self.grid, self.anyres)
 
     def tokens(self, record: Record, rows: np.ndarray) -> np.ndarray:
         """How many tokens the images of these samples add, as far as the record knows their sizes."""

@@ -9,9 +9,10 @@ there are.
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
+
+from vistoken.store import Location
 
 WINDOW = 1 << 16  # samples among which those of similar length are gathered
 
@@ -20,10 +21,10 @@ WINDOW = 1 << 16  # samples among which those of similar length are gathered
 class Source:
     """A record in a data config."""
 
-    path: Path
+    path: Location
     ratio: float = 1.0  # share drawn in an epoch; above 1 repeats
     type: str = "default"  # batches hold one type only
-    image_dir: Path | None = None  # where relative images begin, if not where they did when the tokens were made
+    image_dir: Location | None = None  # where relative images begin, if not where they did when the tokens were made
     validation: float = 0.0  # share that is never trained on, by a hash of the id
     lengths: np.ndarray | None = field(default=None, compare=False)  # (n,) discrete tokens, once the record is open
     continuous: Callable[[np.ndarray], np.ndarray] | None = field(default=None, compare=False)  # rows -> their tokens

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log2
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ from vision_tokenizer.models.dualvitok.model import grid_sizes
 from vision_tokenizer.review.plan import BINS_PER_OCTAVE, THRESHOLDS, Survey
 from vistoken.errors import UserError
 from vistoken.jobs.counts import counts_table, table
+from vistoken.jobs.files import atomic_write
+from vistoken.store import Location
 
 RELEASED_CODEBOOKS = (32768, 98304)
 VERDICT_THRESHOLDS = (0.1, 0.2, 0.3)
@@ -137,7 +138,7 @@ def _duration(hours: float | None) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min" if hours * 60 >= 2 else f"{hours * 3600:.0f} s"
 
 
-def draw_ratios(path: Path, surveys: Sequence[Survey], choices: Sequence[tuple[int, int]]) -> None:
+def draw_ratios(path: Location, surveys: Sequence[Survey], choices: Sequence[tuple[int, int]]) -> None:
     """The distribution of width / height over the anchors, as a picture. Raises `UserError` without matplotlib."""
     try:
         from matplotlib import colormaps
@@ -162,8 +163,8 @@ def draw_ratios(path: Path, surveys: Sequence[Survey], choices: Sequence[tuple[i
             axes.bar(left, list(bins.values()), 0.88 / BINS_PER_OCTAVE, bottom, color=color, label=label)
             below.update(bins)
     _dress(axes, [*(number / BINS_PER_OCTAVE for number in below), 0.0], choices)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def _octaves(anchor: tuple[int, int]) -> float:

@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,8 @@ from vision_tokenizer.review.html import TEMPLATES, render
 from vision_tokenizer.review.issues import Reservoir
 from vision_tokenizer.review.quality import CodeUse, psnr, ssim
 from vistoken.errors import Failed, ItemError
-from vistoken.jobs.files import write_bytes
+from vistoken.jobs.files import atomic_write, write_bytes
+from vistoken.store import Location
 
 
 @dataclass
@@ -97,7 +97,9 @@ def decode_place(tokenizer: ImageTokenizer, place: Place) -> Pair:
     return make_pair(place.image.name, where, original, decode_codes(tokenizer, place.image.grids))
 
 
-def write_report(folder: Path, outputs: Sequence[Output], contents: Contents, pairs: Sequence[Pair], note: str) -> None:
+def write_report(
+    folder: Location, outputs: Sequence[Output], contents: Contents, pairs: Sequence[Pair], note: str
+) -> None:
     """`report.html` and `contact_sheet.png` in `folder`."""
     first = outputs[0]
     names = ", ".join(output.dataset.name for output in outputs)
@@ -121,10 +123,10 @@ def write_report(folder: Path, outputs: Sequence[Output], contents: Contents, pa
     write_contact_sheet(folder / "contact_sheet.png", run, pairs)
 
 
-def write_contact_sheet(path: Path, title: str, pairs: Sequence[Pair]) -> None:
+def write_contact_sheet(path: Location, title: str, pairs: Sequence[Pair]) -> None:
     sheet = contact_sheet(title, [(pair.original, pair.decoded, f"{pair.title}: {pair.quality}") for pair in pairs])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with atomic_write(path) as file:
+        sheet.save(file, "PNG")
 
 
 def mean_quality(pairs: Sequence[Pair]) -> list[tuple[str, str]]:

@@ -29,6 +29,7 @@ from vision_tokenizer.tokenizer.flags import (
 )
 from vistoken.cli import BAD_CALL, BAD_DATA, MAX_WORKERS, OK, above_zero, at_least, command_parser, run_command
 from vistoken.errors import UserError
+from vistoken.store import location
 
 EXAMPLES = 3  # problems of a kind shown in the terminal
 
@@ -41,10 +42,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_output_names(parser)
     add_exif_orientation(parser)
     add = parser.add_argument
-    add("--model_config", type=Path, help="the tokenizer's .py config (default: codebooks of the released sizes)")
+    add("--model_config", type=location, help="the tokenizer's .py config (default: codebooks of the released sizes)")
     add("--images_per_second", type=above_zero, help="speed of the whole run, to say how long it takes (default: none)")
     add("--num_workers", type=at_least(1), help=f"processes (default: the cores, at most {MAX_WORKERS})")
-    add("--out_dir", type=Path, default=Path("plan"), help="folder to write")
+    add("--out_dir", type=location, default=Path("plan"), help="folder to write")
     return parser.parse_args(argv)
 
 

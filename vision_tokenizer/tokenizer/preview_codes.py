@@ -15,6 +15,7 @@ from vision_tokenizer.tokenizer.flags import add_tokenizer
 from vision_tokenizer.tokenizer.verify_codebook import add_output_arguments, open_outputs
 from vistoken.cli import add_sample, command_parser, run_command
 from vistoken.errors import UserError
+from vistoken.store import location
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -23,7 +24,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_tokenizer(parser, required=True)
     add_sample(parser, "images to decode", default=24)
     parser.add_argument("--note", default="", help="a sentence to show on top of the report")
-    parser.add_argument("--out_dir", type=Path, default=Path("preview"), help="folder to write")
+    parser.add_argument("--out_dir", type=location, default=Path("preview"), help="folder to write")
     return parser.parse_args(argv)
 
 
