@@ -76,7 +76,7 @@ def resume(path: Path, fit: Updater, settings: RunSettings) -> Mapping[str, Any]
 
 def require_same(path: Path, before: dict[str, Any], settings: RunSettings) -> None:
     """Settings that decide the curve must be those of the checkpoint."""
-    was = {}
+    was: dict[str, Any] = {}
     for key, value in before.items():
         was |= {f"{key}.{k}": v for k, v in value.items()} if key in ("vq_loss", "data_args") else {key: value}
     now = json.loads(json.dumps(flatten(settings)))

@@ -28,7 +28,7 @@ class DataSettings:
     resolution: int = 256
     min_pixels: int = 32 * 32
     max_pixels: int = 512 * 512
-    crop_share: tuple[float, ...] = (0.2, 0.7)  # of the shorter side, for augment="random_crop"
+    crop_share: tuple[float, float] = (0.2, 0.7)  # of the shorter side, for augment="random_crop"
     cache: bool = False  # keep decoded pictures in memory
     max_failed: float = 0.01  # share of unreadable pictures beyond which the run stops
     per_proc_batch_size: int = 8  # of evaluation
@@ -253,7 +253,7 @@ def _check(settings: RunSettings, config: Path) -> None:
 
 def flatten(settings: RunSettings) -> dict[str, Any]:
     """`part.key` -> value; the model's own config stays one value."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for f in fields(settings):
         value = getattr(settings, f.name)
         if f.name in _PARTS:

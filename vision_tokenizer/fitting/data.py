@@ -24,12 +24,14 @@ from vision_tokenizer.fitting.transforms import bucket_size, cover, flipped, ran
 from vision_tokenizer.images.dualvitok import to_pixels
 from vision_tokenizer.images.files import damage_named, open_image, read_image
 from vistoken.errors import Failed, UserError
+from vistoken.store import Location
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 Size = tuple[int, int]  # (height, width)
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """A picture in a batch: which one, at which size, and where its random numbers come from."""
 
     index: int
@@ -54,8 +56,9 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def find_images(settings: DataSettings) -> list[tuple[Path, Size | None]]:
+def find_images(settings: DataSettings) -> list[tuple[Location, Size | None]]:
     """Files of the data set with their sizes, where a list tells them. Raises `UserError`, also for none."""
+    files: list[tuple[Location, Size | None]]
     if settings.data_config:
         files = [(path, None) for path in _images_of_datasets(Path(settings.data_config))]
     elif not settings.data_path:
@@ -69,7 +72,7 @@ def find_images(settings: DataSettings) -> list[tuple[Path, Size | None]]:
     return files
 
 
-def _read_size_list(file: Path, folder: Path) -> list[tuple[Path, Size | None]]:
+def _read_size_list(file: Path, folder: Path) -> list[tuple[Location, Size | None]]:
     try:
         rows = json.loads(file.read_text())
         return [(folder / row["image"], (int(row["height"]), int(row["width"]))) for row in rows]
@@ -79,9 +82,9 @@ def _read_size_list(file: Path, folder: Path) -> list[tuple[Path, Size | None]]:
         raise UserError(f'{file}: not a list of {{"image": path, "width": w, "height": h}}: {error!r}') from error
 
 
-def _images_of_datasets(config: Path) -> list[Path]:
+def _images_of_datasets(config: Path) -> list[Location]:
     """Every picture that the annotations of a metadata config name, once; items without a picture are left out."""
-    found: dict[Path, None] = {}
+    found: dict[Location, None] = {}
     for dataset in select_datasets(config, None):
         for file in dataset.annotation_files():
             text = file.read_text(encoding="utf-8-sig")
@@ -100,7 +103,7 @@ class Photographs(Dataset):
 
     TRIES = 20
 
-    def __init__(self, files: Sequence[Path], settings: DataSettings):
+    def __init__(self, files: Sequence[Location], settings: DataSettings):
         self.files, self.settings = files, settings
         self.cache: dict[int, Image.Image] = {}
 
@@ -184,7 +187,7 @@ class BatchOrder:
         return len(self.epoch(0))
 
 
-def batch_order(files: list[tuple[Path, Size | None]], settings: DataSettings, batch: int, seed: int) -> BatchOrder:
+def batch_order(files: list[tuple[Location, Size | None]], settings: DataSettings, batch: int, seed: int) -> BatchOrder:
     """Raises `UserError` where not one batch can be filled."""
     if settings.augment.startswith("dualvitok_anyres"):
         limits = settings.min_pixels, settings.max_pixels
@@ -201,7 +204,7 @@ def batch_order(files: list[tuple[Path, Size | None]], settings: DataSettings, b
     return order
 
 
-def _size_of(path: Path) -> Size:
+def _size_of(path: Location) -> Size:
     """From the file's header; a file that cannot be opened counts as square, and fails when its turn comes."""
     try:
         image = open_image(path)

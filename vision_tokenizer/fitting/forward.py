@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN
+from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN, Codebook
 from vision_tokenizer.models.dualvitok.model import DualViTok, join_branches
 from vision_tokenizer.models.dualvitok.semantic import CELL, vit_input
-from vision_tokenizer.models.dualvitok.simvq import Quantized, codebook_loss, straight_through
+from vision_tokenizer.models.dualvitok.simvq import Quantized, SimVQ, codebook_loss, straight_through
 from vision_tokenizer.models.nearest import nearest_codes
 
 
@@ -98,13 +98,12 @@ class TrainableDualViTok(nn.Module):
             features=features,
         )
 
-    def quantizer_of(self, branch: str) -> str:
-        return f"{branch}_quantizer"
+    def quantizer(self, branch: str) -> SimVQ:
+        return self.model.semantic_quantizer if branch == "semantic" else self.model.pixel_quantizer
 
     def _quantize(self, branch: str, features: Tensor) -> Quantized:
         options = self.options[branch]
-        quantizer = self.model.get_submodule(self.quantizer_of(branch))
-        return quantizer(features, rotation=options.rotation_trick, commitment=options.commitment)
+        return self.quantizer(branch)(features, rotation=options.rotation_trick, commitment=options.commitment)
 
 
 def draw_kept(values: Tensor, dropping: CodeDropping) -> Tensor:
@@ -134,8 +133,8 @@ class TrainableVqgan(nn.Module):
         self.options = options or QuantizerOptions()
         model.quantize.embedding.weight.requires_grad_(True)
 
-    def quantizer_of(self, branch: str) -> str:
-        return "quantize"
+    def quantizer(self, branch: str) -> Codebook:
+        return self.model.quantize
 
     def features(self, pixels: Tensor) -> tuple[dict[str, Tensor], None]:
         return {"image": self.model.quant_conv(self.model.encoder(pixels)).permute(0, 2, 3, 1)}, None
@@ -157,3 +156,6 @@ class TrainableVqgan(nn.Module):
             codes={"image": codes},
             features={"image": features},
         )
+
+
+Trainable = TrainableDualViTok | TrainableVqgan

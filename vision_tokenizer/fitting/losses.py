@@ -42,7 +42,7 @@ def generator_terms(
         terms["p_loss"] = perceptual(pixels, reconstruction).mean()
     for branch, loss in outputs.codebook_losses.items():
         terms["semantic_codebook_loss" if branch == "semantic" else "vq_loss"] = loss
-    if outputs.target is not None:
+    if outputs.semantic is not None and outputs.target is not None:
         found, target = at_least_float32(outputs.semantic), at_least_float32(outputs.target)
         name = f"semantic_{settings.semantic_reconstruction}_loss"
         terms[name] = semantic_loss(found, target, settings.semantic_reconstruction)
@@ -60,7 +60,10 @@ def weighted_sum(terms: dict[str, Tensor], settings: LossSettings, step: int) ->
         f"semantic_{settings.semantic_reconstruction}_loss": settings.semantic_weight
         * settings.semantic_reconstruction_weight,
     }
-    return sum(weights[name] * term for name, term in terms.items())
+    total = torch.zeros_like(terms["rec_loss"])
+    for name, term in terms.items():
+        total = total + weights[name] * term
+    return total
 
 
 def adaptive_weight(likeness: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
@@ -72,6 +75,9 @@ def adaptive_weight(likeness: Tensor, adversarial: Tensor, last_layer: Tensor) -
 
 class Lecam(nn.Module):
     """Keeps the discriminator's verdicts near each other's running means (arXiv 2104.03310)."""
+
+    real: Tensor
+    fake: Tensor
 
     def __init__(self):
         super().__init__()

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from vision_tokenizer.fitting.config import RunSettings
-from vision_tokenizer.fitting.forward import CodeDropping, QuantizerOptions, TrainableDualViTok, TrainableVqgan
+from vision_tokenizer.fitting.forward import (
+    CodeDropping,
+    QuantizerOptions,
+    Trainable,
+    TrainableDualViTok,
+    TrainableVqgan,
+)
 from vision_tokenizer.models.chameleon.vqgan import TRAINING, ChameleonVQGAN, sizes_of
 from vision_tokenizer.models.dualvitok.config import read_model
 from vision_tokenizer.models.dualvitok.model import DualViTok
@@ -22,16 +28,14 @@ from vistoken.weights import load_strict, read_state_dict
 
 FEATURES_PER_CODE = 8  # that k-means looks at
 
-Trainable = TrainableDualViTok | TrainableVqgan
-
 
 def build(settings: RunSettings) -> Trainable:
     """With weights drawn at random, on the CPU. Raises `UserError` for a config that cannot train."""
-    kind = settings.vq_model.get("type")
-    config = settings.vq_model.get("config")
-    if kind == "ChameleonVQGAN":
-        return TrainableVqgan(drawn_vqgan(ChameleonVQGAN(sizes_of(config, "vq_model"), decoder=True)))
+    if settings.vq_model.get("type") == "ChameleonVQGAN":
+        sizes = sizes_of(settings.vq_model.get("config"), "vq_model")
+        return TrainableVqgan(drawn_vqgan(ChameleonVQGAN(sizes, decoder=True)))
     model = DualViTok(read_model(settings.vq_model, "vq_model"), decoder=True)
+    config = settings.vq_model["config"]
     if config.get("semantic_detail_merge_type", "cat") != "cat":
         raise UserError("vq_model.config.semantic_detail_merge_type: only 'cat' is supported")
     if config.get("pixel_noise_type", "random") not in ("random", "zero"):
@@ -67,7 +71,8 @@ def draw_dualvitok(model: DualViTok) -> None:
         for module in part.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
     for quantizer in (model.semantic_quantizer, model.pixel_quantizer):
         nn.init.normal_(quantizer.frozen_codebook, std=quantizer.frozen_codebook.shape[1] ** -0.5)
 
@@ -128,7 +133,7 @@ def fit_codebooks(network: Trainable, batches: Iterable[Tensor], how: str) -> No
             break
     for branch, parts in found.items():
         features = torch.cat(parts)
-        quantizer = network.model.get_submodule(network.quantizer_of(branch))
+        quantizer = network.quantizer(branch)
         if not isinstance(quantizer, SimVQ):
             rows = quantizer.embedding.weight
             rows.copy_(kmeans(features, len(rows)) if how == "kmeans" else _spread(torch.randn_like(rows), features))

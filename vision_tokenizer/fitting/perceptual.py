@@ -36,6 +36,8 @@ class Lpips(nn.Module):
     """(B, 3, H, W) twice, in [-1, 1] -> (B,) distances. Frozen; gradients reach the pictures."""
 
     TAPS = (3, 8, 15, 22, 29)  # ReLUs, as numbered in `features`
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self):
         super().__init__()

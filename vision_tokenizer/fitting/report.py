@@ -87,7 +87,7 @@ class HeldOut:
     def measure(self, fit: Updater) -> tuple[dict[str, float], Image.Image]:
         """Means over the pictures, with the running means of the weights where there are some; and a sheet."""
         state = {f"model.{name}": tensor for name, tensor in (fit.ema.means.items() if fit.ema else ())}
-        use = {}
+        use: dict[str, list[Tensor]] = {}
         rows, scores = [], []
         for pixels in self.pixels:
             x = normalize(pixels[None]).to(fit.device)

@@ -35,7 +35,7 @@ def bucket_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tu
     Areas are `max_pixels`, half of it, a quarter and so on, so that batches of one size can be filled.
     """
     ratio = min(RATIOS, key=lambda r: abs(math.log(r * height / width)))
-    area = max_pixels
+    area = float(max_pixels)
     while area > height * width and area / 2 >= min_pixels:
         area /= 2
     h = math.sqrt(area / ratio)

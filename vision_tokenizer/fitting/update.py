@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vision_tokenizer.fitting.config import LossSettings
 from vision_tokenizer.fitting.discriminator import PatchDiscriminator
-from vision_tokenizer.fitting.forward import Outputs
+from vision_tokenizer.fitting.forward import Outputs, Trainable
 from vision_tokenizer.fitting.losses import (
     Lecam,
     adaptive_weight,
@@ -40,7 +40,8 @@ class OptimizerSettings:
 
 def adam(parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> torch.optim.Adam:
     """Adam over what trains; each group keeps its share of the learning rate under `scale`."""
-    ordinary, codes = [], []
+    ordinary: list[nn.Parameter] = []
+    codes: list[nn.Parameter] = []
     for name, parameter in parameters:
         if parameter.requires_grad:
             (codes if "quantize" in name else ordinary).append(parameter)
@@ -65,7 +66,8 @@ class Ema:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         parameters = dict(model.named_parameters())
-        means, weights = [self.means[name] for name in self.trained], [parameters[name] for name in self.trained]
+        means = [self.means[name] for name in self.trained]
+        weights: list[Tensor] = [parameters[name] for name in self.trained]
         torch._foreach_lerp_(means, weights, 1 - self.decay)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -77,14 +79,14 @@ class Updater:
     """Holds everything that an update changes.
 
     Args:
-        network: a `Trainable...`, on its device.
+        network: on its device.
         discriminator: None where the adversarial weight is 0 throughout.
         perceptual: (B, 3, H, W) twice -> (B,), None where its weight is 0.
     """
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Trainable,
         losses: LossSettings,
         settings: OptimizerSettings,
         discriminator: PatchDiscriminator | None = None,
@@ -122,7 +124,7 @@ class Updater:
         for pixels in batches:
             terms, outputs = self._generator_pass(pixels, step, len(batches), forward)
             if self.discriminator is not None:
-                terms |= self._discriminator_pass(pixels, outputs.reconstruction, step, len(batches))
+                terms |= self._discriminator_pass(self.discriminator, pixels, outputs.reconstruction, len(batches))
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / len(batches)
         for name, side in zip(("grad_norm", "discriminator_grad_norm"), self.sides, strict=False):
@@ -146,7 +148,7 @@ class Updater:
             if self.discriminator is not None:
                 self.discriminator.requires_grad_(False)  # this pass teaches G alone
                 adversarial = -at_least_float32(self.discriminator(outputs.reconstruction)).mean()
-                weight = losses.adversarial_weight(step)
+                weight: float | Tensor = losses.adversarial_weight(step)
                 if losses.disc_adaptive_weight and weight:
                     likeness = losses.reconstruction_weight * terms["rec_loss"]
                     if "p_loss" in terms:
@@ -159,13 +161,13 @@ class Updater:
         return terms | {"generator_total": total}, outputs
 
     def _discriminator_pass(
-        self, pixels: Tensor, reconstruction: Tensor, step: int, micro_batches: int
+        self, discriminator: PatchDiscriminator, pixels: Tensor, reconstruction: Tensor, micro_batches: int
     ) -> dict[str, Tensor]:
-        self.discriminator.requires_grad_(True)
+        discriminator.requires_grad_(True)
         with self.autocast():
-            real = at_least_float32(self.discriminator(pixels))
-            fake = at_least_float32(self.discriminator(reconstruction.detach()))
-            weight = self.losses.adversarial_weight(step)
+            real = at_least_float32(discriminator(pixels))
+            fake = at_least_float32(discriminator(reconstruction.detach()))
+            weight = self.losses.adversarial_weight(self.step + 1)
             loss = discriminator_loss(real, fake, weight, self.losses, self.lecam)
         self.sides[1].backward(loss / micro_batches)
         return {
@@ -218,10 +220,13 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Every rank gets the mean of all ranks' gradients."""
     if not dist.is_initialized():
         return
+    gradients: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    works = [dist.all_reduce(parameter.grad, async_op=True) for parameter in parameters]
+        gradients.append(parameter.grad)
+    works = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
     for work in works:
-        work.wait()
-    torch._foreach_div_([parameter.grad for parameter in parameters], dist.get_world_size())
+        if work is not None:
+            work.wait()
+    torch._foreach_div_(gradients, dist.get_world_size())

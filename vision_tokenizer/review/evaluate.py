@@ -31,7 +31,7 @@ from vistoken.jobs.progress import Progress, Stopwatch
 from vistoken.jobs.results import Results
 from vistoken.jobs.run import WORK, JoinedSource, OpenChunk, Output, todo
 from vistoken.jobs.workers import Workers
-from vistoken.store import Location
+from vistoken.store import Location, location
 
 CHUNK_IMAGES = 64
 DEFINITIONS = {
@@ -65,7 +65,9 @@ def evaluation_name(name: str) -> str:
 class Evaluation(Output):
     """The output folder of one evaluation: a tokenizer, a list of pictures, a side."""
 
-    def __init__(self, folder: Path, images: Sequence[Path], tokenizer: ImageTokenizer, settings: Mapping[str, Any]):
+    def __init__(
+        self, folder: Path, images: Sequence[Location], tokenizer: ImageTokenizer, settings: Mapping[str, Any]
+    ):
         listed = folder / "images.jsonl"
         lines = b"".join(orjson.dumps({"image": str(path)}) + b"\n" for path in images)
         if not listed.exists() or listed.read_bytes() != lines:
@@ -121,7 +123,7 @@ class EvaluationChunk(OpenChunk):
         for item in self.todo():
             try:
                 with watch("decode"):
-                    ready.append((item, picture(Path(item.value["image"]), side)))
+                    ready.append((item, picture(location(item.value["image"]), side)))
             except ItemError as error:
                 self.fail(item, error)
         for start in range(0, len(ready), batch_size):
@@ -144,7 +146,7 @@ class EvaluationChunk(OpenChunk):
         self.save(files, tallies={}, seconds=watch.take(), progress=progress)
 
 
-def picture(path: Path, side: int) -> Tensor:
+def picture(path: Location, side: int) -> Tensor:
     """uint8 (3, side, side), by the published validation transform. Raises `Failed`."""
     image = read_image(path)
     with damage_named(path):

@@ -12,6 +12,7 @@ from vision_tokenizer.review.evaluate import per_image, picture, reconstruct
 from vision_tokenizer.review.html import TEMPLATES, data_uri, render
 from vistoken.errors import ItemError
 from vistoken.jobs.files import write_bytes
+from vistoken.store import location
 
 SHOWN = 4  # pictures of each group
 
@@ -78,7 +79,7 @@ def write_report(
 
 def _pair(row: dict[str, Any], tokenizer: ImageTokenizer, side: int, batch_size: int) -> tuple[str, str, str] | None:
     try:
-        original = picture(Path(row["image"]), side)
+        original = picture(location(row["image"]), side)
     except ItemError:  # it went away since it was measured
         return None
     _, others = reconstruct(tokenizer, original[None], batch_size)
