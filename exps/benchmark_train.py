@@ -33,7 +33,7 @@ from training.config import STAGES
 from training.data.index import fingerprint, open_indexed
 from training.data.loading import Batches, ImageReader, SampleRules, make_loader
 from training.data.packing import IMAGE_END, IMAGE_START, Batch, Sample, pack
-from training.data.sampler import RankBatches, Sampler, Source
+from training.data.sampler import OpenSource, RankBatches, Sampler
 from training.models.llm import LLMConfig
 from training.models.siglip import VisionConfig
 from training.models.unitoken import UniToken
@@ -61,7 +61,7 @@ def samples(vocab: int, longest: int) -> list[Sample]:
 
 
 def packed_batches(items: list[Sample]) -> Iterator[Batch]:
-    sampler = Sampler([Source(Path("text"), lengths=np.array([len(item) for item in items]))], BATCH, seed=0)
+    sampler = Sampler([OpenSource(Path("text"), lengths=np.array([len(item) for item in items]))], BATCH, seed=0)
     for numbers in sampler.epoch(0):
         yield pack([items[number] for number in numbers], TOWER.image_size)
 
@@ -142,7 +142,7 @@ def startup(count: int = 5_000_000) -> dict[str, float]:
         found["first_seconds"] = timed(open_record)
         found["again_seconds"] = timed(open_record)
         before = anonymous_memory()
-        sampler = Sampler([Source(record, lengths=open_record().lengths)], 128, seed=0)
+        sampler = Sampler([OpenSource(record, lengths=open_record().lengths)], 128, seed=0)
         found["first_step_seconds"] = timed(lambda: next(sampler.epoch(0)))
         found["memory_mb"] = (anonymous_memory() - before) / 1e6
         found["read_record_seconds"] = timed(lambda: Record.load(record))
@@ -166,7 +166,7 @@ def loader(count: int = 96) -> dict[str, float]:
         lines = [f'{{"file":"files/0.arrow","row":{i},"len":{len(tokens)},"id":{i}}}' for i in range(count)]
         (Path(folder) / "record.jsonl").write_text("\n".join(lines))
         files = TokenFiles(Path(folder) / "record.jsonl")
-        source = Source(Path("record.jsonl"), lengths=files.lengths)
+        source = OpenSource(Path("record.jsonl"), lengths=files.lengths)
         order = RankBatches(Sampler([source], 8, seed=0), 1, 1, 0, 1, (0, 0))
         for variant in ("base", "anyres"):
             rules = SampleRules(65536, 4096, continuous=ImageReader(384, 27, variant == "anyres"))

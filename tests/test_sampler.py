@@ -5,12 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from training.data.sampler import RankBatches, Sampler, Source, permute, share_out
+from training.data.sampler import OpenSource, RankBatches, Sampler, permute, share_out
 
 
 def source(count, ratio=1.0, kind="default", seed=0):
     lengths = np.random.default_rng(seed).integers(10, 4000, count).astype(np.int32)
-    return Source("", ratio, kind, lengths=lengths)
+    return OpenSource("", ratio, kind, lengths=lengths)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 15, 16, 17, 1000, 65537])
@@ -92,12 +92,12 @@ def test_what_does_not_fill_a_step_is_left_out():
 def test_a_large_record_starts_at_once():
     """An epoch of 20 million samples is entered in the middle without a table of it."""
     lengths = np.broadcast_to(np.int32(100), 20_000_000)
-    sampler = Sampler([Source("", lengths=lengths)], 128, seed=0)
+    sampler = Sampler([OpenSource("", lengths=lengths)], 128, seed=0)
     assert len(next(sampler.epoch(0, 100_000))) == 128
 
 
 def test_dropped_conditions_depend_on_sample_and_epoch_alone():
-    sampler = Sampler([Source("", lengths=np.arange(4000) % 7)], 8, seed=3)
+    sampler = Sampler([OpenSource("", lengths=np.arange(4000) % 7)], 8, seed=3)
     plain, dropped = [list(RankBatches(sampler, 2, 1, 0, 1, (0, 0), condition_dropout=share)) for share in (0.0, 0.1)]
     assert [[-1 - n if n < 0 else n for n in batch] for batch in dropped] == plain
     epochs = [np.concatenate(dropped[:500]), np.concatenate(dropped[500:])]
@@ -112,7 +112,7 @@ def mixed(count=512):
     random = np.random.default_rng(0)
     images = random.choice([0, 730, 2200, 3700], count)
     lengths = np.where(images > 0, 1150, random.integers(30, 1500, count)).astype(np.int32)
-    return Source("", lengths=lengths, continuous=images.__getitem__)
+    return OpenSource("", lengths=lengths, continuous=images.__getitem__)
 
 
 @pytest.mark.parametrize(("world", "budget"), [(1, 9000), (4, 9000), (8, 5000), (16, 1000)])
@@ -134,7 +134,7 @@ def test_a_budget_of_tokens_is_kept_and_every_sample_comes_once(world, budget):
 def test_a_budget_makes_as_few_batches_as_it_can():
     assert share_out(np.array([5, 5, 5, 5]), 2, 10) == [[[1, 3], [0, 2]]]
     assert share_out(np.array([50, 1, 1, 1]), 1, 10) == [[[0]], [[1, 2, 3]]]
-    cut = Source("", lengths=np.array([4000, 10]), continuous=np.array([100, 0]).__getitem__)
+    cut = OpenSource("", lengths=np.array([4000, 10]), continuous=np.array([100, 0]).__getitem__)
     assert cut.tokens(np.array([0, 1]), 1000).tolist() == [1100, 10]
 
 
@@ -142,7 +142,7 @@ def test_processes_take_about_as_long_where_images_make_the_length():
     """What the slowest process of each batch computes, over what all of them do."""
     known = mixed(4096)
     slowest = {}
-    for name, one in {"discrete": Source("", lengths=known.lengths), "all": known}.items():
+    for name, one in {"discrete": OpenSource("", lengths=known.lengths), "all": known}.items():
         ranks = [list(RankBatches(Sampler([one], 128, 0), 1, 4, rank, 8, (0, 0))) for rank in range(8)]
         loads = np.array([[known.tokens(np.array(batch)).sum() for batch in of_rank] for of_rank in ranks])
         slowest[name] = loads.max(0).sum() / loads.mean(0).sum()

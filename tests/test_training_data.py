@@ -28,7 +28,7 @@ from training.data.loading import (
     read_data_config,
 )
 from training.data.packing import IMAGE_END, IMAGE_START, Sample
-from training.data.sampler import RankBatches, Sampler, Source
+from training.data.sampler import OpenSource, RankBatches, Sampler, Source
 from training.preflight import data_lines, token_kinds
 from vistoken.errors import DataError, Failed, UserError
 
@@ -137,7 +137,7 @@ def test_paths_are_taken_from_the_data_configs_folder(tmp_path):
 
 def test_the_preflight_tells_what_each_type_gets_and_what_is_cut_off(tmp_path):
     files = TokenFiles(write_record(tmp_path / "tokens", text_samples(20)))
-    sources = [Source("", 1.0, "a", lengths=files.lengths), Source("", 2.0, "b", lengths=files.lengths)]
+    sources = [OpenSource("", 1.0, "a", lengths=files.lengths), OpenSource("", 2.0, "b", lengths=files.lengths)]
     lines = {}
     for limit in (20, 4096):
         dataset = Batches([files, files], SampleRules(10343, limit))
@@ -230,7 +230,7 @@ def test_a_missing_image_is_named_with_its_whole_path(tmp_path, monkeypatch):
 def test_the_order_does_not_depend_on_data_loader_processes(tmp_path, workers):
     files = TokenFiles(index(write_record(tmp_path / "tokens", text_samples(40))))
     dataset = Batches([files], SampleRules(10343, 4096))
-    order = RankBatches(Sampler([Source("", lengths=files.lengths)], 8, 0), 1, 2, 0, 1, (0, 0))
+    order = RankBatches(Sampler([OpenSource("", lengths=files.lengths)], 8, 0), 1, 2, 0, 1, (0, 0))
     expected, found = ([batch.names for batch in make_loader(dataset, order, n, pin=False)] for n in (0, workers))
     assert expected == found and len(found) == 10
 
@@ -246,7 +246,7 @@ class _Dies(Batches):
 def test_a_dying_loader_process_names_what_it_was_reading(tmp_path):
     files = TokenFiles(index(write_record(tmp_path / "tokens", text_samples(12))))
     dataset = _Dies([files], RULES)
-    order = RankBatches(Sampler([Source(tmp_path, lengths=files.lengths)], 2, seed=0), 1, 1, 0, 1, position=(0, 0))
+    order = RankBatches(Sampler([OpenSource("", lengths=files.lengths)], 2, 0), 1, 1, 0, 1, (0, 0))
     died = r"(killed by signal: Killed|exited unexpectedly).* It was reading .*0\.arrow, row 7, item 7"
     with pytest.raises(DataError, match=died), loader_deaths_named(dataset):
         list(make_loader(dataset, order, 1, pin=False))

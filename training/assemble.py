@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +21,7 @@ from pre_tokenize.token_file import CheckedFiles, TokenFiles
 from training.config import ALWAYS_FROZEN, TrainConfig
 from training.data.index import fingerprint, open_indexed
 from training.data.loading import Batches, ImageReader, SampleRules, check_manifest, split_record
-from training.data.sampler import Sampler, Source
+from training.data.sampler import OpenSource, Sampler, Source
 from training.models.folder import ModelFolder, open_unitoken
 from training.models.unitoken import UniToken
 from training.models.units import recompute
@@ -141,17 +141,17 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
                     f"{source.path}: it lacks the image sizes of {unknown:,} samples, so --batch_tokens cannot count "
                     "their continuous tokens. Run concat_record.py again with --image_sizes, or give --batch_size."
                 )
-    sources = [
-        replace(source, lengths=record.lengths, continuous=reader and partial(reader.tokens, record))
+    drawn_from = [
+        OpenSource(**vars(source), lengths=record.lengths, continuous=reader and partial(reader.tokens, record))
         for source, (record, _), _ in opened
     ]
-    sampler = Sampler(sources, step_size, config.seed)
-    for source in sources:
+    sampler = Sampler(drawn_from, step_size, config.seed)
+    for source in sampler.sources:
         if not source.drawn:
             raise UserError(f"{config.data_config}: ratio {source.ratio:g} of {source.path} draws no sample at all")
     for kind, steps in zip(sampler.types, sampler.type_steps, strict=True):
         if not steps:
-            drawn = sum(source.drawn for source in sources if source.type == kind)
+            drawn = sum(source.drawn for source in sampler.sources if source.type == kind)
             raise UserError(
                 f"{config.data_config}: {drawn} samples of type {kind!r} are too few for one step of {step_size}, so "
                 "they would never be used. Draw more of them, lower the global batch, or give them another's type."

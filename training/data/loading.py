@@ -60,9 +60,10 @@ def _source(entry: Any, where: str, folder: Location) -> Source:
     if source.path.suffix not in (".json", ".jsonl"):
         raise UserError(f"{where}: a record is a .json or .jsonl file, this is {source.path}")
     if "image_dir" in entry:
-        source = replace(source, image_dir=within(folder, str(entry["image_dir"])))
-        if not source.image_dir.is_dir():
-            raise UserError(f"{where}: image_dir is no folder: {source.image_dir}")
+        image_dir = within(folder, str(entry["image_dir"]))
+        if not image_dir.is_dir():
+            raise UserError(f"{where}: image_dir is no folder: {image_dir}")
+        source = replace(source, image_dir=image_dir)
     return source
 
 
@@ -186,6 +187,7 @@ class Batches(Dataset):
         tokens = self.sources[source][number - int(self.starts[source])]
         name = f"{self.sources[source].record.path}, id {tokens.id}"
         if dropped:
+            assert self.rules.format is not None  # whoever drops conditions gives it
             try:
                 tokens = self.rules.format.without_condition(tokens)
             except ValueError as error:

@@ -3,8 +3,8 @@
 Legend: L tokens of a sample, T tokens of a batch, F continuous tokens of a batch, N tiles, S side of a tile.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -61,16 +61,24 @@ class Batch:
         return len(self.targets)
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = self._tensors()
-        del tensors["lengths"]
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True), self.lengths)
 
     def pin_memory(self) -> "Batch":
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
+        return self._with(torch.Tensor.pin_memory, self.lengths.pin_memory())
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: column for name, column in columns.items() if isinstance(column, torch.Tensor)}
+    def _with(self, moved: Callable[[torch.Tensor], torch.Tensor], lengths: torch.Tensor) -> "Batch":
+        """All tensors moved, `lengths` as given."""
+        return replace(
+            self,
+            tokens=moved(self.tokens),
+            learned=moved(self.learned),
+            targets=moved(self.targets),
+            positions=moved(self.positions),
+            lengths=lengths,
+            feature_places=moved(self.feature_places),
+            feature_rows=moved(self.feature_rows),
+            tiles=moved(self.tiles),
+        )
 
 
 def discrete(name: str, tokens: np.ndarray, labels: np.ndarray) -> Sample:
@@ -83,11 +91,13 @@ def interleave(name: str, tokens: np.ndarray, labels: np.ndarray, images: list[I
 
     `tokens` and `labels` are (l,), with one block end for each of `images`. The separator is always learned.
     """
-    pieces, start, row = [], 0, 0
+    pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # (tokens, labels, features)
+    separator = np.array([SEPARATOR])
+    start, row = 0, 0
     for end, image in zip(np.flatnonzero(tokens == IMAGE_END), images, strict=True):
         newline = image.layout == NEWLINE
         pieces.append((tokens[start:end], labels[start:end], np.full(end - start, -1)))
-        pieces.append(([SEPARATOR], [SEPARATOR], [-1]))
+        pieces.append((separator, separator, np.array([-1])))
         pieces.append(
             (
                 np.where(newline, NEWLINE_TOKEN, 0),
@@ -95,10 +105,10 @@ def interleave(name: str, tokens: np.ndarray, labels: np.ndarray, images: list[I
                 np.where(newline, -1, image.layout + row),
             )
         )
-        start, row = end, row + image.feature_count
+        start, row = int(end), row + image.feature_count
     pieces.append((tokens[start:], labels[start:], np.full(len(tokens) - start, -1)))
-    columns = (np.concatenate(column).astype(np.int64) for column in zip(*pieces, strict=True))
-    return Sample(name, *columns, tiles=[image.tiles for image in images], feature_count=row)
+    ids, learned, features = (np.concatenate(column).astype(np.int64) for column in zip(*pieces, strict=True))
+    return Sample(name, ids, learned, features, [image.tiles for image in images], row)
 
 
 def pack(samples: list[Sample], side: int, skipped: Sequence[Skipped] = ()) -> Batch:
@@ -108,8 +118,9 @@ def pack(samples: list[Sample], side: int, skipped: Sequence[Skipped] = ()) -> B
     targets = np.concatenate([np.append(sample.labels[1:], IGNORE) for sample in samples])
     learned = np.flatnonzero(targets >= 0)  # chosen here: on a GPU this would wait for the device
     row_starts = np.cumsum([0] + [sample.feature_count for sample in samples[:-1]])
-    rows = [np.where(s.features >= 0, s.features + start, -1) for s, start in zip(samples, row_starts, strict=True)]
-    rows = np.concatenate(rows)
+    rows = np.concatenate(
+        [np.where(s.features >= 0, s.features + start, -1) for s, start in zip(samples, row_starts, strict=True)]
+    )
     tiles = [tiles for sample in samples for tiles in sample.tiles] or [np.zeros((1, 3, side, side), np.uint8)]
     return Batch(
         names=[sample.name for sample in samples],

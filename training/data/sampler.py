@@ -8,7 +8,7 @@ there are.
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,8 +26,14 @@ class Source:
     type: str = "default"  # batches hold one type only
     image_dir: Location | None = None  # where relative images begin, if not where they did when the tokens were made
     validation: float = 0.0  # share that is never trained on, by a hash of the id
-    lengths: np.ndarray | None = field(default=None, compare=False)  # (n,) discrete tokens, once the record is open
-    continuous: Callable[[np.ndarray], np.ndarray] | None = field(default=None, compare=False)  # rows -> their tokens
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpenSource(Source):
+    """One whose record is open."""
+
+    lengths: np.ndarray  # (n,) discrete tokens
+    continuous: Callable[[np.ndarray], np.ndarray] | None = None  # rows -> their continuous tokens
 
     @property
     def drawn(self) -> int:
@@ -77,10 +83,10 @@ class Sampler:
     A sample is known by its number: the rows of all sources counted through; `starts` holds each source's first.
     """
 
-    def __init__(self, sources: Sequence[Source], step_size: int, seed: int, window: int = WINDOW):
+    def __init__(self, sources: Sequence[OpenSource], step_size: int, seed: int, window: int = WINDOW):
         self.sources, self.step_size, self.seed = sources, step_size, seed
         self.window = max(window // step_size, 1)  # in steps
-        self.starts = np.cumsum([0] + [len(source.lengths) for source in sources])
+        self.starts = np.cumsum([0, *(len(source.lengths) for source in sources)])
         self.types = sorted({source.type for source in sources})
         self._members = [[i for i, source in enumerate(sources) if source.type == name] for name in self.types]
         self._drawn = [np.array([sources[i].drawn for i in members]) for members in self._members]
