@@ -17,6 +17,7 @@ from pre_tokenize.token_file import TokenFiles
 from training.assemble import open_model
 from training.config import resolve
 from training.data.packing import interleave, pack
+from training.models import causal_lm
 from vistoken.errors import UserError
 
 SIZES = {
@@ -146,12 +147,15 @@ def test_codes_of_images_to_a_trained_model(tmp_path, capsys):
     assert again[0]["c_loss"] < 0.7 * found[0]["c_loss"]
 
 
-def test_a_folder_whose_own_tokenizer_was_extended_grows_too(tmp_path):
+def test_a_folder_whose_own_tokenizer_was_extended_grows_too(tmp_path, monkeypatch):
     folder = write_model(tmp_path / "model", vocab_size=303)
     settings = {"init_from": str(folder), "data_config": "x", "output_dir": "x", "variant": "lm"}
     assert open_model(resolve(settings))[1].config["vocab_size"] == 303
     extend(str(write_tokenizer(tmp_path / "original")), folder, (3, 4))
     opened, grown = open_model(resolve(settings))
+    monkeypatch.setattr(causal_lm, "draw_words", None)
+    resumed, _ = open_model(resolve(settings), resumed=True)  # draws none: a checkpoint will fill them
+    assert resumed.model.embed_tokens.weight.shape == opened.model.embed_tokens.weight.shape
     assert grown.config["vocab_size"] == grown.llm.vocab_size == 303 + 39 + 7
     assert len(opened.model.embed_tokens.weight) == 349 and grown.tokenizer == folder
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -18,11 +19,11 @@ from training.data.packing import Batch
 from training.models.folder import ModelFolder, language_sizes, read_config
 from training.models.loss import Head
 from vistoken.cli import note
-from vistoken.device import local_device
 from vistoken.errors import UserError
 
 NARROW = 1e-9  # of the known words' covariance
-ROWS = 1 << 14  # new words drawn at a time
+MIXED = 16  # known words that a new one is drawn from
+COLUMNS = 128  # of the embeddings that are in fp32 at a time
 RESHAPED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what the loss does not know of
 
 
@@ -100,9 +101,8 @@ def open_causal_lm(settings: TrainConfig, *, drawn: bool = True) -> tuple[Causal
 def grow(lm: nn.Module, vocab_size: int, seed: int, *, drawn: bool = True) -> None:
     """Make room for new words.
 
-    As transformers does it, a new word is drawn around the mean of those there are, with 1e-9 of their covariance, but
-    for all new words in one product: one at a time takes hours. With `drawn` false, their weights will come from a
-    checkpoint.
+    As in transformers, a new word is drawn around the mean of those there are, with 1e-9 of their covariance; see
+    `draw_words`. With `drawn` false, their weights will come from a checkpoint.
     """
     words, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     known = words.num_embeddings
@@ -124,18 +124,17 @@ def grow(lm: nn.Module, vocab_size: int, seed: int, *, drawn: bool = True) -> No
 
 
 def draw_words(known: torch.Tensor, generator: torch.Generator, out: torch.Tensor) -> None:
-    """Fill `out` (n, C) with draws from the normal distribution of the rows of `known` (V, C), narrowed.
+    """Fill `out` (n, C) with words that have the mean of the rows of `known` (V, C) and 1e-9 of their covariance.
 
-    On the GPU, if there is one: at 7B's width the two products are 4e12 operations each.
+    Each is the mean and a random share of how far a few random rows are from it. The normal distribution that
+    transformers draws from has the same mean and covariance, but needs the covariance itself, and its root for each new
+    word: 4e12 operations each at 7B's width.
     """
-    device = local_device("auto")
-    on_device = known.to(device).float()
-    mean = on_device.mean(0)
-    centred = on_device - mean
-    root, failed = torch.linalg.cholesky_ex(NARROW * (centred.T @ centred / len(known)))
-    if failed:  # fewer words than dimensions: all new ones get the mean
-        out.copy_(mean.expand_as(out))
-        return
-    for rows in out.split(ROWS):
-        noise = torch.empty(rows.shape, dtype=torch.float32).normal_(generator=generator)  # the same on every machine
-        rows.copy_(torch.addmm(mean, noise.to(device), root.T))
+    rows = torch.randint(len(known), (len(out), MIXED), generator=generator)
+    shares = torch.randn(len(out), MIXED, generator=generator) * (NARROW / MIXED) ** 0.5
+    rest = 1 - shares.sum(1, keepdim=True)
+    for start in range(0, known.shape[1], COLUMNS):
+        columns = slice(start, start + COLUMNS)
+        block = known[:, columns].float()
+        mixed = F.embedding_bag(rows, block, per_sample_weights=shares, mode="sum")
+        out[:, columns] = mixed.addcmul_(rest, block.mean(0))
