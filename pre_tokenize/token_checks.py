@@ -106,15 +106,12 @@ class Reencoder:
     vqgan: ChameleonVQGAN
     max_gap: float
 
-    def features(self, path: Location) -> torch.Tensor:
-        """(h, w, d), what the codebook sees. Raises `ItemError`."""
-        pixels, _ = self.prepare(path)
+    def encode(self, path: Location) -> tuple[torch.Tensor, Encoded]:
+        """(h, w, d), what the codebook sees, and the codes that it is. Raises `ItemError`."""
+        pixels, info = self.prepare(path)
         with torch.no_grad():
-            return self.vqgan.features(normalize(pixels[None].to(self.vqgan.device)))[0]
-
-    def codes(self, features: torch.Tensor) -> Encoded:
-        with torch.no_grad():
-            return Encoded((self.vqgan.quantize.encode(features).cpu().numpy(),), None)
+            features = self.vqgan.features(normalize(pixels[None].to(self.vqgan.device)))[0]
+            return features, Encoded((self.vqgan.quantize.encode(features).cpu().numpy(),), info)
 
 
 @dataclass
@@ -137,8 +134,9 @@ class Retokenizer:
             if self.images is None:
                 fresh = self.reader.sample(draft, {})
             else:
-                features = [self.images.features(path) for path in draft.paths]
-                codes = map(self.images.codes, features)
+                encoded = [self.images.encode(path) for path in draft.paths]
+                features = [seen for seen, _ in encoded]
+                codes = [codes for _, codes in encoded]
                 fresh = self.reader.sample(draft, dict(zip(draft.paths, codes, strict=True)))
         except ItemError as error:
             self.issues.add("item fails now", f"{where}: {error}")
