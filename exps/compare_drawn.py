@@ -16,7 +16,7 @@ from pre_tokenize.formats import load_format
 from pre_tokenize.preview_tokens import image_parts
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenFiles
-from training.generation.job import ANSWERS
+from training.generation.answers import ANSWERS
 from vision_tokenizer.images.dualvitok import to_image
 from vision_tokenizer.review.contact_sheet import contact_sheet
 from vision_tokenizer.review.preview import decode_codes

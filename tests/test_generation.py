@@ -258,7 +258,7 @@ def test_what_follows_a_picture_is_said_as_in_training(model, chameleon, chamele
     """
     vqgan = load_chameleon(chameleon_folder, device="cpu", decoder=True)
     reader = ImageReader(VISION.image_size, VISION.grid, variant == "anyres")
-    interpreter = UniTokenInterpreter(model, chameleon, as_it_is, vqgan, reader, [(64, 64)], Wishes())
+    interpreter = UniTokenInterpreter(chameleon, LLM.vocab_size, vqgan, reader, [(64, 64)], Wishes(), as_it_is)
     ids = np.array(SQUARE["3"]["token"])[:20]
     prompt = Prompt(model.embed(ids), np.random.default_rng(0), (8197, 8806, 8806), limit=40)
     settings = Settings(Sampling(), (Sampling(),), guidance=1.0, greedy=True)

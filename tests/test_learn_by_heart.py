@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from lm_small import extended_tokenizer, made_line
 from lm_small import write_model as write_lm
 from train_small import train, write_data_config, write_record
@@ -14,8 +15,8 @@ from pre_tokenize.sequences import as_it_is
 from pre_tokenize.text import TextTokenizer
 from training.generation.cache import CachedLM
 from training.generation.decode import Decoder, Settings
-from training.generation.interpreter import LMInterpreter, Wishes, prompt
-from training.generation.load import open_unitoken_for_answers
+from training.generation.interpreter import LMInterpreter, UniTokenInterpreter, Wishes, prompts
+from training.generation.load import load_unitoken
 from training.generation.sampling import Sampling
 from training.models.causal_lm import load_causal_lm
 from training.toy_model import write_toy
@@ -28,10 +29,10 @@ LEARN = {"batch_size": 4, "warmup_epochs": 3, "wd": 0, "lr": 5e-3, "log_interval
 GREEDY = Settings(Sampling(), (Sampling(), Sampling()), guidance=1.0, greedy=True)
 
 
-def answers(interpreter, items):
+def answers(model, interpreter, items):
     questions = [interpreter.question(item) for item in items]
-    asked = [prompt(question, interpreter, interpreter.wishes, 0) for question in questions]
-    decoder = Decoder(interpreter.model, interpreter.rules, GREEDY, interpreter.close_image)
+    asked = [prompts(question, model, interpreter.rules, interpreter.wishes, 1)[0] for question in questions]
+    decoder = Decoder(model, interpreter.rules, GREEDY, interpreter.close_image)
     return [answer.tokens for answer in decoder.answer(asked)]
 
 
@@ -56,10 +57,9 @@ def test_unitoken_draws_what_it_learned(tmp_path, chameleon_folder):
     assert metrics[-1]["c_loss"] < 0.1
     assert told(tmp_path / "run") == {"variant": "base", "max_seq_len": 4096, "condition_dropout": 0.0}
 
-    options = {"variant": "base", "device": "cpu", "precision": "fp32", "target_size": 64, "crop": "square"}
-    options |= {"wishes": Wishes(size=(64, 64)), "published": False}
-    interpreter = open_unitoken_for_answers(tmp_path / "run", str(chameleon_folder), None, as_it_is, tmp_path, options)
-    for tokens, grid in zip(answers(interpreter, items), codes, strict=True):
+    model, _ = load_unitoken(tmp_path / "run", torch.device("cpu"), "fp32")
+    interpreter = UniTokenInterpreter(format, model.vocab_size, None, None, [(64, 64)], Wishes(size=(64, 64)), as_it_is)
+    for tokens, grid in zip(answers(model, interpreter, items), codes, strict=True):
         [block] = format.blocks(np.array(tokens))
         np.testing.assert_array_equal(block.grids[0], grid)
 
@@ -82,8 +82,8 @@ def test_a_language_model_draws_what_it_learned(tmp_path):
     assert metrics[-1]["c_loss"] < 0.1
 
     model = CachedLM(load_causal_lm(tmp_path / "run")[0])
-    interpreter = LMInterpreter(model, format, as_it_is, None, ((64, 64),), Wishes())
-    for tokens, line in zip(answers(interpreter, items), lines, strict=True):
+    interpreter = LMInterpreter(format, model.vocab_size, None, Wishes(), as_it_is)
+    for tokens, line in zip(answers(model, interpreter, items), lines, strict=True):
         [block] = format.blocks(np.array(tokens))
         assert [grid.tolist() for grid in block.grids] == line["image_embed_inds"][0]
 

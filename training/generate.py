@@ -22,7 +22,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vistoken.cli import (
     BAD_DATA,
@@ -39,12 +39,19 @@ from vistoken.cli import (
 )
 from vistoken.errors import UserError
 
-# temperature, top-k of codes and text, guidance: as published
-DEFAULTS = {
-    "unitoken": {"image_top_k": 4000, "text_top_k": 5, "guidance": 3.0},
-    "lm": {"image_top_k": 2048, "text_top_k": 128, "guidance": 2.0},
-}
-PIXEL_TOP_K = 3  # times as many pixel codes as semantic ones are left to draw from
+if TYPE_CHECKING:
+    import torch
+
+    from pre_tokenize.sequences import ProcessItem
+    from training.generation.cache import LanguageModel
+    from training.generation.interpreter import Interpreter, Wishes
+
+CHAMELEON = "ckpts/chameleon/tokenizer"
+# flags that decide the answers: how they are drawn, which are published numbers where they are not given, and the rest
+DRAWING = ("guidance", "temperature", "image_top_k", "image_top_p")
+DRAWING += ("text_temperature", "text_top_k", "text_top_p", "greedy")
+ASKED = ("answer", "ratio", "before_image", "n", "max_new_tokens", "seed")
+ASKED += ("target_size", "crop", "published", "batch_size", "precision")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -52,7 +59,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     model = parser.add_argument_group("model").add_argument
     model("--model", type=Path, required=True, help="model folder, or the output folder of a finished run")
     model("--variant", choices=("base", "anyres", "lm"), help="as it was trained (default: what its config.json says)")
-    model("--tokenizer_dir", help="text_tokenizer.json, vqgan.yaml, vqgan.ckpt (default: ckpts/chameleon/tokenizer); "
+    model("--tokenizer_dir", help=f"text_tokenizer.json, vqgan.yaml, vqgan.ckpt (default: {CHAMELEON}); "
           "with lm a folder with tokenizer.json (default: the model's)")  # fmt: skip
     model("--text_tokenizer", help="another folder, file or hub id for the text (default: --tokenizer_dir)")
     model("--model_config", type=Path, help="with lm: DualViTok's .py config (code: it is run)")
@@ -61,11 +68,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     asked("--prompt", help="text of the human turn; images stand where its marks are, or come first")
     asked("--image", action="append", default=[], help="an image for --prompt; may be given several times")
     asked("--prompts", type=Path, help="conversations, .json or .jsonl, instead of --prompt")
-    asked("--image_dir", type=Path, help="where relative image paths begin (default: the current folder)")
+    asked("--image_dir", type=Path, default=Path(), help="where relative image paths begin (default: here)")
     asked("--item_processor", metavar="FILE.py:Class", help="as for pre_tokenize.py")
     asked("--answer", choices=("image", "text", "free"), help="default: what the last gpt turn has; without one an "
           "image where none is given, else text")  # fmt: skip
-    asked("--height", type=at_least(32), help="of pictures, in pixels (default: an input image's, or 512)")
+    asked("--height", type=at_least(32), help="of pictures, in pixels (default: a prompt's own `size`, its input "
+          "image's, or 512)")  # fmt: skip
     asked("--width", type=at_least(32))
     asked("--ratio", help="W:H, instead of them: the nearest of the sizes that models are trained on")
     asked("--n", type=at_least(1), default=1, help="answers to each prompt")
@@ -111,70 +119,43 @@ def main(argv: list[str] | None = None) -> int:
 
     from pre_tokenize.pre_tokenize import load_item_processor
     from training.generation.cache import Recomputing
-    from training.generation.decode import Settings
+    from training.generation.decode import PUBLISHED, Settings
     from training.generation.interpreter import Wishes
     from training.generation.job import AnswerOutput, run_generation, summary
-    from training.generation.load import model_digest, open_lm_for_answers, open_unitoken_for_answers, trained_with
-    from training.generation.sampling import Sampling
+    from training.generation.load import model_digest, trained_with
     from vistoken.device import float32_products, local_device
     from vistoken.jobs.workers import launched_workers
 
     processor, processor_hash = load_item_processor(args.item_processor)
     trained = trained_with(args.model)
-    variant = args.variant or trained.get("variant")
-    if variant is None:
+    args.variant = args.variant or trained.get("variant")
+    if args.variant is None:
         raise UserError(f"{args.model}/config.json does not say how it was trained: add --variant base, anyres or lm")
-    lm = variant == "lm"
-    given = {name: getattr(args, name) for name in ("guidance", "image_top_k", "text_top_k")}
-    chosen = DEFAULTS["lm" if lm else "unitoken"] | {name: value for name, value in given.items() if value is not None}
-    size = wanted_size(args, lm)
-    if chosen["guidance"] != 1 and not trained.get("condition_dropout"):
-        note(
-            f"note: --guidance {chosen['guidance']:g} compares with images without a prompt, which a model trained "
-            "without --condition_dropout has not seen; --guidance 1 is off"
-        )
-    limit = trained.get("max_seq_len")
-    if limit:
-        note(f"a prompt and its answer end at {limit:,} ids, the length that the model was trained on")
-    before = tuple(args.before_image)
-    wishes = Wishes(args.answer, size, before, args.max_new_tokens, limit, args.seed)
-    code = Sampling(args.temperature, chosen["image_top_k"], args.image_top_p)
-    levels = (code, Sampling(args.temperature, PIXEL_TOP_K * chosen["image_top_k"], args.image_top_p))
-    words = Sampling(args.text_temperature, chosen["text_top_k"], args.text_top_p)
-    settings = Settings(words, levels[: 2 if lm else 1], chosen["guidance"], args.greedy)
+    lm = args.variant == "lm"
 
-    device = local_device(args.device)
-    options = {name: getattr(args, name) for name in ("precision", "target_size", "crop", "published")}
-    options |= {name: getattr(args, name) for name in ("model_config", "tokenizer_checkpoint")}
-    options |= {"variant": variant, "device": device, "wishes": wishes}
-    image_dir = args.image_dir or Path()
-    if lm:
-        interpreter = open_lm_for_answers(args.model, args.tokenizer_dir, processor.process_item, image_dir, options)
-    else:
-        folder = args.tokenizer_dir or "ckpts/chameleon/tokenizer"
-        interpreter = open_unitoken_for_answers(
-            args.model, folder, args.text_tokenizer, processor.process_item, image_dir, options
-        )
+    drawing = PUBLISHED[lm] | {name: value for name in DRAWING if (value := getattr(args, name)) is not None}
+    settings = Settings.of(lm=lm, **drawing)
+    size, limit = wanted_size(args, lm=lm), trained.get("max_seq_len")
+    wishes = Wishes(args.answer, size, tuple(args.before_image), args.max_new_tokens, limit, args.seed)
+    tell(settings.guidance, trained)
+
+    open_model = open_lm if lm else open_unitoken
+    model, interpreter = open_model(args, wishes, processor.process_item, local_device(args.device))
     if args.no_cache:
-        interpreter.model = Recomputing(interpreter.model)
+        model = Recomputing(model)
+
     prompts = args.prompts or write_prompt(args, interpreter.symbol, "images" if lm else "image")
-    told = ("n", "greedy", "temperature", "image_top_p", "text_temperature", "text_top_p", "max_new_tokens", "seed")
-    told += ("answer", "ratio", "before_image", "target_size", "crop", "published", "batch_size", "precision")
     manifest = {
         "format": "vistoken-answers-1",
-        "model": {"path": str(args.model), "digest": model_digest(args.model), "variant": variant},
-        "settings": {
-            **{name: getattr(args, name) for name in told},
-            **{name: chosen[name] for name in given},
-            "size": list(size) if size else None,
-        },
+        "model": {"path": str(args.model), "digest": model_digest(args.model), "variant": args.variant},
+        "settings": {name: getattr(args, name) for name in ASKED} | drawing | {"size": size and list(size)},
         "item_processor": processor_hash,
-        "device": device.type,
+        "device": model.device.type,
     }
     output = AnswerOutput(args.out, manifest, prompts, chunk_items=max(args.batch_size // args.n, 1))
     with float32_products(tf32=args.precision != "fp32"):
         counts = run_generation(
-            output, interpreter, settings, wishes, args.n, args.batch_size, launched_workers(), overwrite=args.overwrite
+            output, interpreter, model, settings, args.n, args.batch_size, launched_workers(), overwrite=args.overwrite
         )
     if counts is None:
         return OK
@@ -185,35 +166,79 @@ def main(argv: list[str] | None = None) -> int:
     return OK
 
 
-def wanted_size(args: argparse.Namespace, lm: bool) -> tuple[int, int] | None:
+def wanted_size(args: argparse.Namespace, *, lm: bool) -> tuple[int, int] | None:
     """(height, width) of pictures, if the flags say so. Raises `UserError` for one that no model has words for."""
-    from training.generation.load import LM_SIZES
-    from vision_tokenizer.images.anchors import match_anchor
-    from vision_tokenizer.images.chameleon import best_crop, crop_sizes
-    from vision_tokenizer.models.chameleon.vocabulary import MAX_GRIDS, PIXELS_PER_GRID
+    from training.generation.sizes import check_size, nearest_size
+    from vision_tokenizer.images.chameleon import crop_sizes
 
     if args.ratio:
-        width, colon, height = args.ratio.partition(":")
-        if not (colon and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        width, _, height = args.ratio.partition(":")
+        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
             raise UserError(f"--ratio {args.ratio}: expected width and height, such as 16:9")
-        if lm:
-            return match_anchor(int(height) * 64, int(width) * 64, LM_SIZES)
-        return best_crop(int(width) * 64, int(height) * 64, crop_sizes(512, "variable"))[::-1]
+        return nearest_size(int(width), int(height), lm=lm)
     if args.height is None:
         return None
     size = (args.height, args.width)
-    if lm and size not in LM_SIZES:
-        known = ", ".join(f"{h}x{w}" for h, w in LM_SIZES)
-        raise UserError(f"--height {size[0]} --width {size[1]}: no anchor has this size; they are {known}")
-    largest = MAX_GRIDS * PIXELS_PER_GRID
-    if not lm and (any(side % PIXELS_PER_GRID for side in size) or max(size) > largest):
-        raise UserError(
-            f"--height {size[0]} --width {size[1]}: the vocabulary has names for multiples of {PIXELS_PER_GRID} up to "
-            f"{largest}"
-        )
+    try:
+        check_size(size, lm=lm)
+    except ValueError as error:
+        raise UserError(f"--height {size[0]} --width {size[1]}: {error}") from error
     if not lm and size[::-1] not in crop_sizes(512, "variable"):
         note(f"note: {size[0]} x {size[1]} is none of the sizes that models for 512 x 512 are trained on")
     return size
+
+
+def tell(guidance: float, trained: dict[str, Any]) -> None:
+    """What the model's training means for its answers."""
+    if guidance != 1 and not trained.get("condition_dropout"):
+        note(
+            f"note: --guidance {guidance:g} compares with images without a prompt, which a model trained "
+            "without --condition_dropout has not seen; --guidance 1 is off"
+        )
+    if limit := trained.get("max_seq_len"):
+        note(f"a prompt and its answer end at {limit:,} ids, the length that the model was trained on")
+
+
+def open_unitoken(
+    args: argparse.Namespace, wishes: "Wishes", process_item: "ProcessItem", device: "torch.device"
+) -> tuple["LanguageModel", "Interpreter"]:
+    from pre_tokenize.chameleon import ChameleonFormat
+    from pre_tokenize.text import TextTokenizer
+    from training.data.loading import ImageReader
+    from training.generation.interpreter import UniTokenInterpreter
+    from training.generation.load import check_vocabulary, load_unitoken, load_vqgan
+    from vision_tokenizer.images.chameleon import crop_sizes
+
+    folder = args.tokenizer_dir or CHAMELEON
+    model, vision = load_unitoken(args.model, device, args.precision)
+    text = TextTokenizer(args.text_tokenizer or folder)
+    check_vocabulary(args.model, text, model.vocab_size)
+    format = ChameleonFormat(text, image_dir=args.image_dir)
+    vqgan = load_vqgan(folder, format, device)
+    reader = ImageReader(vision.image_size, vision.grid, args.variant == "anyres")
+    crops = crop_sizes(args.target_size, args.crop)
+    interpreter = UniTokenInterpreter(
+        format, model.vocab_size, vqgan, reader, crops, wishes, process_item, args.published
+    )
+    return model, interpreter
+
+
+def open_lm(
+    args: argparse.Namespace, wishes: "Wishes", process_item: "ProcessItem", device: "torch.device"
+) -> tuple["LanguageModel", "Interpreter"]:
+    from pre_tokenize.dualvitok import DualViTokFormat
+    from pre_tokenize.text import TextTokenizer
+    from training.generation.interpreter import LMInterpreter
+    from training.generation.load import check_vocabulary, load_image_tokenizer, load_lm
+    from training.models.folder import read_config
+
+    model = load_lm(args.model, device, args.precision)
+    text = TextTokenizer(args.text_tokenizer or args.tokenizer_dir or read_config(args.model)[0])
+    check_vocabulary(args.model, text, model.vocab_size)
+    format, tokenizer = DualViTokFormat(text), None
+    if args.model_config:
+        tokenizer = load_image_tokenizer(args.model_config, args.tokenizer_checkpoint, format, device)
+    return model, LMInterpreter(format, model.vocab_size, tokenizer, wishes, process_item, args.image_dir)
 
 
 def write_prompt(args: argparse.Namespace, symbol: str, column: str) -> Path:
@@ -223,8 +248,7 @@ def write_prompt(args: argparse.Namespace, symbol: str, column: str) -> Path:
         text = symbol * len(args.image) + "\n" + text
     item: dict[str, Any] = {"conversations": [{"from": "human", "value": text}]}
     if args.image:
-        item[column] = [str((args.image_dir or Path()) / image) for image in map(Path, args.image)]
-        item[column] = [str(Path(name).absolute()) for name in item[column]]
+        item[column] = [str((args.image_dir / image).absolute()) for image in args.image]
     path, content = args.out / "prompt.jsonl", json.dumps(item, ensure_ascii=False) + "\n"
     if path.exists() and path.read_text() != content and not args.overwrite:
         raise UserError(f"{args.out}: holds the answers to another prompt. Choose another --out, or add --overwrite.")

@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pre_tokenize.token_file import IGNORE
+from training.data.anyres import ImageInput
+from training.data.packing import interleave, pack
 from training.models.llm import LLMConfig
 from training.models.unitoken import UniToken
 
@@ -39,8 +43,8 @@ class LanguageModel(Protocol):
     vocab_size: int
     device: torch.device
 
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        """(n, C)."""
+    def embed(self, ids: Sequence[int], images: Sequence[ImageInput] = ()) -> Tensor:
+        """(n, C). `images` are those that end in `ids`, for a model with a vision tower."""
         ...
 
     def session(self, rows: int) -> Session: ...
@@ -53,8 +57,13 @@ class CachedUniToken:
         self.vocab_size = self.config.vocab_size
         self.device = model.lm_head.weight.device
 
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        return self.model.model.embed_tokens(torch.as_tensor(ids, dtype=torch.int64, device=self.device))
+    @torch.no_grad()
+    def embed(self, ids: Sequence[int], images: Sequence[ImageInput] = ()) -> Tensor:
+        if not images:
+            return self.model.model.embed_tokens(torch.as_tensor(ids, dtype=torch.int64, device=self.device))
+        tokens = np.asarray(ids)
+        sample = interleave("", tokens, np.full(len(tokens), IGNORE), list(images))
+        return self.model.embed(pack([sample], side=images[0].tiles.shape[-1]).to(self.device))
 
     def session(self, rows: int) -> "UniTokenSession":
         return UniTokenSession(self, rows)
@@ -181,7 +190,8 @@ class CachedLM:
         self.vocab_size = lm.get_output_embeddings().weight.shape[0]
         self.device = lm.get_output_embeddings().weight.device
 
-    def embed(self, ids: Sequence[int]) -> Tensor:
+    @torch.no_grad()
+    def embed(self, ids: Sequence[int], images: Sequence[ImageInput] = ()) -> Tensor:
         return self.lm.get_input_embeddings()(torch.as_tensor(ids, dtype=torch.int64, device=self.device))
 
     def session(self, rows: int) -> "LMSession":

@@ -13,9 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.data.anyres import ImageInput
 from training.generation.cache import LanguageModel, Session
 from training.generation.grammar import Grammar, Kind, Rules
 from training.generation.sampling import Sampling, draw, guide, restrict
+
+PUBLISHED = {  # by whether it is a language model alone: what is not asked for otherwise
+    False: {"guidance": 3.0, "image_top_k": 4000, "text_top_k": 5},
+    True: {"guidance": 2.0, "image_top_k": 2048, "text_top_k": 128},
+}
+PIXEL_TOP_K = 3  # times as many pixel codes as semantic ones are left to draw from
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,25 @@ class Settings:
     levels: tuple[Sampling, ...]  # of codes, by level; sizes are drawn as level 0
     guidance: float = 1.0  # scale; 1 is off
     greedy: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        lm: bool,
+        guidance: float,
+        image_top_k: int,
+        text_top_k: int,
+        temperature: float = 1.0,
+        image_top_p: float = 1.0,
+        text_temperature: float = 1.0,
+        text_top_p: float = 1.0,
+        greedy: bool = False,
+    ) -> "Settings":
+        """From the flags of generate.py. DualViTok's second level draws from thrice as many codes, as published."""
+        levels = [Sampling(temperature, top_k, image_top_p) for top_k in (image_top_k, PIXEL_TOP_K * image_top_k)]
+        text = Sampling(text_temperature, text_top_k, text_top_p)
+        return cls(text, tuple(levels if lm else levels[:1]), guidance, greedy)
 
     def sampling(self, kind: Kind) -> Sampling:
         if kind.name == "text":
@@ -58,9 +84,10 @@ class Decoder:
     """Args:
     model: what is asked.
     rules: the grammar of its sequences.
-    close_image: what is fed in the place of an image's end, given all ids of the answer -> (n, C). It is where a
-        picture's continuous tokens come in; None: the end alone.
+    close_image: what is fed in the place of an image's end, given all ids of the answer -> ids, and the picture if its
+        continuous tokens belong to them; None: the end alone.
     on_tokens: called with the number of new tokens of each step.
+    agree: tokens that were drawn -> those that count. Processes that share a model go on with the same ones.
     """
 
     def __init__(
@@ -68,11 +95,12 @@ class Decoder:
         model: LanguageModel,
         rules: Rules,
         settings: Settings,
-        close_image: Callable[[Sequence[int]], Tensor] | None = None,
+        close_image: Callable[[Sequence[int]], tuple[Sequence[int], Sequence[ImageInput]]] | None = None,
         on_tokens: Callable[[int], None] = lambda count: None,
+        agree: Callable[[list[int]], list[int]] = lambda tokens: tokens,
     ):
         self.model, self.rules, self.settings = model, rules, settings
-        self._close_image, self._on_tokens = close_image, on_tokens
+        self._close_image, self._on_tokens, self._agree = close_image, on_tokens, agree
         self._masks: dict[tuple[Kind, bool], Tensor] = {}
 
     def answer(self, prompts: Sequence[Prompt]) -> list[Answer]:
@@ -117,7 +145,7 @@ class Decoder:
         else:
             scores = restrict(scores, allowed, [self.settings.sampling(kind) for kind in kinds.values()])
             chosen = draw(scores, [going[row].prompt.noise.random() for row in kinds])
-        return tokens | dict(zip(kinds, chosen, strict=True))
+        return tokens | dict(zip(kinds, self._agree(chosen), strict=True))
 
     def _mask(self, kind: Kind, images: bool) -> Tensor:
         if (kind, images) not in self._masks:
@@ -140,7 +168,8 @@ class Decoder:
         closed = inside and not answer.grammar.inside
         if answer.finish:
             return
-        feeds[row] = self._close_image(answer.tokens) if closed and self._close_image else [token]
+        whole = closed and self._close_image
+        feeds[row] = self.model.embed(*self._close_image(answer.tokens)) if whole else [token]
         if other is not None and answer.grammar.inside:
             if not inside:
                 session.forget(other)

@@ -16,12 +16,11 @@ import numpy as np
 from pre_tokenize.chameleon import ChameleonFormat
 from pre_tokenize.dualvitok import DualViTokFormat
 from pre_tokenize.sequences import SequenceFormat
+from training.generation.sizes import Size
 from vision_tokenizer.models.dualvitok.model import grid_sizes
 from vision_tokenizer.models.dualvitok.vocabulary import SIDES
 
 HEAD = 3  # ids that open an image, its size among them
-
-Size = tuple[int, int]  # (height, width) in pixels
 
 
 class Kind(NamedTuple):

@@ -14,18 +14,18 @@ from typing import Any
 
 import orjson
 
+from training.generation.answers import ANSWERS, answer_line, picture_files, png, say
+from training.generation.cache import LanguageModel
 from training.generation.decode import Decoder, Prompt, Settings
-from training.generation.interpreter import Interpreter, Question, Said, Wishes, png, prompt, say
+from training.generation.interpreter import Interpreter, Question, prompts
 from training.generation.report import write_report
-from vistoken.errors import ItemError
+from vistoken.errors import ItemError, UserError, is_out_of_memory
 from vistoken.jobs.chunks import chunk_table
 from vistoken.jobs.counts import SUMMARY, Counts, counts_table, write_summary
 from vistoken.jobs.progress import Progress, Stopwatch
 from vistoken.jobs.results import Results
 from vistoken.jobs.run import WORK, JoinedSource, OpenChunk, Output, Task, todo
 from vistoken.jobs.workers import Workers
-
-ANSWERS = "answers.jsonl"
 
 
 class AnswerOutput(Output):
@@ -51,8 +51,8 @@ class AnswerOutput(Output):
 def run_generation(
     output: AnswerOutput,
     interpreter: Interpreter,
+    model: LanguageModel,
     settings: Settings,
-    wishes: Wishes,
     samples: int,
     batch_size: int,
     workers: Workers,
@@ -65,17 +65,17 @@ def run_generation(
         Progress(workers, output.source.table.items, "answering", rates=("tokens",)) as progress,
     ):
         decoder = Decoder(
-            interpreter.model,
+            model,
             interpreter.rules,
             settings,
             interpreter.close_image,
             on_tokens=lambda count: progress.count(tokens=count),
         )
         for task in todo([output.source] if output.source.finished() is None else [], workers, progress):
-            chunk = AnswerChunk(task, output.folder, {"seed": wishes.seed, **asdict(settings)})
-            chunk.ask(interpreter, wishes, samples)
-            for start in range(0, len(chunk.prompts), batch_size):
-                chunk.answer(chunk.prompts[start : start + batch_size], decoder, interpreter)
+            chunk = AnswerChunk(task, output.folder, interpreter, settings)
+            chunk.ask(model, samples)
+            for start in range(0, len(chunk.asked), batch_size):
+                chunk.answer(chunk.asked[start : start + batch_size], decoder)
             chunk.write(progress)
         workers.wait_for_all(meanwhile=progress.refresh)
         progress.refresh()
@@ -85,13 +85,14 @@ def run_generation(
 class AnswerChunk(OpenChunk):
     """A chunk of prompts on its way to answers."""
 
-    def __init__(self, task: Task, folder: Path, settings: Mapping[str, Any]):
+    def __init__(self, task: Task, folder: Path, interpreter: Interpreter, settings: Settings):
         super().__init__(task)
-        self._folder, self._settings, self._watch = folder, settings, Stopwatch()
+        self._folder, self._interpreter, self._watch = folder, interpreter, Stopwatch()
+        self._settings = {"seed": interpreter.wishes.seed, **asdict(settings)}
         self._files: dict[Path, bytes] = {}
         self._failed: set[int] = set()
         self._lines: dict[int, list[bytes]] = {}
-        self.prompts: list[tuple[Question, int, Prompt]] = []  # with the number of the sample
+        self.asked: list[tuple[Question, int, Prompt]] = []  # with the number of the sample
         kept = set(self.done_before())
         for line in self._earlier() if kept else ():
             if (item := orjson.loads(line)["item"]) in kept:
@@ -104,63 +105,59 @@ class AnswerChunk(OpenChunk):
     def _earlier(self) -> Iterator[bytes]:
         return iter(self._path.read_bytes().splitlines(keepends=True))
 
-    def ask(self, interpreter: Interpreter, wishes: Wishes, samples: int) -> None:
+    def ask(self, model: LanguageModel, samples: int) -> None:
         for item in self.todo():
             try:
                 with self._watch("prompts"):
-                    question = interpreter.question(item)
-                    prompts = [prompt(question, interpreter, wishes, sample) for sample in range(samples)]
+                    question = self._interpreter.question(item)
+                    asked = prompts(question, model, self._interpreter.rules, self._interpreter.wishes, samples)
             except ItemError as error:
                 self.fail(item, error)
                 continue
-            self.prompts += [(question, sample, one) for sample, one in enumerate(prompts)]
+            self.asked += [(question, sample, prompt) for sample, prompt in enumerate(asked)]
 
-    def answer(self, batch: Sequence[tuple[Question, int, Prompt]], decoder: Decoder, interpreter: Interpreter) -> None:
-        with self._watch("decode"):
-            answers = decoder.answer([prompt for _, _, prompt in batch])
+    def answer(self, batch: Sequence[tuple[Question, int, Prompt]], decoder: Decoder) -> None:
+        """Raises `UserError` where the device has no room for the batch."""
+        try:
+            with self._watch("decode"):
+                answers = decoder.answer([prompt for _, _, prompt in batch])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(len(batch), decoder) from error
         for (question, sample, _), answer in zip(batch, answers, strict=True):
             try:
                 with self._watch("pictures"):
-                    said = say(answer, interpreter)
+                    said = say(answer, self._interpreter)
             except ItemError as error:
                 self.fail(question.item, error)
                 self._failed.add(question.item.index)
                 continue
-            files = [f"images/{question.item.index:06d}-{sample}-{n}.png" for n in range(len(said.pictures))]
-            for name, picture in zip(files, said.pictures, strict=True):
+            item = question.item.index
+            for name, picture in zip(picture_files(item, sample, said), said.pictures, strict=True):
                 self._files[self._folder / name] = png(picture)
-            line = self._line(question, sample, said, answer.tokens, answer.finish, files)
-            self._lines.setdefault(question.item.index, []).append(line)
-
-    def _line(
-        self, question: Question, sample: int, said: Said, tokens: list[int], finish: str, files: list[str]
-    ) -> bytes:
-        item_id = question.item.id
-        line = {
-            "id": question.item.index if item_id is None else item_id,
-            "item": question.item.index,
-            "sample": sample,
-            "prompt": question.turns,
-            "images": question.images,
-            "text": said.text,
-            "files": files,
-            "finish": finish,
-            "matched_ratios": said.sizes,
-            "image_embed_inds": [[grid.tolist() for grid in grids] for grids in said.grids],
-            "tokens": tokens,
-            "settings": {**self._settings, "task": question.task},
-        }
-        return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+            self._lines.setdefault(item, []).append(answer_line(question, sample, answer, said, self._settings))
 
     def write(self, progress: Progress) -> None:
         """The chunk's result. An item of which one answer failed has none."""
         for item in self._failed:
             self._lines.pop(item, None)
-            self._files = {path: png for path, png in self._files.items() if not path.name.startswith(f"{item:06d}-")}
+            self._files = {path: file for path, file in self._files.items() if not path.name.startswith(f"{item:06d}-")}
         lines = [line for item in sorted(self._lines) for line in self._lines[item]]
         tallies = {"answers": len(lines), "pictures": sum(len(orjson.loads(line)["files"]) for line in lines)}
         files = {**self._files, self._path: b"".join(lines)}
         self.save(files, tallies=tallies, seconds=self._watch.take(), progress=progress)
+
+
+def out_of_memory(answers: int, decoder: Decoder) -> UserError:
+    """The error for a batch of answers that the device has no room for."""
+    ways = [f"lower --batch_size, which is {answers} here"] if answers > 1 else []
+    ways += ["turn guidance off (--guidance 1), which halves the sequences"] if decoder.settings.guidance != 1 else []
+    ways += ["ask for smaller pictures (--height, --width) or shorter texts (--max_new_tokens)"]
+    return UserError(
+        f"{decoder.model.device} has too little memory for {answers} answers at a time: {', or '.join(ways)}. Where "
+        "prompts are answered already, other settings need another --out, or --overwrite."
+    )
 
 
 def summary(output: AnswerOutput, counts: Counts) -> str:
