@@ -52,12 +52,12 @@ python -u pre_tokenize/concat_record.py --sub_record_dir "$OUT/tokens" --save_pa
 step "stage I and II of a toy model on those token files"
 OUTPUT=$OUT/train RECORD=$OUT/tokens/record.json TOKENIZER=$CHAMELEON bash exps/smoke-train.sh
 
-step "four captions learned by heart by a toy model, and their pictures drawn again"
+step "captions learned by heart by toy models of both kinds, and their pictures drawn again"
 OUT=$OUT bash exps/learn-by-heart.sh
 
 codes=$OUT/codes/examples_generation/jsonl_after_tokenizer/dualvitok/fixed_256/0000.jsonl
 step "made from the shipped photographs"
 printf '%-18s %s\n' codes $codes report "$OUT/preview/report.html" plan "$OUT/plan_anchors/plan.png" \
   tokens "$OUT/tokens/record.json" model "$OUT/train/stage2/final" losses "$OUT/train/stage2/loss.png" \
-  drawn "$OUT/by-heart/unitoken/drawn/sheet.png"
+  drawn "$OUT/by-heart/unitoken/drawn/sheet.png" 'drawn, lm' "$OUT/by-heart/lm/drawn/sheet.png"
 printf 'a line of codes:   '; head -c 420 $codes; echo ...

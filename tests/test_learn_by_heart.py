@@ -50,7 +50,7 @@ def test_unitoken_draws_what_it_learned(tmp_path, chameleon_folder):
         format.sample(draft, {draft.paths[0]: Encoded((grid,), info)})._replace(images=(str(draft.paths[0]),))
         for draft, grid in zip(format.drafts(items), codes, strict=True)
     ]
-    write_toy(chameleon_folder, tmp_path / "toy")
+    write_toy(TextTokenizer(chameleon_folder), tmp_path / "toy")
     data = write_data_config(tmp_path / "data.yaml", write_record(tmp_path / "tokens", samples))
     more = {"variant": "base", "vit_from": tmp_path / "toy" / "siglip", "dropout": 0, "epochs": 90, **LEARN}
     metrics = train(tmp_path / "toy" / "llm", data, tmp_path / "run", **more)

@@ -113,6 +113,10 @@ class TrainConfig:
     auto_resume: bool = option(True, "go on from the newest checkpoint in output_dir")
     resume_path: str = option("", "go on from this checkpoint")
     eval_interval: int = option(500, "steps between losses of what the data config holds out for validation", low=1)
+    prompt_sheet: str = option("", "JSON lines, a prompt each, that are answered at every checkpoint, into samples/")
+    tokenizer_dir: str = option("", "for the sheet: Chameleon's vqgan.yaml and vqgan.ckpt")
+    model_config: str = option("", "for the sheet of a language model: DualViTok's .py config (code: it is run)")
+    tokenizer_checkpoint: str = option("", "for the sheet of a language model: DualViTok's weights")
     log_interval: int = option(10, "steps between log lines; metrics.jsonl has every step", low=1)
 
     def __post_init__(self) -> None:
@@ -131,6 +135,10 @@ class TrainConfig:
             raise UserError(f"--condition_dropout is a share from 0 to 1, found {self.condition_dropout}")
         if self.batch_tokens and (self.batch_size or self.accum_iter or not self.global_batch_size):
             raise UserError("--batch_tokens goes with --global_batch_size, without --batch_size and --accum_iter")
+        if self.prompt_sheet and self.variant != "lm" and not self.tokenizer_dir:
+            raise UserError("--prompt_sheet needs --tokenizer_dir, a folder of Chameleon's vqgan.yaml and vqgan.ckpt")
+        if bool(self.model_config) != bool(self.tokenizer_checkpoint):
+            raise UserError("--model_config and --tokenizer_checkpoint belong together")
         if self.selective_checkpointing and not self.checkpointing:
             raise UserError("--selective_checkpointing goes with --checkpointing")
         if self.min_lr > self.lr:

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from training.config import TrainConfig
 from training.data.loading import Batches
 from training.data.packing import Batch, Skipped
 from training.data.sampler import RankBatches
+from training.generation.sheet import Sheet
 from training.parallel import synchronise_gradients
 from training.report import Flops, Report
 from training.state import Progress, Saver
@@ -42,6 +44,7 @@ class Run:
     saver: Saver
     validation: Batches | None  # samples that are never trained on
     batch_size: int  # of a process
+    sheet: Sheet | None
 
     @property
     def total_steps(self) -> int:
@@ -116,6 +119,10 @@ def train(run: Run, progress: Progress, report: Report | None) -> None:
             run.saver.save(run.model, run.optimizer, progress)
             if report:
                 report.plot()
+            if run.sheet:
+                shown = run.sheet.answer(run.model, Path(config.output_dir), progress.step)
+                if report:
+                    report.answers(shown, progress.step)
         run.saver.poll()
     run.saver.finish()
 

@@ -76,6 +76,21 @@ def synchronise_gradients(model: nn.Module, *, last: bool, whole: bool) -> None:
     model.set_requires_all_reduce(last)
 
 
+@contextmanager
+def ends_whole(model: nn.Module) -> Iterator[None]:
+    """For calls of a sharded model's parts instead of the model itself, by all processes alike: what belongs to none
+    of its layers is whole meanwhile. Layers come together when they are called, as ever.
+    """
+    ends = [*model.ends(), model]
+    for end in ends:
+        end.unshard()
+    try:
+        yield
+    finally:
+        for end in ends:
+            end.reshard()
+
+
 @torch.no_grad()
 def gather(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, whole fp32 CPU tensor) of each weight, one at a time; all processes must iterate together."""

@@ -14,7 +14,9 @@ from training.assemble import Data
 from training.config import TrainConfig
 from training.data.packing import IMAGE_END, IMAGE_START, NEWLINE_TOKEN, SEPARATOR, Sample
 from training.estimate import Memory, longest_batch
+from training.generation.sheet import Sheet
 from training.models.folder import ModelFolder
+from training.models.llm import LLMConfig
 from training.models.siglip import VisionConfig
 from vision_tokenizer.models.dualvitok import vocabulary
 from vistoken.errors import Failed, UserError
@@ -40,6 +42,16 @@ def memory_lines(memory: Memory, config: TrainConfig, vision: VisionConfig | Non
     if config.batch_tokens:
         step = f"{samples * world} samples over {world} processes, in batches of at most {config.batch_tokens:,} tokens"
     return f"a step: {step}\nmemory a process: about {memory}, with a batch of {longest}"
+
+
+def sheet_line(sheet: Sheet, config: TrainConfig, llm: LLMConfig) -> str:
+    """What the prompt sheet will take, while no batch is on the device."""
+    number_bytes = 4 if config.precision in ("fp32", "tf32") else 2
+    cache = sheet.memory(llm.num_hidden_layers, llm.num_key_value_heads * llm.head_dim, number_bytes)
+    return (
+        f"{config.prompt_sheet}: {len(sheet.questions)} prompts are answered at every checkpoint; keys and values take "
+        f"up to {cache / 2**30:.1f} GiB a process meanwhile, and each token gathers the weights once"
+    )
 
 
 def data_lines(data: Data) -> str:

@@ -11,10 +11,12 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from torch import nn
 
 from training.data.packing import Batch, Skipped
+from training.generation.answers import Said
 from training.models.llm import LLMConfig
 from training.models.siglip import VisionConfig
 from vistoken.cli import FULL
@@ -36,7 +38,7 @@ class Report:
         self.output, self.total_steps, self.interval = output, total_steps, interval
         self.peak = peak_flops(precision) * world
         threading.excepthook = _quiet_on_full_disk
-        with _writing(output):
+        with writing(output):
             _drop_after(output / METRICS, step)
             _drop_after(output / SKIPPED, step)
             self._metrics = (output / METRICS).open("a", buffering=1)
@@ -61,14 +63,14 @@ class Report:
         if held_out := metrics.get("validation"):
             losses = ", ".join(f"{name} {loss:.4f}" for name, loss in held_out.items())
             print(f"step {metrics['step']} | loss of held-out samples: {losses}", flush=True)
-            with _writing(self.output):
+            with writing(self.output):
                 for name, loss in held_out.items():
                     self._board.add_scalar(f"validation/{name}", loss, metrics["step"])
         if metrics["step"] % self.interval == 0 or metrics["step"] in (1, self.total_steps):
             self._line(metrics)
 
     def _append(self, file: TextIO, content: dict[str, Any]) -> None:
-        with _writing(self.output):
+        with writing(self.output):
             file.write(json.dumps(content) + "\n")
 
     def _line(self, metrics: dict[str, Any]) -> None:
@@ -82,11 +84,19 @@ class Report:
             f"{rate:,.0f} tok/s{mfu} | {memory_used() / 2**30:.1f} GiB | {duration(left)} left",
             flush=True,
         )
-        with _writing(self.output):
+        with writing(self.output):
             numbers = {name: value for name, value in metrics.items() if name not in ("type", "validation")}
             for name, value in (numbers | {"tokens_per_second": rate}).items():
                 self._board.add_scalar(name, value, metrics["step"])
         self._since, self._tokens, self._flops, self._steps = time.monotonic(), 0, 0.0, 0
+
+    def answers(self, shown: Sequence[tuple[str, Said]], step: int) -> None:
+        """Show the prompt sheet's answers, each with its prompt's name, in TensorBoard."""
+        with writing(self.output):
+            for name, said in shown:
+                self._board.add_text(f"samples/{name}", said.text, step)
+                for number, picture in enumerate(said.pictures):
+                    self._board.add_image(f"samples/{name}/{number}", np.asarray(picture), step, dataformats="HWC")
 
     def plot(self) -> None:
         """Draw loss.png; left out where matplotlib, an extra, is not installed."""
@@ -107,11 +117,11 @@ class Report:
         if len(types) > 1 or held_out:
             axes.legend(frameon=False)
         axes.grid(alpha=0.3)
-        with _writing(self.output):
+        with writing(self.output):
             figure.savefig(self.output / "loss.png", dpi=120)
 
     def close(self) -> None:
-        with _writing(self.output):
+        with writing(self.output):
             self._metrics.close()
             self._skipped.close()
             self._board.close()
@@ -124,7 +134,8 @@ def _quiet_on_full_disk(died: threading.ExceptHookArgs) -> None:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
+    """Raises `UserError` where the disk is full or not writable."""
     try:
         yield
     except OSError as error:

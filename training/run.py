@@ -14,6 +14,7 @@ from training.assemble import Data, build_optimizer, on_rank_0, open_data, open_
 from training.config import BATCH_SIZE, CONFIG_FILE, TrainConfig
 from training.data.loading import loader_deaths_named, make_loader, read_data_config
 from training.data.sampler import RankBatches
+from training.generation.sheet import Sheet, open_sheet
 from training.loop import Run, train
 from training.models.folder import FINAL, TRAINED_WITH, ModelFolder, save_folder
 from training.models.units import compile_unit
@@ -35,9 +36,10 @@ def run(config: TrainConfig, world: int, local_rank: int) -> None:
     model, folder = open_model(config, resumed=checkpoint is not None)
     with process_group() as device, float32_products(tf32=config.precision != "fp32"):
         data = open_data(config, sources, folder, world * batches * samples, local_rank)
+        sheet = open_sheet(config, folder, data)
         settled = fixed(config, data)
         progress = state.read_progress(checkpoint, settled) if checkpoint else Progress()
-        whole = on_rank_0(lambda: begin_output(config, data, folder, model, device, checkpoint))
+        whole = on_rank_0(lambda: begin_output(config, data, sheet, folder, model, device, checkpoint))
         flops = Flops(model, folder.llm, folder.vision)
 
         shard(model, device, config.precision, reshard=config.data_parallel == "fsdp", over=config.shard_over)
@@ -76,6 +78,7 @@ def run(config: TrainConfig, world: int, local_rank: int) -> None:
             saver=state.Saver(config, settled),
             validation=data.validation,
             batch_size=min(samples, BATCH_SIZE) if config.batch_tokens else samples,
+            sheet=sheet,
         )
         report = None
         if dist.get_rank() == 0:
@@ -110,6 +113,7 @@ def fixed(config: TrainConfig, data: Data) -> dict:
 def begin_output(
     config: TrainConfig,
     data: Data,
+    sheet: Sheet | None,
     folder: ModelFolder,
     model: nn.Module,
     device: torch.device,
@@ -131,6 +135,8 @@ def begin_output(
     print(preflight.device_line(device, world))
     print(preflight.parts_table(model, origins))
     print(preflight.memory_lines(memory, config, folder.vision, world))
+    if sheet:
+        print(preflight.sheet_line(sheet, config, folder.llm))
     print(preflight.data_lines(data))
     print(preflight.sample_text(data, folder), flush=True)
     return whole

@@ -12,8 +12,8 @@ A language model alone, of any kind that transformers knows, on text and image c
 
 Stage II starts from stage I's --output_dir. Running the same command again goes on from the newest checkpoint, with
 any number of processes as long as --global_batch_size stays. The output folder gets config.yaml (the whole
-configuration; --config reads it), metrics.jsonl, skipped.jsonl, tensorboard/, loss.png, checkpoints/ and, at the end,
-final/: a model folder with config.json, safetensors and tokenizer files.
+configuration; --config reads it), metrics.jsonl, skipped.jsonl, tensorboard/, loss.png, checkpoints/, with
+--prompt_sheet samples/ and, at the end, final/: a model folder with config.json, safetensors and tokenizer files.
 """
 
 from vistoken.cli import leave_at_once, run_command

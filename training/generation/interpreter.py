@@ -69,6 +69,7 @@ class Interpreter(Protocol):
 
     rules: Rules
     wishes: Wishes
+    image_tokenizer: Any
     symbol: str  # an image in a text
 
     def question(self, item: Item) -> Question:
@@ -123,7 +124,7 @@ class UniTokenInterpreter:
 
     format: ChameleonFormat  # of items in the document's format
     vocab_size: int  # of the model
-    vqgan: ChameleonVQGAN | None
+    image_tokenizer: ChameleonVQGAN | None
     reader: ImageReader | None
     crops: Sequence[tuple[int, int]]
     wishes: Wishes
@@ -157,11 +158,11 @@ class UniTokenInterpreter:
         return Question(item, turns[:-1], sample.images, ids, tower, task or "text", size)
 
     def _encode(self, path: Path) -> Encoded:
-        if self.vqgan is None:
+        if self.image_tokenizer is None:
             raise Failed("no image tokenizer", f"{path} is to be encoded")
         pixels, info = chameleon.prepare(path, list(self.crops))
         with torch.no_grad():
-            [grid] = self.vqgan.encode(normalize(pixels[None].to(self.vqgan.device)))
+            [grid] = self.image_tokenizer.encode(normalize(pixels[None].to(self.image_tokenizer.device)))
         return Encoded((grid[0].cpu().numpy(),), info)
 
     def close_image(self, tokens: Sequence[int]) -> tuple[Sequence[int], Sequence[ImageInput]]:
@@ -175,7 +176,7 @@ class UniTokenInterpreter:
         return [vocabulary.image_end], [made]
 
     def picture(self, grids: Sequence[np.ndarray]) -> Image.Image | None:
-        return to_image(decode_codes(self.vqgan, grids)) if self.vqgan else None
+        return to_image(decode_codes(self.image_tokenizer, grids)) if self.image_tokenizer else None
 
 
 @dataclass
@@ -184,7 +185,7 @@ class LMInterpreter:
 
     format: DualViTokFormat
     vocab_size: int  # of the model
-    tokenizer: DualViTok | None
+    image_tokenizer: DualViTok | None
     wishes: Wishes
     process_item: ProcessItem
     image_dir: Path = Path()
@@ -223,13 +224,13 @@ class LMInterpreter:
     def _encoded(self, value: dict[str, Any], size: Size | None) -> dict[str, Any]:
         """The line of codebook inference for an item whose images are files: at the anchors, or all at one size."""
         names = [value["images"]] if isinstance(value.get("images"), str) else value.get("images")
-        if not names or "image_embed_inds" in value or self.tokenizer is None:
+        if not names or "image_embed_inds" in value or self.image_tokenizer is None:
             return value
         lines: dict[str, list] = {name: [] for name in COLUMNS[1:]}
         for name in names:
             choices = (size,) if size else FIXED_ANCHORS
             pixels, info = dualvitok.prepare(self.image_dir / str(name), choices, crop_percent_thresh=0.0)
-            grids = self.tokenizer.encode(normalize(pixels[None].to(self.tokenizer.device)))
+            grids = self.image_tokenizer.encode(normalize(pixels[None].to(self.image_tokenizer.device)))
             lines["image_sizes"].append(list(info.size))
             lines["image_embed_inds"].append([grid[0].tolist() for grid in grids])
             lines["matched_ratios"].append(list(info.anchor))
@@ -239,7 +240,7 @@ class LMInterpreter:
         return [self.format.vocabulary.image_end], []
 
     def picture(self, grids: Sequence[np.ndarray]) -> Image.Image | None:
-        return to_image(decode_codes(self.tokenizer, grids)) if self.tokenizer else None
+        return to_image(decode_codes(self.image_tokenizer, grids)) if self.image_tokenizer else None
 
 
 def _processed(item: Item, process_item: ProcessItem) -> Item:

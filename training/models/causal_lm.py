@@ -40,21 +40,26 @@ class CausalLM(nn.Module):
             self.add_module(name, child)
         self.train()  # loaded models are not
 
+    @property
+    def lm(self) -> nn.Module:
+        """transformers' own model."""
+        return self._lm[0]
+
     def units(self) -> list[nn.Module]:
         """The decoder's layers: what is compiled and recomputed on its own."""
-        lists = (module for module in self._lm[0].base_model.modules() if isinstance(module, nn.ModuleList))
+        lists = (module for module in self.lm.base_model.modules() if isinstance(module, nn.ModuleList))
         return list(next(lists))
 
     def ends(self) -> list[nn.Module]:
         """The large modules before and after the layers, which are sharded on their own, too, unless they are one."""
-        words, head = self._lm[0].get_input_embeddings(), self._lm[0].get_output_embeddings()
+        words, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
         return [] if words.weight is head.weight else [words, head]
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """As `UniToken.forward`. Padding goes at the end, where causal attention never looks; samples of a batch are
         of similar length, so that there is little of it.
         """
-        lm, lengths = self._lm[0], batch.lengths.tolist()
+        lm, lengths = self.lm, batch.lengths.tolist()
         padded = pad_sequence(batch.tokens.split(lengths), batch_first=True)  # (B, L)
         hidden = lm.base_model(input_ids=padded, use_cache=False).last_hidden_state  # (B, L, C)
         hidden = torch.cat([row[:length] for row, length in zip(hidden, lengths, strict=True)])  # (T, C)

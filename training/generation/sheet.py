@@ -1,0 +1,195 @@
+"""The prompt sheet: what the model in training says to the same few prompts, each time that it is saved.
+
+A sharded model answers only as a whole: every process makes the same calls, token by token, and each layer's weights
+come together for each token as they do for a batch. So no process needs more memory than its keys and values, and a
+token costs one gathering of the weights. Rank 0 decides each token, for processes may differ in their last bits; it
+alone reads the prompts, decodes the pictures, on the CPU, and writes.
+
+Nothing here draws from PyTorch's random state: training goes on as it would have without.
+"""
+
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import orjson
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pre_tokenize.chameleon import ChameleonFormat
+from pre_tokenize.dualvitok import DualViTokFormat
+from pre_tokenize.sequences import as_it_is
+from pre_tokenize.text import TextTokenizer
+from training.assemble import Data, on_rank_0
+from training.config import TrainConfig
+from training.data.loading import ImageReader
+from training.generation.answers import ANSWERS, Said, answer_line, picture_files, png, say
+from training.generation.cache import CachedLM, CachedUniToken
+from training.generation.decode import PUBLISHED, Answer, Decoder, Settings
+from training.generation.interpreter import (
+    Interpreter,
+    LMInterpreter,
+    Question,
+    UniTokenInterpreter,
+    Wishes,
+    prompts,
+    room,
+)
+from training.generation.load import load_image_tokenizer, load_vqgan
+from training.generation.report import write_report
+from training.models.causal_lm import CausalLM
+from training.models.folder import ModelFolder
+from training.parallel import ends_whole
+from training.report import writing
+from vision_tokenizer.images.chameleon import crop_sizes
+from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN
+from vision_tokenizer.models.dualvitok.model import DualViTok
+from vistoken.errors import Failed, ItemError, UserError, is_out_of_memory
+from vistoken.jobs.chunks import Item
+
+FOLDER = "samples"
+MOST = 64  # prompts: all are answered as one batch
+TEXT_TOKENS = 256  # of an answer in text
+
+
+class Sheet:
+    def __init__(self, questions: Sequence[Question], interpreter: Interpreter, settings: Settings, *, compiled: bool):
+        self.questions, self._interpreter, self._settings = questions, interpreter, settings
+        self._compiled = (
+            compiled  # its layers, for training's batches: answers would have each of their lengths compiled
+        )
+
+    def memory(self, layers: int, width: int, number_bytes: int) -> int:
+        """Bytes of keys and values, of `width` numbers each in a layer, when all answers are as long as they can be."""
+        rules, wishes = self._interpreter.rules, self._interpreter.wishes
+        longest = max(len(question.ids) + room(question, rules, wishes) for question in self.questions)
+        rows = len(self.questions) * (1 if self._settings.guidance == 1 else 2)
+        return 2 * layers * width * number_bytes * rows * longest
+
+    def answer(self, model: nn.Module, output: Path, step: int) -> list[tuple[str, Said]]:
+        """Every process calls this; rank 0 writes `samples/step_*/` and gets the prompts' names and answers, the others
+        nothing.
+
+        Raises `UserError` where the device has no room, or rank 0's disk.
+        """
+        try:
+            answers = self._answers(model)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"--prompt_sheet: too little memory for its {len(self.questions)} answers beside the training. The "
+                f"checkpoint of step {step} is complete: ask for fewer or smaller ones, or leave --prompt_sheet out, "
+                "and run the same command again."
+            ) from error
+        if dist.get_rank() > 0:
+            return []
+        said = [say(answer, self._interpreter) for answer in answers]
+        self._write(output / FOLDER / f"step_{step:08d}", output, answers, said)
+        names = [
+            str(question.item.index if question.item.id is None else question.item.id) for question in self.questions
+        ]
+        return list(zip(names, said, strict=True))
+
+    @torch.no_grad()
+    def _answers(self, model: nn.Module) -> list[Answer]:
+        rules, wishes = self._interpreter.rules, self._interpreter.wishes
+        as_written = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+        with ends_whole(model), as_written:
+            asked = CachedLM(model.lm) if isinstance(model, CausalLM) else CachedUniToken(model)
+
+            def rank_0s(tokens: list[int]) -> list[int]:
+                agreed = torch.tensor(tokens, device=asked.device)
+                dist.broadcast(agreed, 0)
+                return agreed.tolist()
+
+            batch = [prompts(question, asked, rules, wishes, samples=1)[0] for question in self.questions]
+            answers = Decoder(asked, rules, self._settings, agree=rank_0s).answer(batch)
+        model.train()
+        return answers
+
+    def _write(self, folder: Path, output: Path, answers: Sequence[Answer], said: Sequence[Said]) -> None:
+        """Whole or not at all, in the form of generate.py's output."""
+        settings = {"seed": self._interpreter.wishes.seed, **asdict(self._settings)}
+        temporary = folder.with_suffix(".tmp")
+        with writing(output):
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "images").mkdir(parents=True)
+            lines = []
+            for question, answer, one in zip(self.questions, answers, said, strict=True):
+                lines.append(answer_line(question, 0, answer, one, settings))
+                for name, picture in zip(picture_files(question.item.index, 0, one), one.pictures, strict=True):
+                    (temporary / name).write_bytes(png(picture))
+            (temporary / ANSWERS).write_bytes(b"".join(lines))
+            manifest = {"model": {"path": f"{output}, {folder.name}"}, "settings": settings}
+            write_report(temporary, temporary / ANSWERS, manifest)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+
+
+def open_sheet(config: TrainConfig, folder: ModelFolder, data: Data) -> Sheet | None:
+    """Read and check the sheet, if there is one: on rank 0, whose `UserError` is raised everywhere."""
+    if not config.prompt_sheet:
+        return None
+    lm, path = config.variant == "lm", Path(config.prompt_sheet)
+    drawing = PUBLISHED[lm] | ({} if config.condition_dropout else {"guidance": 1.0})  # else nothing to compare with
+    wishes = Wishes(max_new_tokens=TEXT_TOKENS, max_seq_len=config.max_seq_len, seed=config.seed)
+    open_words = lm_words if lm else unitoken_words
+    interpreter = open_words(config, folder, data, wishes)
+
+    def read() -> list[Question]:
+        interpreter.image_tokenizer = open_image_tokenizer(config, interpreter)
+        return read_sheet(path, interpreter)
+
+    return Sheet(on_rank_0(read), interpreter, Settings.of(lm=lm, **drawing), compiled=config.compile)
+
+
+def unitoken_words(config: TrainConfig, folder: ModelFolder, data: Data, wishes: Wishes) -> UniTokenInterpreter:
+    """Input images are cropped as those of the first record were."""
+    made = (data.dataset.sources[0].manifest() or {}).get("settings", {})
+    crops = crop_sizes(made.get("target_size", 512), made.get("crop", "square"))
+    format = ChameleonFormat(TextTokenizer(folder.tokenizer), image_dir=Path(config.prompt_sheet).absolute().parent)
+    reader = ImageReader(folder.vision.image_size, folder.vision.grid, config.variant == "anyres")
+    return UniTokenInterpreter(format, folder.llm.vocab_size, None, reader, crops, wishes, as_it_is)
+
+
+def lm_words(config: TrainConfig, folder: ModelFolder, data: Data, wishes: Wishes) -> LMInterpreter:
+    format, image_dir = DualViTokFormat(TextTokenizer(folder.tokenizer)), Path(config.prompt_sheet).absolute().parent
+    return LMInterpreter(format, folder.llm.vocab_size, None, wishes, as_it_is, image_dir)
+
+
+def open_image_tokenizer(config: TrainConfig, interpreter: Interpreter) -> ChameleonVQGAN | DualViTok | None:
+    """On the CPU: the device is the training's."""
+    cpu, format = torch.device("cpu"), interpreter.rules.format
+    if config.variant != "lm":
+        return load_vqgan(config.tokenizer_dir, format, cpu)
+    if config.model_config:
+        return load_image_tokenizer(Path(config.model_config), config.tokenizer_checkpoint, format, cpu)
+    return None
+
+
+def read_sheet(path: Path, interpreter: Interpreter) -> list[Question]:
+    """Raises `UserError` that names the line of a prompt that cannot be answered."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"--prompt_sheet {path}: cannot read it ({error.strerror})") from error
+    questions: list[Question] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            item = Item(len(questions), f"line {number}", line, orjson.loads(line))
+            question = interpreter.question(item)
+            room(question, interpreter.rules, interpreter.wishes)
+            if question.task == "image" and interpreter.image_tokenizer is None:
+                raise Failed("no image tokenizer", "a picture needs --model_config and --tokenizer_checkpoint")
+        except (orjson.JSONDecodeError, ItemError) as error:
+            raise UserError(f"--prompt_sheet {path}, line {number}: {error}") from error
+        questions.append(question)
+    if not 0 < len(questions) <= MOST:
+        raise UserError(f"--prompt_sheet {path}: expected 1 to {MOST} prompts, one JSON object a line")
+    return questions
