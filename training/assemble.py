@@ -24,7 +24,7 @@ from training.data.loading import Batches, ImageReader, SampleRules, check_manif
 from training.data.sampler import OpenSource, Sampler, Source
 from training.models.folder import ModelFolder, open_unitoken
 from training.models.unitoken import UniToken
-from training.models.units import recompute
+from training.models.units import LayeredModel, recompute
 from vision_tokenizer.models.chameleon.vocabulary import MARK_NAMES, RELEASED_IMAGE_IDS, RELEASED_MARKS
 from vistoken.errors import UserError
 from vistoken.store import Url
@@ -33,16 +33,18 @@ from vistoken.weights import load_strict
 Result = TypeVar("Result")
 
 
-def open_model(config: TrainConfig, *, resumed: bool = False) -> tuple[nn.Module, ModelFolder]:
+def open_model(config: TrainConfig, *, resumed: bool = False) -> tuple[LayeredModel, ModelFolder]:
     """The model on the CPU, its weights mapped from their files and its frozen parts frozen, and the folder it comes
     from. With `resumed`, a checkpoint will fill them. Raises `UserError` where the weights do not fit.
     """
+    model: LayeredModel
     if config.variant == "lm":
         from training.models.causal_lm import open_causal_lm
 
         model, folder = open_causal_lm(config, drawn=not resumed)
     else:
         folder = open_unitoken(Path(config.init_from), Path(config.vit_from), config.seed)
+        assert folder.vision is not None  # a folder of UniToken has a tower
         with torch.device("meta"):
             model = UniToken(
                 folder.llm,
@@ -80,7 +82,8 @@ def freeze(model: nn.Module, trainable: str) -> None:
 
 def build_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> AdamW:
     """AdamW over what is trained; the tower's tensors get their own share of the learning rate."""
-    tower, rest = [], []
+    tower: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (tower if name.startswith("vit.") else rest).append(parameter)
@@ -142,7 +145,9 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
                     "their continuous tokens. Run concat_record.py again with --image_sizes, or give --batch_size."
                 )
     drawn_from = [
-        OpenSource(**vars(source), lengths=record.lengths, continuous=reader and partial(reader.tokens, record))
+        OpenSource(
+            **vars(source), lengths=record.lengths, continuous=partial(reader.tokens, record) if reader else None
+        )
         for source, (record, _), _ in opened
     ]
     sampler = Sampler(drawn_from, step_size, config.seed)

@@ -14,12 +14,12 @@ from vistoken.cli import command_parser
 from vistoken.errors import UserError
 from vistoken.files import read_yaml
 
-STAGES = {
+STAGES: dict[str, dict[str, Any]] = {
     "I": {"trainable_params": "vit,adapter", "lr": 1e-3, "vit_lr_scale": 1e-2},
     "II": {"trainable_params": "vit,adapter,model,lm_head", "lr": 1e-5, "vit_lr_scale": 1.0},
 }
 ALWAYS_FROZEN = ("vit.embeddings.patch_embedding", "vit.embeddings.position_embedding", "vit.head")
-LANGUAGE_MODEL = {"trainable_params": "", "vit_lr_scale": 1.0, "dropout": 0.0}  # in either stage
+LANGUAGE_MODEL: dict[str, Any] = {"trainable_params": "", "vit_lr_scale": 1.0, "dropout": 0.0}  # in either stage
 CONFIG_FILE = "config.yaml"
 BATCH_SIZE = 4  # samples a process takes at a time, if global_batch_size gives it as many
 

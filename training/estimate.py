@@ -12,6 +12,7 @@ from training.data.anyres import CANVASES
 from training.models.llm import LLMConfig
 from training.models.loss import CHUNK
 from training.models.siglip import VisionConfig
+from training.models.units import LayeredModel
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def longest_batch(config: TrainConfig, vision: VisionConfig | None, samples: int
 
 
 def memory(
-    model: nn.Module, config: TrainConfig, llm: LLMConfig, vision: VisionConfig | None, world: int, *, whole: bool
+    model: LayeredModel, config: TrainConfig, llm: LLMConfig, vision: VisionConfig | None, world: int, *, whole: bool
 ) -> Memory:
     """Weights and optimizer exactly, the rest for the longest batch, roughly."""
     parameters = dict(model.named_parameters())

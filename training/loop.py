@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,11 +18,13 @@ from training.data.loading import Batches
 from training.data.packing import Batch, Skipped
 from training.data.sampler import RankBatches
 from training.generation.sheet import Sheet
-from training.parallel import synchronise_gradients
+from training.parallel import synchronise_gradients, unsharded
 from training.report import Flops, Report
 from training.state import Progress, Saver
 from training.validation import validation_losses
 from vistoken.errors import UserError, is_out_of_memory
+
+T = TypeVar("T")
 
 FEW_FAILURES = 10  # the share of failed samples is not judged before there are more
 
@@ -170,7 +173,7 @@ def train_step(run: Run, batches: list[Batch], labels: int, step: int) -> Losses
         sums.append(of_batch)
     c_loss, z_loss = (value / labels for value in total(torch.stack(sums).sum(0).double(), run.device))
     run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip_grad).full_tensor().item()
+    norm = unsharded(nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip_grad)).item()
     overflow = not math.isfinite(norm) and run.scaler.get_scale() > 1  # the step is left out and the scale halved
     if not math.isfinite(c_loss + z_loss) or not (overflow or math.isfinite(norm)):
         names = gather(
@@ -226,8 +229,8 @@ def total(values: torch.Tensor, device: torch.device) -> list[float]:
     return values.tolist()
 
 
-def gather(values: Sequence) -> list:
+def gather(values: Sequence[T]) -> list[T]:
     """The values of all processes, one after another."""
-    everyone = [None] * dist.get_world_size()
+    everyone: list[Sequence[T]] = [()] * dist.get_world_size()
     dist.all_gather_object(everyone, values)
     return list(itertools.chain.from_iterable(everyone))

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
+from training.models.units import LayeredModel
 from vistoken.device import choose_dtype, local_device
 
 TIMEOUT = timedelta(minutes=10)  # of a collective: no process is busy alone for so long
@@ -37,8 +39,11 @@ def process_group(device_name: str = "auto") -> Iterator[torch.device]:
     in a collective. The process has to end, and torchrun then ends the others.
     """
     device = local_device(device_name)
-    alone = {} if _under_torchrun() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, **alone)
+    backend, alone = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", not _under_torchrun()
+    if alone:
+        dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=TIMEOUT)
     finished = False
     try:
         yield device
@@ -48,7 +53,7 @@ def process_group(device_name: str = "auto") -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def shard(model: nn.Module, device: torch.device, precision: str, *, reshard: bool, over: int | None = None) -> None:
+def shard(model: LayeredModel, device: torch.device, precision: str, *, reshard: bool, over: int | None = None) -> None:
     """Move a model to the device in fp32 and shard it: each of its layers and its `ends()` on its own, then what is
     left. So only a few of them are there as a whole, and the next one's weights come while this one computes.
 
@@ -56,9 +61,11 @@ def shard(model: nn.Module, device: torch.device, precision: str, *, reshard: bo
     `over` is how many processes share one copy of the model, neighbours in rank, as on a node; all of them if None.
     """
     world = dist.get_world_size()
-    copies = world // (over or world)
-    shape, names = ((copies, over), ("replicate", "shard")) if copies > 1 else ((world,), ("shard",))
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    over = over or world
+    if over < world:
+        mesh = init_device_mesh(device.type, (world // over, over), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     policy = MixedPrecisionPolicy(param_dtype=choose_dtype(precision), reduce_dtype=torch.float32)
     units = [(unit, reshard) for unit in model.units()] + [(end, False) for end in model.ends()] + [(model, False)]
     for unit, again in units:
@@ -72,16 +79,17 @@ def synchronise_gradients(model: nn.Module, *, last: bool, whole: bool) -> None:
     By default each pass leaves every process the sum of its shard, and only the last adds up over copies of the
     model. With `whole`, the passes before the last keep whole gradients, 4 bytes a trained weight, and send nothing.
     """
+    assert isinstance(model, FSDPModule)  # which `shard` made it
     model.set_requires_gradient_sync(last or not whole)
     model.set_requires_all_reduce(last)
 
 
 @contextmanager
-def ends_whole(model: nn.Module) -> Iterator[None]:
+def ends_whole(model: LayeredModel) -> Iterator[None]:
     """For calls of a sharded model's parts instead of the model itself, by all processes alike: what belongs to none
     of its layers is whole meanwhile. Layers come together when they are called, as ever.
     """
-    ends = [*model.ends(), model]
+    ends = [end for end in (*model.ends(), model) if isinstance(end, FSDPModule)]
     for end in ends:
         end.unshard()
     try:
@@ -95,4 +103,9 @@ def ends_whole(model: nn.Module) -> Iterator[None]:
 def gather(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, whole fp32 CPU tensor) of each weight, one at a time; all processes must iterate together."""
     for name, parameter in model.named_parameters():
-        yield name, parameter.full_tensor().cpu()
+        yield name, unsharded(parameter).cpu()
+
+
+def unsharded(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process has a part; all of them must ask for it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -26,7 +26,8 @@ SHOWN = 60  # tokens of a run of text that are printed
 
 def parts_table(model: nn.Module, origins: dict[str, str]) -> str:
     """Parameters trained and frozen by part, and where each part's weights come from."""
-    trained, frozen = Counter(), Counter()
+    trained: Counter[str] = Counter()
+    frozen: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         (trained if parameter.requires_grad else frozen)[name.split(".")[0]] += parameter.numel()
     lines = [f"{'part':<10}{'trained':>16}{'frozen':>16}  weights from"]
@@ -112,9 +113,10 @@ def token_kinds(sample: Sample) -> np.ndarray:
 def _kinds_of_words(sample: Sample, tokenizer: Tokenizer | None) -> np.ndarray:
     """The same for a language model, whose images are words of its vocabulary, if it has such words."""
     kind = np.zeros(len(sample), np.int64)
-    frame = [tokenizer and tokenizer.token_to_id(name) for name in (vocabulary.IMAGE_START, vocabulary.IMAGE_END)]
-    if None not in frame:
-        _mark_blocks(sample, kind, *frame)
+    start = tokenizer.token_to_id(vocabulary.IMAGE_START) if tokenizer else None
+    end = tokenizer.token_to_id(vocabulary.IMAGE_END) if tokenizer else None
+    if start is not None and end is not None:
+        _mark_blocks(sample, kind, start, end)
     return kind
 
 

@@ -17,7 +17,7 @@ from training.data.sampler import RankBatches
 from training.generation.sheet import Sheet, open_sheet
 from training.loop import Run, train
 from training.models.folder import FINAL, TRAINED_WITH, ModelFolder, save_folder
-from training.models.units import compile_unit
+from training.models.units import LayeredModel, compile_unit
 from training.parallel import gather, process_group, shard
 from training.report import Flops, Report
 from training.state import Progress
@@ -115,7 +115,7 @@ def begin_output(
     data: Data,
     sheet: Sheet | None,
     folder: ModelFolder,
-    model: nn.Module,
+    model: LayeredModel,
     device: torch.device,
     checkpoint: Path | None,
 ) -> bool:

@@ -89,7 +89,8 @@ class Saver:
     def __init__(self, config: TrainConfig, fixed: dict[str, Any]):
         self._config, self._fixed, self._folder = config, fixed, Path(config.output_dir) / FOLDER
         # of its own: messages of the writing thread must not meet those of the training
-        self._group = dist.new_group(backend="gloo") if config.async_save else None
+        group = dist.new_group(backend="gloo") if config.async_save else None
+        self._group = group if isinstance(group, dist.ProcessGroup) else None
         self._writing: Future | None = None
         self._progress, self._weights = Progress(), 0  # of the checkpoint that is being written, and its bytes
 
@@ -106,7 +107,8 @@ class Saver:
         if self._group:
             if next(model.parameters()).device.type == "cpu":  # which PyTorch does not always copy
                 state = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, state)
-            self._writing = dcp.async_save(state, checkpoint_id=temporary, process_group=self._group)
+            saved = dcp.async_save(state, checkpoint_id=temporary, process_group=self._group)
+            self._writing = saved if isinstance(saved, Future) else saved.upload_completion
             return
         with _failures_named(temporary, self._weights):
             dcp.save(state, checkpoint_id=temporary)
@@ -133,8 +135,8 @@ class Saver:
         if dist.get_rank() > 0:
             return
         temporary, target = self._temporary(), self._folder / f"step_{self._progress.step:08d}"
-        parts = {"progress": self._progress, "fixed": self._fixed, "config": self._config}
-        content = {name: part if name == "fixed" else dataclasses.asdict(part) for name, part in parts.items()}
+        settings = dataclasses.asdict(self._config)
+        content = {"progress": dataclasses.asdict(self._progress), "fixed": self._fixed, "config": settings}
         write_bytes(temporary / PROGRESS, json.dumps(content, indent=2).encode())
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)

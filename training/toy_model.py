@@ -12,7 +12,7 @@ alike then, as a pretrained model needs it, and a toy takes long to tell them ap
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vistoken.cli import command_parser, run_command
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pre_tokenize.text import TextTokenizer
 
-LLM = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLM: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TILE = {"image_size": 112, "patch_size": 14}  # 64 continuous tokens an image
 

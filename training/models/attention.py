@@ -6,21 +6,24 @@ fused kernels a sample, or a single one where all samples are equally long. No (
 Legend: T packed tokens, H heads, K key/value heads, D head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from inspect import signature
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-try:
-    from torch.nn.attention.varlen import varlen_attn  # PyTorch 2.10 and later
-except ImportError:
-    varlen_attn = None
-CAUSAL = {"window_size": (-1, 0)}
-if varlen_attn and "window_size" not in signature(varlen_attn).parameters:  # in its first release
-    CAUSAL = {"is_causal": True}
+CAUSAL: dict[str, Any] = {"window_size": (-1, 0)}
+varlen_attn: Callable[..., Any] | None = None  # the parameters differ between releases
+with suppress(ImportError):
+    from torch.nn.attention import varlen  # PyTorch 2.10 and later
+
+    varlen_attn = varlen.varlen_attn
+    if "window_size" not in signature(varlen_attn).parameters:  # in its first release
+        CAUSAL = {"is_causal": True}
 
 
 class Spans(NamedTuple):
@@ -54,15 +57,15 @@ def packed_attention(
 def attention_by_sample(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, causal: bool
 ) -> torch.Tensor:
-    options = {"is_causal": causal, "enable_gqa": q.shape[1] != k.shape[1]}
+    attend = partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     sizes = bounds.diff().tolist()
     if len(set(sizes)) == 1:
-        heads_first = (x.unflatten(0, (len(sizes), -1)).transpose(1, 2) for x in (q, k, v))  # (samples, H, length, D)
-        return F.scaled_dot_product_attention(*heads_first, **options).transpose(1, 2).flatten(0, 1)
+        q, k, v = (x.unflatten(0, (len(sizes), -1)).transpose(1, 2) for x in (q, k, v))  # (samples, H, length, D)
+        return attend(q, k, v).transpose(1, 2).flatten(0, 1)
     outputs = []
     for parts in zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        heads_first = (x.transpose(0, 1)[None] for x in parts)  # (1, H, length, D)
-        outputs.append(F.scaled_dot_product_attention(*heads_first, **options)[0].transpose(0, 1))
+        q, k, v = (x.transpose(0, 1)[None] for x in parts)  # (1, H, length, D)
+        outputs.append(attend(q, k, v)[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -84,14 +87,18 @@ def _opaque_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     sizes, group = bounds.diff().tolist(), q.shape[1] // k.shape[1]
-    parts = zip(*(x.split(sizes) for x in (grad, q, k, v)), strict=True)
-    grads = [_backward_of_sample(*(x.transpose(0, 1).float() for x in part), group, causal) for part in parts]
-    columns = zip(*grads, strict=True)
-    return tuple(torch.cat([x.transpose(0, 1) for x in column]).to(q.dtype) for column in columns)
+    found = []
+    for part in zip(*(x.split(sizes) for x in (grad, q, k, v)), strict=True):
+        of_output, *inputs = (x.transpose(0, 1).float() for x in part)
+        found.append(_backward_of_sample(of_output, *inputs, group=group, causal=causal))
+    of_q, of_k, of_v = (
+        torch.cat([x.transpose(0, 1) for x in column]).to(q.dtype) for column in zip(*found, strict=True)
+    )
+    return of_q, of_k, of_v
 
 
 def _backward_of_sample(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: int, causal: bool
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, group: int, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v of one sample, all (heads, length, D). Autograd does not reach into an operation."""
     k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))

@@ -6,7 +6,7 @@ Legend: T packed tokens, B samples, L the longest of them, C hidden size.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,12 @@ from training.config import TrainConfig
 from training.data.packing import Batch
 from training.models.folder import ModelFolder, language_sizes, read_config
 from training.models.loss import Head
+from training.models.units import LayeredModel
 from vistoken.cli import note
 from vistoken.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NARROW = 1e-9  # of the known words' covariance
 MIXED = 16  # known words that a new one is drawn from
@@ -27,11 +31,11 @@ COLUMNS = 128  # of the embeddings that are in fp32 at a time
 RESHAPED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what the loss does not know of
 
 
-class CausalLM(nn.Module):
-    def __init__(self, lm: nn.Module, z_weight: float):
+class CausalLM(LayeredModel):
+    def __init__(self, lm: "PreTrainedModel", z_weight: float):
         super().__init__()
         self.z_weight = z_weight
-        head = lm.get_output_embeddings()
+        _, head = words_and_head(lm)
         own = Head(head.in_features, head.out_features, bias=False, device="meta")
         own.weight = head.weight
         lm.set_output_embeddings(own)
@@ -41,18 +45,17 @@ class CausalLM(nn.Module):
         self.train()  # loaded models are not
 
     @property
-    def lm(self) -> nn.Module:
+    def lm(self) -> "PreTrainedModel":
         """transformers' own model."""
         return self._lm[0]
 
     def units(self) -> list[nn.Module]:
-        """The decoder's layers: what is compiled and recomputed on its own."""
         lists = (module for module in self.lm.base_model.modules() if isinstance(module, nn.ModuleList))
         return list(next(lists))
 
     def ends(self) -> list[nn.Module]:
-        """The large modules before and after the layers, which are sharded on their own, too, unless they are one."""
-        words, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
+        """None where both are one."""
+        words, head = words_and_head(self.lm)
         return [] if words.weight is head.weight else [words, head]
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +69,7 @@ class CausalLM(nn.Module):
         return lm.get_output_embeddings()(hidden[batch.learned], batch.targets, self.z_weight)
 
 
-def load_causal_lm(folder: Path) -> tuple[nn.Module, Path, dict[str, Any]]:
+def load_causal_lm(folder: Path) -> "tuple[PreTrainedModel, Path, dict[str, Any]]":
     """transformers' model on the CPU, the folder that holds it, and its config.json.
 
     Raises `UserError` for a folder that is no model or lacks weights.
@@ -78,15 +81,18 @@ def load_causal_lm(folder: Path) -> tuple[nn.Module, Path, dict[str, Any]]:
     path, config = read_config(folder)
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is checked here
     transformers.utils.logging.disable_progress_bar()
+    lm: PreTrainedModel
+    info: dict[str, Any]
     try:
         load = transformers.AutoModelForCausalLM.from_pretrained
-        lm, info = load(path, torch_dtype="auto", output_loading_info=True)  # as stored: mapped files are not copied
+        # numbers as stored: mapped files are not copied
+        lm, info = load(path, torch_dtype="auto", output_loading_info=True)  # type: ignore[misc]  # it gives a pair
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{path}: no causal language model that transformers can load ({error})") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise UserError(f"{path}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:4]))}")
-    if lm.get_output_embeddings().bias is not None or any(config.get(name) for name in RESHAPED_LOGITS):
+    if words_and_head(lm)[1].bias is not None or any(config.get(name) for name in RESHAPED_LOGITS):
         raise UserError(f"{path}: logits with a bias, a cap or a scale are not supported")
     return lm, path, config
 
@@ -103,19 +109,28 @@ def open_causal_lm(settings: TrainConfig, *, drawn: bool = True) -> tuple[Causal
     return CausalLM(lm, settings.z_loss_weight), folder
 
 
-def grow(lm: nn.Module, vocab_size: int, seed: int, *, drawn: bool = True) -> None:
+def words_and_head(lm: "PreTrainedModel") -> tuple[nn.Embedding, nn.Linear]:
+    """What turns ids into vectors, and vectors into logits. Raises `UserError` for a model that has others."""
+    words, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if not isinstance(words, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise UserError(f"{type(lm).__name__}: its words and logits come from {type(words)} and {type(head)}")
+    return words, head
+
+
+def grow(lm: "PreTrainedModel", vocab_size: int, seed: int, *, drawn: bool = True) -> None:
     """Make room for new words.
 
     As in transformers, a new word is drawn around the mean of those there are, with 1e-9 of their covariance; see
     `draw_words`. With `drawn` false, their weights will come from a checkpoint.
     """
-    words, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    words, head = words_and_head(lm)
     known = words.num_embeddings
     if vocab_size <= known:
         return
     note(f"the tokenizer has {vocab_size:,} words, the model {known:,}: embeddings for the others are made")
     generator, tied = torch.Generator().manual_seed(seed), words.weight is head.weight
-    for table in [words] if tied else [words, head]:
+    tables: list[nn.Embedding | nn.Linear] = [words] if tied else [words, head]
+    for table in tables:
         grown = torch.empty(vocab_size, table.weight.shape[1], dtype=table.weight.dtype)
         grown[:known] = table.weight.data
         if drawn:

@@ -6,10 +6,10 @@ GPU memory is taken.
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from training.models.llm import LLMConfig
 from training.models.siglip import VisionConfig
 from vistoken.errors import UserError
+from vistoken.store import Location
 from vistoken.weights import read_state_dict
 
 TRAINED_WITH = "vistoken"  # in a config.json: what generation must know of the training
@@ -119,13 +120,14 @@ def language_sizes(config: dict[str, Any], path: Path) -> LLMConfig:
 
 
 def _sizes(kind: type[Sizes], config: dict[str, Any], source: Path) -> Sizes:
-    known = [field for field in fields(kind) if field.name in config]
-    for name, right, value in ((field.name, field.type, config[field.name]) for field in known):
+    known = {name: right for name, right in get_type_hints(kind).items() if name in config}
+    for name, right in known.items():
+        value = config[name]
         if type(value) not in (int, right) or not 0 < value < 2**31:
             raise UserError(
                 f"{source / 'config.json'}: {name} must be a positive number ({right.__name__}), found {value!r}"
             )
-    return kind(**{field.name: config[field.name] for field in known})
+    return kind(**{name: config[name] for name in known})
 
 
 def read_tower(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -144,7 +146,11 @@ def fresh_adapter(width: int, hidden_size: int, seed: int) -> dict[str, Tensor]:
 
 
 def save_folder(
-    target: Path, tensors: Iterable[tuple[str, Tensor]], total_bytes: int, config: dict[str, Any], files: list[Path]
+    target: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    total_bytes: int,
+    config: dict[str, Any],
+    files: Sequence[Location],
 ) -> None:
     """Write a model folder, whole or not at all: weights in safetensors shards, and copies of `files`.
 
@@ -158,7 +164,7 @@ def save_folder(
         _name_shards(temporary, list(_write_shards(temporary, tensors)), total_bytes)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file in files:
-            shutil.copy(file, temporary)
+            (temporary / file.name).write_bytes(file.read_bytes())
         shutil.rmtree(target, ignore_errors=True)
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
@@ -172,7 +178,7 @@ def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> Non
     if len(shards) == 1:
         (folder / "shard-00001.safetensors").replace(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{number:05d}.safetensors").replace(folder / name)
@@ -183,7 +189,8 @@ def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> Non
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[str]]:
     """Write shard-0000i.safetensors files; yields the names in each."""
-    shard, size, number = {}, 0, 1
+    shard: dict[str, Tensor] = {}
+    size, number = 0, 1
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > SHARD_BYTES:
             save_file(shard, folder / f"shard-{number:05d}.safetensors", metadata={"format": "pt"})

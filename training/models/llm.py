@@ -165,6 +165,7 @@ class Decoder(nn.Module):
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         spans = Spans.of(lengths.tolist(), x.device)
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+        each: Sequence[LayerCache | None] = caches or [None] * len(self.layers)
+        for layer, cache in zip(self.layers, each, strict=True):
             x = layer(x, cos, sin, spans, cache)
         return self.norm(x)

@@ -13,9 +13,10 @@ from training.data.packing import Batch
 from training.models.llm import Decoder, LLMConfig
 from training.models.loss import Head
 from training.models.siglip import VisionConfig, VisionTower
+from training.models.units import LayeredModel
 
 
-class UniToken(nn.Module):
+class UniToken(LayeredModel):
     def __init__(
         self,
         llm: LLMConfig,
@@ -36,11 +37,9 @@ class UniToken(nn.Module):
         self.vit = VisionTower(vision)
 
     def units(self) -> list[nn.Module]:
-        """The layers: what is compiled and recomputed on its own."""
         return [*self.vit.encoder.layers, *self.model.layers]
 
     def ends(self) -> list[nn.Module]:
-        """The large modules before and after the layers, which are sharded on their own, too."""
         return [self.model.embed_tokens, self.lm_head]
 
     def embed(self, batch: Batch) -> torch.Tensor:

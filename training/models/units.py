@@ -1,4 +1,4 @@
-"""What is done to each of a model's layers: recomputing its activations, and compiling it."""
+"""Models by their layers, and what is done to each of these: recomputing its activations, and compiling it."""
 
 from collections.abc import Callable
 
@@ -16,6 +16,18 @@ ATTENTION = (  # whose results `selective` keeps, by the name of the operation
     "packed_attention",
 )
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+class LayeredModel(nn.Module):
+    """A model that is trained on packed batches, its layers one by one."""
+
+    def units(self) -> list[nn.Module]:
+        """The layers: what is compiled, recomputed and sharded on its own."""
+        raise NotImplementedError
+
+    def ends(self) -> list[nn.Module]:
+        """The large modules before and after the layers, which are sharded on their own, too."""
+        raise NotImplementedError
 
 
 def recompute(unit: nn.Module, *, selective: bool) -> None:
