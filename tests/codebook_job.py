@@ -55,6 +55,17 @@ def kill_all(process: subprocess.Popen, mark: Path) -> None:
     process.communicate(timeout=60)
 
 
+def kill_one_rank(process: subprocess.Popen, mark: Path) -> None:
+    """kill -9 for one worker of a job launched under torchrun, which then ends the others and itself."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (folder / "cmdline").read_bytes()
+            if str(mark).encode() in command and b"torch.distributed.run" not in command:
+                os.kill(int(folder.name), signal.SIGKILL)
+                break
+    process.communicate(timeout=120)
+
+
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 

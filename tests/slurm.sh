@@ -2,7 +2,8 @@
 # The Slurm recipes on a real Slurm of one node. Not in CI: it needs root and, on Debian,
 #   apt-get install slurmctld slurmd slurm-client munge
 # It starts daemons of its own, with files in a new folder, and ends them. What it shows: an array of four and an srun of
-# three write the bytes of one process, and a task that is told to stop finishes its open chunks, is requeued and goes on.
+# three write the bytes of one process; a task that is told to stop finishes its open chunks, is requeued and goes on;
+# and an srun of three into S3 (moto's server), of which one task is killed, ends, and once more goes on to these bytes.
 #   bash tests/slurm.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -72,8 +73,9 @@ for number in range(40):
 for name in "ab":
     lines = [json.dumps({"id": number, "images": [f"{number % 40}.png"]}) for number in range(300)]
     (work / f"annotations/{name}.jsonl").write_text("\n".join(lines))
-for name in ("alone", "array", "srun", "stopped"):
-    entry = {"root": f"{work}/{name}", "image_dir": f"{work}/images", "annotation_dir": f"{work}/annotations"}
+for name in ("alone", "array", "srun", "stopped", "killed"):
+    root = "s3://lab/killed" if name == "killed" else f"{work}/{name}"
+    entry = {"root": root, "image_dir": f"{work}/images", "annotation_dir": f"{work}/annotations"}
     (work / f"{name}.json").write_text(json.dumps({"birds": {**entry, "tokenizer_inference": True}}))
 PY
 flags() { echo --model_config "$work/tiny.py" --tokenizer_checkpoint "$work/pytorch_model.bin" --device cpu \
@@ -89,4 +91,26 @@ job=$(sbatch --parsable --array=0-1 "$top/exps/cluster/slurm-array.sh" $(flags s
 until ls "$work"/stopped/*/*/*/.work/*/0*.json >/dev/null 2>&1; do sleep 0.2; done
 scancel --batch --signal=USR1 "$job"; settled; same stopped
 grep -h "SIGUSR1" codes-"$job"-*.log
+
+export AWS_ENDPOINT_URL=http://127.0.0.1:16819 AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test AWS_REGION=us-east-1
+"$python" - 2>/dev/null <<'PY' & pids+=($!)
+import threading
+from moto.server import ThreadedMotoServer
+ThreadedMotoServer("127.0.0.1", 16819, verbose=False).start()
+from pyarrow import fs
+fs.S3FileSystem(endpoint_override="http://127.0.0.1:16819", allow_bucket_creation=True).create_dir("lab")
+threading.Event().wait()
+PY
+results() { "$python" -c 'from vistoken.store import Url; print(sum(1 for _ in Url("s3://lab/killed").glob("*/*/*/.work/*/0*.json")))'; }
+until [ "$(results 2>/dev/null)" = 0 ]; do sleep 1; done
+job=$(sbatch --parsable --ntasks=3 "$top/exps/cluster/slurm-srun.sh" $(flags killed))
+until [ "$(results)" -gt 0 ]; do sleep 0.2; done
+task=$(scontrol listpids "$job.0" | awk '$4 == 1 {print $1; exit}')  # of rank 1
+kill -9 "$task"; settled
+if grep -h "images encoded" codes-"$job".log; then echo "ended before it was killed"; exit 1; fi
+echo "== after kill -9 of task $task: $(results) results"
+sbatch --ntasks=3 "$top/exps/cluster/slurm-srun.sh" $(flags killed); settled
+"$python" -c 'import shutil, sys; from vistoken.store import Url, local_copy
+with local_copy(Url("s3://lab/killed")) as copy: shutil.copytree(copy, sys.argv[1])' "$work/killed"
+same killed || tail -n 20 codes-*.log
 echo "all as it should be"
