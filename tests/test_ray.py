@@ -9,12 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from codebook_job import arguments, dataset, output_bytes, write_config
+from codebook_job import arguments, dataset, launch, output_bytes, write_config
 from PIL import Image
 from store_server import s3_server
+from test_shards import samples, write_tar
 
 from pre_tokenize import pre_tokenize
 from vision_tokenizer.tokenizer.tokenizer_codebook_inference import main
+from vistoken.errors import UserError
+from vistoken.jobs.files import run_lock
 from vistoken.jobs.ray_workers import ATTEMPTS, Queue
 from vistoken.store import Url
 
@@ -85,6 +88,8 @@ def test_two_actors_one_of_them_killed_write_the_bytes_of_one_process(job, tmp_p
         while not killed:
             if any(results.glob("[ab]/0*.json")) and (found := actors()):
                 os.kill(found[0], signal.SIGKILL)
+                with pytest.raises(UserError, match="another run is writing here"), run_lock(results):
+                    pass
                 killed.append(found[0])
             time.sleep(0.01)
 
@@ -93,6 +98,57 @@ def test_two_actors_one_of_them_killed_write_the_bytes_of_one_process(job, tmp_p
     assert killed
     assert output_bytes(tmp_path / "ray") == output_bytes(tmp_path / "alone")
     assert "400 images encoded" in capsys.readouterr().out.rpartition("data set")[2]  # the driver's report
+
+
+@pytest.mark.slow
+def test_a_node_joins_in_mid_run_and_a_node_is_lost(tmp_path, tiny_dualvitok, monkeypatch):
+    """Who joins gets tar files; the one that it had when its node went is read by another actor."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    for number in range(30):
+        write_tar(tmp_path / f"in/{number:02}.tar", samples(2, first=10 * number))
+    entry = {"shards": f"{tmp_path}/in/{{00..29}}.tar", "tokenizer_inference": True}
+    configs = [
+        write_config(tmp_path / f"{name}.json", set={**entry, "root": str(tmp_path / name)})
+        for name in ("alone", "ray")
+    ]
+    flags = ("--resolution_type", "fixed", "--resolution", "64")
+    assert main(arguments(*tiny_dualvitok, configs[0], *flags)) == 0
+
+    log, hurry = tmp_path / "opened.txt", tmp_path / "hurry"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(
+        "import os, sys, time\n"
+        "def look(event, args):\n"
+        "    if event == 'open' and str(args[0]).endswith('.tar'):\n"
+        f"        with open({str(log)!r}, 'a') as log: print(os.getpid(), os.path.basename(args[0]), file=log)\n"
+        "        for _ in range(20):\n"
+        f"            if not os.path.exists({str(hurry)!r}): time.sleep(0.05)\n"
+        "sys.addaudithook(look)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+    def opened() -> list[list[str]]:
+        return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        run = launch(*tiny_dualvitok, configs[1], *flags, "--ray", cluster.address, "--ray_cpus", "1")
+        while not opened():
+            assert run.poll() is None
+            time.sleep(0.05)
+        first, node = opened()[0][0], cluster.add_node(num_cpus=1)
+        while not (joined := [pid for pid, _ in opened() if pid != first]):
+            assert run.poll() is None, "it ended before the node had joined"
+            time.sleep(0.05)
+        cluster.remove_node(node, allow_graceful=False)
+        hurry.touch()
+        _, stderr = run.communicate(timeout=300)
+    finally:
+        cluster.shutdown()
+    assert run.returncode == 0, stderr
+    assert output_bytes(tmp_path / "ray") == output_bytes(tmp_path / "alone")
+    lost = [shard for pid, shard in opened() if pid == joined[0]][-1]
+    assert [pid for pid, shard in opened() if shard == lost and pid != joined[0]], "it was not handed out again"
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
 """A job on Ray: one actor per GPU, or per share of the CPUs, and a driver that hands the chunks out.
 
 The driver looks after the actors, shows progress and prints the report; it computes nothing and reads no input. Actors
-take chunks from a queue beside the driver. Where an actor or its node dies, its open chunks are handed out again, each
-by itself, so that a chunk that kills its actor takes no others with it; after `ATTEMPTS` deaths its items fail. Actors
-are started wherever the cluster has room for one more, so nodes may join in mid-run. A round of an actor ends when the
-queue is empty; it begins another one when chunks come back.
+take chunks from a queue beside the driver, which also holds the output folders against other runs. Where an actor or
+its node dies, its open chunks are handed out again, each by itself, so that a chunk that kills its actor takes no
+others with it; after `ATTEMPTS` deaths its items fail. Actors are started wherever the cluster has room for one more,
+so nodes may join in mid-run. A round of an actor ends when the queue is empty; it begins another one when chunks come
+back.
 """
 
 import argparse
@@ -14,14 +15,16 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from vistoken.cli import Outcome
 from vistoken.errors import Failed, UserError
+from vistoken.jobs.files import run_lock
 from vistoken.jobs.progress import Progress
 from vistoken.jobs.workers import OneProcess
+from vistoken.store import Location
 
 T = TypeVar("T")
 
@@ -42,6 +45,8 @@ class Queue:
         self._steps: dict[int, int | None] = {}  # step -> the actor that does it, None when it is done
         self._totals: Counter[str] = Counter()
         self._finished = 0
+        self._held = ExitStack()
+        self._locks: dict[Location, bool] = {}  # folders that are held until the run ends -> whether it was alone there
 
     def claim(self, actor: int, chunks: int, first: bool) -> tuple[int, int] | None:
         """The next chunk and the deaths it has cost, or None: the round is over. `first`: of this round."""
@@ -82,6 +87,15 @@ class Queue:
 
     def step_done(self, number: int) -> None:
         self._steps[number] = None
+
+    def lock(self, folder: Location) -> bool | UserError:
+        """Hold an output folder, whichever actors come and go."""
+        try:
+            if folder not in self._locks:
+                self._locks[folder] = self._held.enter_context(run_lock(folder))
+            return self._locks[folder]
+        except UserError as error:
+            return error
 
     def add(self, counts: Mapping[str, int]) -> None:
         self._totals.update(counts)
@@ -141,6 +155,13 @@ class RayWorker(OneProcess):
         if todo == "do":
             step()
             self._get(self._queue.step_done.remote(self._steps))
+
+    @contextmanager
+    def lock(self, folder: Location) -> Iterator[bool]:
+        alone = self._get(self._queue.lock.remote(folder.absolute()))
+        if isinstance(alone, UserError):
+            raise alone
+        yield alone
 
     def expect(self, items: int | None) -> None:
         if items and not self._joins:

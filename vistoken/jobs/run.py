@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from vistoken.errors import ItemError, UserError
 from vistoken.jobs.chunks import Chunk, Item
 from vistoken.jobs.counts import Counts, Problem
-from vistoken.jobs.files import exclusive, remove_leftovers, run_lock
+from vistoken.jobs.files import exclusive, remove_leftovers
 from vistoken.jobs.manifest import MANIFEST, check_manifest
 from vistoken.jobs.progress import ItemsUnderWay, Progress, Stopwatch
 from vistoken.jobs.results import Final, Result, ResultMissing, Results, WholeResult, joining
@@ -295,7 +295,7 @@ class Output:
 
     def _settle(self, workers: Workers, restart: str | None, other_devices: bool, held: ExitStack) -> None:
         with exclusive(self.work / "begin.lock"):
-            alone = held.enter_context(run_lock(self.work, *workers.share))
+            alone = held.enter_context(workers.lock(self.work))
             for folder in self.folders():
                 remove_leftovers(folder)
             if restart == "any":

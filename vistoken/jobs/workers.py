@@ -13,11 +13,14 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TypeVar
 
 from vistoken.cli import stopping
 from vistoken.errors import Failed, Preempted, UserError
+from vistoken.jobs.files import run_lock
+from vistoken.store import Location
 
 T = TypeVar("T")
 
@@ -63,6 +66,10 @@ class OneProcess:
     def on_first(self, step: Callable[[], None]) -> None:
         """Run `step` on the first worker while the others wait for it."""
         step()
+
+    def lock(self, folder: Location) -> AbstractContextManager[bool]:
+        """Hold `folder` against other runs; as `run_lock`."""
+        return run_lock(folder, *self.share)
 
     def add(self, counts: Mapping[str, int]) -> None:
         """Add to the run's totals."""
