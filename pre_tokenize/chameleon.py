@@ -39,6 +39,8 @@ class Settings:
     batch_size: int
     items_per_file: int
     exif_orientation: str = "ignore"
+    compile: bool = False
+    cuda_graphs: bool = False
 
 
 def load_tokenizers(
@@ -46,7 +48,7 @@ def load_tokenizers(
 ) -> tuple[TextTokenizer, ChameleonVQGAN]:
     """The text tokenizer of `text` (None: of `folder`) and the VQGAN of `folder`. Raises `UserError`."""
     tokenizer = TextTokenizer(text or folder)
-    vqgan = load_chameleon(folder, device=str(device), dtype=settings.torch_dtype)
+    vqgan = load_chameleon(folder, device=str(device), dtype=settings.torch_dtype, compile=settings.compile)
     if vqgan.codebook_sizes != (CODEBOOK_SIZE,) or vqgan.side != PIXELS_PER_TOKEN:
         raise UserError(
             f"{folder}/vqgan.yaml: {vqgan.codebook_sizes[0]} codes of {vqgan.side} px; the Chameleon vocabulary has "
@@ -139,6 +141,7 @@ def make_encoder(vqgan: ChameleonVQGAN, settings: Settings, num_workers: int, pr
         partial(prepare, sizes=crop_sizes(settings.target_size, settings.crop), orientation=settings.exif_orientation),
         batch_size=settings.batch_size,
         num_workers=num_workers,
+        cuda_graphs=settings.cuda_graphs,
         on_image=lambda chunk, name, encoded: chunk.under_way.image_done(name, encoded),
     )
 

@@ -43,6 +43,7 @@ from vistoken.cli import (
     add_dtype,
     add_max_failed,
     add_other_devices,
+    add_speed,
     add_workers,
     at_least,
     check_workers,
@@ -150,6 +151,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--crop", choices=("square", "variable"), default="square", help="variable: keep the shape")
     add_exif_orientation(chameleon)
     add_dtype(chameleon)
+    add_speed(chameleon)
     add_device(chameleon)
     job = parser.add_argument_group("job")
     add_batches(job)
@@ -184,11 +186,13 @@ def _check_dualvitok(args: argparse.Namespace, parser: argparse.ArgumentParser) 
 def chameleon_parts(args: argparse.Namespace, process_item: "ProcessItem") -> "Parts":
     """How items become sequences, what makes the encoder of their images, and what makes the input's manifest."""
     from pre_tokenize.chameleon import ChameleonFormat, Settings, load_tokenizers, make_encoder, make_manifest
+    from vision_tokenizer.codebook.graphs import check_graphs
     from vistoken.device import default_batch_size, default_workers, local_device
 
     num_workers = args.num_workers or default_workers()
     os.environ.setdefault("RAYON_NUM_THREADS", str(num_workers))  # of the text tokenizer
     device = local_device(args.device)
+    check_graphs(args.cuda_graphs, device)
     settings = Settings(
         target_size=args.target_size,
         crop=args.crop,
@@ -196,6 +200,8 @@ def chameleon_parts(args: argparse.Namespace, process_item: "ProcessItem") -> "P
         torch_dtype=args.torch_dtype,
         batch_size=args.batch_size or default_batch_size(device),
         items_per_file=args.items_per_file,
+        compile=args.compile,
+        cuda_graphs=args.cuda_graphs,
     )
     text, vqgan = load_tokenizers(args.text_tokenizer, args.tokenizer_dir, device, settings)
     sequences = ChameleonFormat(text, process_item, args.image_dir)

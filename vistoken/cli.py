@@ -140,6 +140,13 @@ def add_dtype(flags: Flags) -> None:
     )
 
 
+def add_speed(flags: Flags) -> None:
+    flags.add_argument("--compile", action="store_true", help="torch.compile the encoder")
+    flags.add_argument(
+        "--cuda_graphs", action="store_true", help="on a GPU: record a batch's kernels once, then launch them as one"
+    )
+
+
 def add_batches(flags: Flags) -> None:
     batches = f"images per batch (default: {BATCH_ON_CPU} on CPU, {BATCH_ON_GPU} on a GPU)"
     threads = f"decoding threads (default: this process's share of the cores, at most {MAX_WORKERS})"

@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 
+from vision_tokenizer.codebook.graphs import Recordings
 from vision_tokenizer.images.dualvitok import normalize
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vistoken.device import memory_named
@@ -139,13 +140,17 @@ class GpuRunner:
 
     streams = 1
 
-    def __init__(self, tokenizer: ImageTokenizer):
+    def __init__(self, tokenizer: ImageTokenizer, *, graphs: bool = False):
         self._tokenizer = tokenizer
+        self._recordings = Recordings(tokenizer) if graphs else None
 
     def start(self, batch: torch.Tensor) -> Pending:
         device = self._tokenizer.device
         with _memory_named(device, batch):
-            codes = self._tokenizer.encode(normalize(batch.to(device, non_blocking=True)))
+            if self._recordings:
+                codes = self._recordings.encode(batch)
+            else:
+                codes = self._tokenizer.encode(normalize(batch.to(device, non_blocking=True)))
         host = [torch.empty(grid.shape, dtype=torch.int32, pin_memory=True) for grid in codes]
         for kept, computed in zip(host, codes, strict=True):
             kept.copy_(computed, non_blocking=True)
@@ -192,12 +197,13 @@ class Encoder(Generic[C]):
         batch_size: int,
         num_workers: int,
         seconds_ahead: float = 0.0,
+        cuda_graphs: bool = False,
         on_image: Callable[[C, Any, bool], None] = lambda chunk, name, encoded: None,
     ):
         self._prepare, self._on_image = prepare, on_image
         self._device = tokenizer.device
         self._pinned = tokenizer.device.type == "cuda"
-        self._runner = GpuRunner(tokenizer) if self._pinned else CpuRunner(tokenizer)
+        self._runner = GpuRunner(tokenizer, graphs=cuda_graphs) if self._pinned else CpuRunner(tokenizer)
         self._batcher = Batcher(batch_size)
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
         self.window = 2 * (batch_size * self._runner.streams + num_workers)  # images decoded or being decoded, ahead

@@ -49,6 +49,7 @@ class Settings:
     torch_dtype: str = "fp32"
     batch_size: int = 1
     compile: bool = False
+    cuda_graphs: bool = False
     tokenizer_version: str = "dualvitok"
     output_dirname: str = "jsonl_after_tokenizer"
     output_format: str = "jsonl"

@@ -81,7 +81,7 @@ def open_output(dataset: Dataset, where: Settings) -> Output:
     if manifest is None:
         raise UserError(f"data set {dataset.name}: {folder / MANIFEST} does not exist. Run codebook inference first.")
     try:
-        stored = {"exif_orientation": "ignore", **manifest["settings"]}  # of an earlier version
+        stored = {"exif_orientation": "ignore", "cuda_graphs": False, **manifest["settings"]}  # of earlier versions
         settings = Settings(**{field.name: stored[field.name] for field in fields(Settings)})
         complete = all(key in manifest["tokenizer"] for key in ("name", "fingerprint", "branches", "codebook_sizes"))
         complete = complete and isinstance(manifest["inputs"], dict)

@@ -35,6 +35,7 @@ from vistoken.cli import (
     add_dtype,
     add_max_failed,
     add_other_devices,
+    add_speed,
     add_workers,
     check_workers,
     command_parser,
@@ -49,7 +50,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     model = add_tokenizer(parser, required=True)
     add_dtype(model)
-    model.add_argument("--compile", action="store_true", help="torch.compile the encoder")
+    add_speed(model)
     data = parser.add_argument_group("data")
     add_datasets(data)
     add_resolution(data)
@@ -90,12 +91,14 @@ def run(args: argparse.Namespace, make_workers: "Callable[[], Workers]") -> Outc
     datasets = select_datasets(args.data_config, args.datasets)
     note_left_out(datasets)
 
+    from vision_tokenizer.codebook.graphs import check_graphs
     from vision_tokenizer.codebook.job import report, run_codebook_inference
     from vision_tokenizer.codebook.output import Settings
     from vision_tokenizer.models.dualvitok.model import load_dualvitok
     from vistoken.device import default_batch_size, default_workers, local_device
 
     device = local_device(args.device)
+    check_graphs(args.cuda_graphs, device)
     settings = Settings(
         resolution_type=args.resolution_type,
         resolution=args.resolution,
@@ -104,6 +107,7 @@ def run(args: argparse.Namespace, make_workers: "Callable[[], Workers]") -> Outc
         torch_dtype=args.torch_dtype,
         batch_size=args.batch_size or default_batch_size(device),
         compile=args.compile,
+        cuda_graphs=args.cuda_graphs,
         tokenizer_version=args.tokenizer_version,
         output_dirname=args.output_dirname,
         output_format=args.output_format,

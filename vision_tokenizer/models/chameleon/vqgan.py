@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_tokenizer.models.compiled import compile_modules
 from vision_tokenizer.models.layers import ConvSizes, Decoder, Encoder, GroupNorm
 from vision_tokenizer.models.nearest import nearest_codes
 from vistoken.device import choose_dtype, float32_products, keep_freed_memory, local_device
@@ -182,6 +183,7 @@ def load_chameleon(
     device: str | torch.device = "auto",
     dtype: str = "fp32",
     decoder: bool = False,
+    compile: bool = False,
 ) -> ChameleonVQGAN:
     """The VQGAN of a folder's `vqgan.yaml` and `vqgan.ckpt`, on its device and in its dtype. Raises `UserError`."""
     folder = location(folder).expanduser()
@@ -202,4 +204,6 @@ def load_chameleon(
             part.to(target)  # stays fp32
         else:
             part.to(target, kind).to(memory_format=torch.channels_last)
+    if compile:
+        compile_modules([model.encoder], target)
     return model

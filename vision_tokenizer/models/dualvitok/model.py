@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_tokenizer.models.compiled import compile_modules
 from vision_tokenizer.models.dualvitok.config import DualViTokSizes, read_config
 from vision_tokenizer.models.dualvitok.pixel import PixelDecoder, PixelEncoder
 from vision_tokenizer.models.dualvitok.semantic import CELL, SemanticDecoder, SemanticEncoder, vit_input, vit_input_size
@@ -173,11 +174,6 @@ def place(model: DualViTok, device: torch.device, dtype: str) -> None:
 
 
 def compile_encoder(model: DualViTok) -> None:
-    """Kernels of its own for every resolution: codes must not depend on which one came first.
-
-    Block by block, since all blocks of a kind share what is compiled once.
-    """
-    torch._dynamo.config.cache_size_limit = 64  # beyond it, further resolutions would not be compiled
-    for block in (*model.semantic_encoder.model.blocks, *model.semantic_encoder.blocks):
-        block.compile(dynamic=False)
-    model.pixel_encoder.compile(dynamic=False)
+    """Block by block in the semantic branch, since all blocks of a kind share what is compiled once."""
+    blocks = (*model.semantic_encoder.model.blocks, *model.semantic_encoder.blocks)
+    compile_modules((*blocks, model.pixel_encoder), model.device)
