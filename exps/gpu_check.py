@@ -8,7 +8,9 @@ Every line is JSON. `expected` is what counting FLOPs and bytes says of one H100
 to look at. Weights are drawn, which changes no timing. Parts:
 
     env         matrix rates of the number formats and the rate of a copy: what bounds everything else
-    speed       images/s at 256 and the anchors, by number format and batch, eager and compiled, with peak memory
+    speed       images/s at 256 and the anchors, by number format and batch, with peak memory; eager, by CUDA graphs,
+                compiled and both, and whether the codes are the same
+    vqgan       the same of Chameleon's, for pre-tokenization at 512
     kernels     the 25 kernels that take most of the time in bf16
     invariance  an image's features beside other neighbours, at another place, again, and in padding: all equal
     search      nearest codes against fp64, ties and NaN
@@ -25,7 +27,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -43,14 +46,19 @@ from training.models.siglip import VisionConfig
 from training.parallel import process_group
 from training.report import peak_flops
 from vision_tokenizer.codebook.annotations import read_data_config
+from vision_tokenizer.codebook.graphs import Recordings
 from vision_tokenizer.codebook.job import run_codebook_inference
 from vision_tokenizer.codebook.output import Settings
 from vision_tokenizer.images.dualvitok import normalize
+from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN, VqganSizes
+from vision_tokenizer.models.compiled import compile_modules
 from vision_tokenizer.models.dualvitok.config import read_config
 from vision_tokenizer.models.dualvitok.model import DualViTok, compile_encoder, place
+from vision_tokenizer.models.layers import ConvSizes
 from vision_tokenizer.models.nearest import NO_CODE, nearest_codes
+from vision_tokenizer.models.protocol import ImageTokenizer
 from vistoken.cli import command_parser
-from vistoken.device import default_workers, float32_products, local_device
+from vistoken.device import choose_dtype, default_workers, float32_products, local_device
 from vistoken.jobs.workers import OneProcess
 
 EXPECTED = {"bf16": 650, "tf32": 200, "fp32": 70}  # images/s at 256, batch 32: half of the peak, a third, all of it
@@ -84,10 +92,17 @@ class Check:
         place(model, self.device, dtype)
         return model
 
-    def pixels(self, batch: int, height: int, width: int) -> Tensor:
+    def images(self, batch: int, height: int, width: int) -> Tensor:
         generator = torch.Generator().manual_seed(1)
         made = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
-        return normalize(made.to(self.device))
+        return made.pin_memory() if self.on_gpu else made
+
+    def pixels(self, batch: int, height: int, width: int) -> Tensor:
+        return normalize(self.images(batch, height, width).to(self.device))
+
+    def encode(self, tokenizer: ImageTokenizer, images: Tensor) -> tuple[Tensor, ...]:
+        """As the job does it."""
+        return tokenizer.encode(normalize(images.to(self.device, non_blocking=True)))
 
     def seconds(self, work: Callable[..., object], *given: object, calls: int = 5) -> tuple[float, float]:
         """Seconds of `work(*given)` on the device, and until it returns: what Python and the launches cost."""
@@ -130,31 +145,65 @@ def speed(check: Check) -> None:
         sizes = {(256, 256): (1, 4), (384, 512): (2,)}
     for dtype in ("bf16", "tf32", "fp32"):
         model = check.model(dtype)
-        for compiled in (False, True):
-            if compiled:
-                compile_encoder(model)
-            for size, batches in sizes.items():
-                for batch in batches if not compiled else batches[-1:]:
-                    pixels = check.pixels(batch, *size)
-                    try:
-                        took, launching = check.seconds(model.encode, pixels, calls=3)
-                    except torch.OutOfMemoryError:
-                        tell("speed", dtype=dtype, compiled=compiled, size=size, batch=batch, out_of_memory=True)
-                        continue
-                    tell(
-                        "speed",
-                        dtype=dtype,
-                        compiled=compiled,
-                        size=size,
-                        batch=batch,
-                        images_s=batch / took,
-                        expected=EXPECTED[dtype] if size == (256, 256) and not check.small else None,
-                        tflops=batch * flop_per_image(check.config, *size) / took / 1e12,
-                        launch_ms=launching * 1e3,
-                        device_ms=took * 1e3,
-                        peak_gib=check.peak_gib(),
-                        codes=digest(model.encode(pixels)),
-                    )
+        for figures in ways(check, model, compile_encoder, sizes):
+            size, batch, images_s = figures["size"], figures["batch"], figures.get("images_s")
+            if images_s:
+                figures["tflops"] = images_s * flop_per_image(check.config, *size) / 1e12
+                figures["expected"] = EXPECTED[dtype] if size == (256, 256) and batch == 32 else None
+            tell("speed", dtype=dtype, **figures)
+
+
+def vqgan(check: Check) -> None:
+    conv = ConvSizes(32, (1, 2), 1, (), 32) if check.small else ConvSizes(128, (1, 1, 2, 2, 4), 2, (), 256)
+    sizes = {(64, 64): (2,)} if check.small else {(512, 512): (8, 32), (640, 384): (32,)}
+    for dtype in ("bf16", "fp32"):
+        check.free()
+        torch.manual_seed(0)
+        model = ChameleonVQGAN(VqganSizes(conv, 8192, conv.z_channels), decoder=False).eval().requires_grad_(False)
+        torch.nn.init.normal_(model.quantize.embedding.weight)
+        model.quantize.prepare()
+        for part in (model.encoder, model.quant_conv):
+            part.to(choose_dtype(dtype)).to(memory_format=torch.channels_last)
+        model.to(check.device)
+        for figures in ways(check, model, lambda model: compile_modules([model.encoder], check.device), sizes):
+            tell("vqgan", dtype=dtype, **figures)
+
+
+def ways(
+    check: Check,
+    model: ImageTokenizer,
+    compile: Callable[..., None],
+    sizes: Mapping[tuple[int, int], Sequence[int]],
+) -> Iterator[dict[str, object]]:
+    """What it takes to encode batches in each way, and whether their codes are those of the first way."""
+    eager: dict[object, tuple[Tensor, ...]] = {}
+    for way in ("eager", "graphs", "compiled", "compiled, graphs"):
+        if way == "compiled":
+            compile(model)
+        if "graphs" in way and not check.on_gpu:
+            continue
+        for size, batches in sizes.items():
+            for batch in batches if way == "eager" else batches[-1:]:
+                encode = Recordings(model).encode if "graphs" in way else partial(check.encode, model)
+                figures: dict[str, object] = {"way": way, "size": size, "batch": batch}
+                images = check.images(batch, *size)
+                try:
+                    took, launching = check.seconds(encode, images, calls=3)
+                except torch.OutOfMemoryError:
+                    yield figures | {"out_of_memory": True}
+                    continue
+                codes = tuple(grid.clone() for grid in encode(images))
+                first = eager.setdefault((size, batch), codes)
+                yield figures | {
+                    "images_s": batch / took,
+                    "launch_ms": launching * 1e3,
+                    "device_ms": took * 1e3,
+                    "peak_gib": check.peak_gib(),
+                    "codes": digest(codes),
+                    "codes_as_eager": [float((a == b).double().mean()) for a, b in zip(codes, first, strict=True)],
+                }
+                del encode  # and the memory of its recordings
+                check.free()
 
 
 def digest(codes: tuple[Tensor, ...]) -> str:
@@ -263,9 +312,12 @@ def job(check: Check) -> None:
         for dtype in ("bf16", "tf32"):
             model = check.model(dtype)
             alone, _ = check.seconds(model.encode, check.pixels(batch, 256, 256))
-            for workers in (2,) if check.small else (4, 8, 16):
-                data = write_dataset(base / f"{dtype}{workers}", base / "images", [[f"{n}.jpg"] for n in range(count)])
-                settings = Settings("fixed", 256, torch_dtype=dtype, batch_size=batch)
+            for workers, graphs in product((2,) if check.small else (4, 8, 16), (False, True)):
+                if graphs and not check.on_gpu:
+                    continue
+                names, root = [[f"{n}.jpg"] for n in range(count)], base / f"{dtype}{workers}{graphs}"
+                data = write_dataset(root, base / "images", names)
+                settings = Settings("fixed", 256, torch_dtype=dtype, batch_size=batch, cuda_graphs=graphs)
                 began = time.perf_counter()
                 counts, _ = run_codebook_inference(
                     read_data_config(data), model, settings, OneProcess(), num_workers=workers
@@ -274,6 +326,7 @@ def job(check: Check) -> None:
                     "job",
                     dtype=dtype,
                     decode_threads=workers,
+                    cuda_graphs=graphs,
                     cores=default_workers(),
                     images_s=counts["bench"].done / (time.perf_counter() - began),
                     device_alone_images_s=batch / alone,
@@ -341,7 +394,8 @@ def packed(check: Check) -> None:
 
 
 PARTS = {
-    part.__name__: part for part in (env, speed, kernels, invariance, search, syncs, attention, job, train, packed)
+    part.__name__: part
+    for part in (env, speed, vqgan, kernels, invariance, search, syncs, attention, job, train, packed)
 }
 
 

@@ -1,12 +1,14 @@
 """The Chameleon VQGAN against the reference's tokens and pixels."""
 
 import json
+from functools import partialmethod
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
+from torch._dynamo.testing import CompileCounter
 
 from vision_tokenizer.images.dualvitok import normalize, to_pixels
 from vision_tokenizer.models.chameleon.vocabulary import ChameleonVocabulary
@@ -99,3 +101,14 @@ def test_bad_configs(text, named, tmp_path):
 def test_a_missing_config(tmp_path):
     with pytest.raises(UserError, match=r"vqgan\.yaml: no such file"):
         load_chameleon(tmp_path, device="cpu")
+
+
+@pytest.mark.slow
+def test_compiled_it_gives_the_same_codes(chameleon_folder, monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=counter))
+    plain, compiled = (load_chameleon(chameleon_folder, device="cpu", compile=on) for on in (False, True))
+    for size in (64, 96, 64):
+        pixels = torch.rand(1, 3, 64, size) * 2 - 1
+        assert torch.equal(*(vqgan.encode(pixels)[0] for vqgan in (plain, compiled)))
+    assert counter.frame_count == 2, "kernels of its own for each size"
