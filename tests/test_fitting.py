@@ -20,11 +20,13 @@ from PIL import Image
 from vision_tokenizer.fitting import checkpoint
 from vision_tokenizer.fitting.config import DataSettings, read_settings
 from vision_tokenizer.fitting.data import BatchOrder, Photographs, Place, batch_order, find_images
-from vision_tokenizer.fitting.networks import kmeans
+from vision_tokenizer.fitting.linear_start import start_linear
+from vision_tokenizer.fitting.networks import drawn_vqgan, kmeans
 from vision_tokenizer.fitting.perceptual import load_lpips
 from vision_tokenizer.fitting.schedule import learning_rate
 from vision_tokenizer.fitting.transforms import bucket_size, shorter_side_crop
 from vision_tokenizer.images.anchors import model_size
+from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN, sizes_of
 from vision_tokenizer.models.dualvitok.model import load_dualvitok
 from vision_tokenizer.tokenizer.train_dualvitok import main as train
 from vistoken.errors import UserError
@@ -157,6 +159,7 @@ def test_a_released_config_is_read_as_it_is(name):
         ("--data_args.resolution=30", "multiple of 16"),
         ("--vq_model.config.pixel_drop_ratio=1", "unknown key 'pixel_drop_ratio'; did you mean pixel_drop_rate"),
         ("lr=1", "settings are given as --key=value"),
+        ("--linear_start=True", "linear_start: for a ChameleonVQGAN without init_from"),
     ],
 )
 def test_a_setting_that_would_be_ignored_or_cannot_be_is_refused(override, message, config):
@@ -369,6 +372,47 @@ def test_a_full_disk_leaves_the_older_checkpoint(config, pictures, tmp_path, mon
         run(config, pictures, tmp_path / "other")
     assert [path.name for path in folder.iterdir()] == ["0000002.pt"]
     assert list((tmp_path / "other").rglob("checkpoints/*")) == []
+
+
+def small_vqgan(**conv) -> ChameleonVQGAN:
+    conv = {"ch": 16, "ch_mult": [1, 1, 2, 2, 2], "num_res_blocks": 1, "num_groups": 4, "z_channels": 8} | conv
+    params = {"embed_dim": 8, "n_embed": 64, "ddconfig": conv | {"resolution": 512, "attn_resolutions": []}}
+    torch.manual_seed(0)
+    return drawn_vqgan(ChameleonVQGAN(sizes_of(params, "small"), decoder=True))
+
+
+@torch.no_grad()
+def test_a_linear_start_shows_pictures_before_the_first_update(pictures):
+    files = sorted(pictures.rglob("*.*"))
+    squares = [shorter_side_crop(Image.open(file).convert("RGB"), 96) for file in files]
+    pixels = torch.stack([torch.from_numpy(np.array(square)).permute(2, 0, 1) for square in squares]) / 127.5 - 1
+    model = small_vqgan()
+    errors = []
+    for start in (lambda: None, lambda: start_linear(model, pixels.split(2))):
+        start()
+        features = model.quant_conv(model.encoder(pixels))
+        errors.append((model.decoder(model.post_quant_conv(features)) - pixels).square().mean().item())
+    cells = pixels.unflatten(2, (6, 16)).unflatten(4, (6, 16))
+    plain = (cells - cells.mean((3, 5), keepdim=True)).square().mean().item()  # a cell's mean colour, 3 numbers of 8
+    assert errors[1] < 0.75 * plain < errors[0] / 3
+
+
+def test_a_linear_start_says_what_is_too_narrow(pictures):
+    pixels = torch.rand(2, 3, 64, 64)
+    with pytest.raises(UserError, match="embed_dim 8 is more than z_channels"):
+        start_linear(small_vqgan(z_channels=4), [pixels])
+    with pytest.raises(UserError, match="need 4 channels in each of 16 groups, ch \\* ch_mult gives 2"):
+        start_linear(small_vqgan(num_groups=16), [pixels])
+
+
+@pytest.mark.slow
+def test_a_frozen_encoder_keeps_every_code(config, pictures, tmp_path):
+    before = run(config, pictures, tmp_path / "first", "--max_steps=2")["model"]
+    start = f"--init_from={tmp_path / 'first/DualViTok/checkpoints/0000002.pt'}"
+    options = ("--max_steps=2", "--fit_codebooks=none", "--freeze_encoder=True", start)
+    after = run(config, pictures, tmp_path / "tuned", *options)["model"]
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"pixel_decoder", "pixel_post_quant_conv", "semantic_decoder"}
 
 
 def test_kmeans_uses_every_code():

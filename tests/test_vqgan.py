@@ -89,6 +89,11 @@ def test_extra_training_weights_are_ignored_and_missing_ones_named(chameleon_fol
     [
         ("model: {params: {embed_dim: 4}}", "ddconfig"),
         ("- a list", "not the YAML of a VQGAN"),
+        (
+            "model: {params: {embed_dim: 4, n_embed: 8, ddconfig: {ch: 48, ch_mult: [1, 2], num_res_blocks: 1, "
+            "resolution: 32, attn_resolutions: [], z_channels: 4}}}",
+            "is 48, which 32 groups of normalisation cannot share",
+        ),
         ("model: [", "not valid YAML"),
     ],
 )

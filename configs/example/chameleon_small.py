@@ -1,8 +1,7 @@
-"""A small VQGAN of Chameleon's kind (4 M parameters), for train_dualvitok.py.
+"""A small VQGAN of Chameleon's kind (7 M parameters), of which `checkpoints/chameleon_small` holds trained weights.
 
-No weights of it come with the repository: in some hundred updates on a CPU it stayed a blur (below 15 dB on pictures
-that it never saw), where the DualViTok beside it, whose decoder sees the codes at every level, had long shown pictures.
-Give it a GPU and thousands of updates.
+Norms share their channels among 4 groups instead of 32: with as many groups as channels a norm takes away each
+channel's mean, and with it the colour of the picture.
 """
 
 vq_model = dict(
@@ -16,9 +15,10 @@ vq_model = dict(
             resolution=512,
             in_channels=3,
             out_ch=3,
-            ch=32,
-            ch_mult=[1, 1, 2, 4, 4],
+            ch=16,
+            ch_mult=[1, 2, 4, 8, 12],
             num_res_blocks=1,
+            num_groups=4,
             attn_resolutions=[],
         ),
     ),
@@ -36,19 +36,23 @@ vq_loss = dict(
 data_args = dict(
     augment="random_crop",
     resolution=128,
-    crop_share=(0.2, 0.7),
+    crop_share=(0.3, 0.8),
     cache=True,
 )
 global_seed = 1
 global_batch_size = 8
-max_steps = 20000
-lr = 8e-4
-code_transform_lr_scale = 10.0
-fit_codebooks = "covariance"
+max_steps = 3000
+linear_start = True
+lr = 1e-3
+lr_decay_style = "cosine"
+lr_decay_ratio = 0.1
+warmup = 0.01
+code_transform_lr_scale = 2.0
+fit_codebooks = "kmeans"
 max_grad_norm = 1.0
 mixed_precision = "bf16"
 ema = True
-ema_decay = 0.995
+ema_decay = 0.998
 num_workers = 0
-log_every = 25
-ckpt_every = 175
+log_every = 100
+ckpt_every = 500

@@ -105,6 +105,8 @@ class RunSettings:
     init_from_ema: bool = False
     vq_ckpt: str | None = None  # resume this run's checkpoint; by default the newest in results_dir
     vit_checkpoint: str | None = None  # of the frozen ViT; "random" for none
+    freeze_encoder: bool = False  # the decoder alone learns: codes stay what they are
+    linear_start: bool = False  # a Chameleon VQGAN begins as a linear autoencoder of the pictures
     fit_codebooks: str = "none"  # before the first step: "covariance" or "kmeans"
     perceptual: str = "lpips"  # or "lite0"
     lpips_vgg: str | None = None
@@ -243,6 +245,8 @@ def _check(settings: RunSettings, config: Path) -> None:
     for key in POSITIVE:
         if flat[key] is not None and flat[key] <= 0:
             raise UserError(f"{config}: {key}: must be above 0, found {flat[key]}")
+    if settings.linear_start and (settings.init_from or settings.vq_model.get("type") != "ChameleonVQGAN"):
+        raise UserError(f"{config}: linear_start: for a ChameleonVQGAN without init_from; leave one of them out")
     if settings.data_args.resolution % 16:
         raise UserError(
             f"{config}: data_args.resolution: must be a multiple of 16, found {settings.data_args.resolution}"

@@ -48,6 +48,7 @@ class TrainableDualViTok(nn.Module):
 
     last_layer = "pixel_decoder.conv_out.weight"
     convolutional = ("pixel_encoder", "pixel_decoder")  # nearly all of the time
+    encoding = ("semantic_encoder", "semantic_quantizer", "pixel_encoder", "pixel_quant_conv", "pixel_quantizer")
 
     def __init__(
         self,
@@ -126,6 +127,7 @@ class TrainableVqgan(nn.Module):
 
     last_layer = "decoder.conv_out.weight"
     convolutional = ("encoder", "decoder")
+    encoding = ("encoder", "quant_conv", "quantize")
 
     def __init__(self, model: ChameleonVQGAN, options: QuantizerOptions | None = None):
         super().__init__()

@@ -4,7 +4,7 @@ Legend: K codes, d code width, T features.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,13 @@ from vision_tokenizer.models.chameleon.vqgan import TRAINING, ChameleonVQGAN, si
 from vision_tokenizer.models.dualvitok.config import read_model
 from vision_tokenizer.models.dualvitok.model import DualViTok
 from vision_tokenizer.models.dualvitok.simvq import SimVQ
+from vision_tokenizer.models.layers import AttnBlock, ResnetBlock
 from vision_tokenizer.models.nearest import nearest_codes
 from vistoken.cli import note
 from vistoken.errors import UserError
 from vistoken.weights import load_strict, read_state_dict
 
-FEATURES_PER_CODE = 8  # that k-means looks at
+FEATURES_PER_CODE = 16  # that k-means looks at
 
 
 def build(settings: RunSettings) -> Trainable:
@@ -79,7 +80,15 @@ def draw_dualvitok(model: DualViTok) -> None:
 
 @torch.no_grad()
 def drawn_vqgan(model: ChameleonVQGAN) -> ChameleonVQGAN:
-    """PyTorch's defaults; the codebook uniform in +-1/K, as in VQGAN."""
+    """PyTorch's defaults, but every residual branch starts at zero; the codebook uniform in +-1/K, as in VQGAN.
+
+    The network then starts nearly linear, and learns several times faster.
+    """
+    for module in model.modules():
+        if isinstance(module, (ResnetBlock, AttnBlock)):
+            last = module.conv2 if isinstance(module, ResnetBlock) else module.proj_out
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(cast("Tensor", last.bias))
     bound = 1 / model.codebook_sizes[0]
     nn.init.uniform_(model.quantize.embedding.weight, -bound, bound)
     return model

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from vision_tokenizer.fitting import checkpoint
 from vision_tokenizer.fitting.config import RunSettings
 from vision_tokenizer.fitting.data import Batch, Photographs, batch_order, batches_from, find_images
 from vision_tokenizer.fitting.discriminator import PatchDiscriminator
+from vision_tokenizer.fitting.linear_start import start_linear
 from vision_tokenizer.fitting.lite0 import Lite0Distance, load_lite0
 from vision_tokenizer.fitting.networks import build, fit_codebooks, load_weights
 from vision_tokenizer.fitting.perceptual import LINEAR_SOURCE, VGG_SOURCE, load_lpips
@@ -20,6 +21,7 @@ from vision_tokenizer.fitting.report import HeldOut, Report
 from vision_tokenizer.fitting.schedule import learning_rate
 from vision_tokenizer.fitting.update import OptimizerSettings, Updater
 from vision_tokenizer.images.dualvitok import normalize
+from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN
 from vistoken.cli import note
 from vistoken.device import float32_products, keep_freed_memory, local_device
 from vistoken.errors import UserError
@@ -32,7 +34,7 @@ def train(settings: RunSettings) -> Path:
     if device.type == "cpu":
         keep_freed_memory()
     rank, world = start_ranks(device)
-    data, batches, per_epoch = open_data(settings, world)
+    batches, per_epoch = open_data(settings, world)
     total = settings.max_steps or settings.epochs * per_epoch
     fit = make_updater(settings, device)
     folder = settings.folder / "checkpoints"
@@ -41,8 +43,8 @@ def train(settings: RunSettings) -> Path:
     if found:
         failed = int(checkpoint.resume(found[0], fit, settings)["failed"])
         note(f"resumed {found[0]} after update {fit.step}")
-    elif settings.fit_codebooks != "none":
-        fit_to_data(fit, settings, data, batches)
+    else:
+        fit_to_data(fit, settings, batches)
     if dist.is_initialized():
         for tensor in fit.network.state_dict().values():
             dist.broadcast(tensor, 0)
@@ -93,8 +95,8 @@ def start_ranks(device: torch.device) -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), world
 
 
-def open_data(settings: RunSettings, world: int) -> tuple[Photographs, Callable, int]:
-    """The pictures; a function from updates made to the batches that follow; updates per epoch."""
+def open_data(settings: RunSettings, world: int) -> tuple[Callable, int]:
+    """A function from updates made to the batches that follow; updates per epoch."""
     together = world * settings.gradient_accumulation_steps
     if settings.global_batch_size % together:
         raise UserError(
@@ -109,7 +111,7 @@ def open_data(settings: RunSettings, world: int) -> tuple[Photographs, Callable,
     def batches(step: int):
         return batches_from(data, order, step, settings.gradient_accumulation_steps, settings.num_workers)
 
-    return data, batches, order.length() // settings.gradient_accumulation_steps
+    return batches, order.length() // settings.gradient_accumulation_steps
 
 
 def make_updater(settings: RunSettings, device: torch.device) -> Updater:
@@ -117,6 +119,9 @@ def make_updater(settings: RunSettings, device: torch.device) -> Updater:
     torch.manual_seed(settings.global_seed)
     network = build(settings)
     load_weights(network, settings)
+    if settings.freeze_encoder:
+        for part in network.encoding:
+            network.model.get_submodule(part).requires_grad_(False)
     losses = settings.vq_loss
     discriminator = None
     if losses.disc_weight:
@@ -152,11 +157,19 @@ def perceptual_loss(settings: RunSettings) -> torch.nn.Module:
     return load_lpips(Path(settings.lpips_vgg), Path(settings.lpips_linear))
 
 
-def fit_to_data(fit: Updater, settings: RunSettings, data: Photographs, batches: Callable) -> None:
-    note(f"fitting the codebooks to the encoder ({settings.fit_codebooks})")
-    pixels = (normalize(micro_batches[0].pixels).to(fit.device) for _, micro_batches in batches(0))
-    with fit.autocast():
-        fit_codebooks(fit.network, pixels, settings.fit_codebooks)
+def fit_to_data(fit: Updater, settings: RunSettings, batches: Callable) -> None:
+    """What is computed from pictures before the first update."""
+
+    def pictures() -> Iterator[Tensor]:
+        return (normalize(micro_batches[0].pixels).to(fit.device) for _, micro_batches in batches(0))
+
+    if settings.linear_start and isinstance(fit.network.model, ChameleonVQGAN):
+        note("starting as a linear autoencoder of the pictures")
+        start_linear(fit.network.model, pictures())
+    if settings.fit_codebooks != "none":
+        note(f"fitting the codebooks to the encoder ({settings.fit_codebooks})")
+        with fit.autocast():
+            fit_codebooks(fit.network, pictures(), settings.fit_codebooks)
     if fit.ema is not None:
         fit.ema.restart(fit.network.model)
 

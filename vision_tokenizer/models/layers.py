@@ -9,6 +9,7 @@ Legend: B batch, C channels, H W pixels or the level's height and width, N = H *
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import cast
 
@@ -29,6 +30,7 @@ class ConvSizes:
     num_res_blocks: int
     attn_levels: tuple[int, ...]
     z_channels: int
+    num_groups: int = 32  # of the plain norms; with as many groups as channels a norm loses a level's mean colour
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -58,8 +60,8 @@ class GroupNorm(nn.GroupNorm):
     the ordinary layout has no such flaw and comes with a backward pass, so training takes that one.
     """
 
-    def __init__(self, channels: int):
-        super().__init__(32, channels, eps=1e-6)
+    def __init__(self, channels: int, num_groups: int = 32):
+        super().__init__(num_groups, channels, eps=1e-6)
 
     def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
@@ -70,7 +72,7 @@ class GroupNorm(nn.GroupNorm):
         centred = rows - pivot[:, None, None]
         rest = mean - pivot.float()  # what a 16-bit pivot leaves
         power = _mean_square(centred) - rest.square()
-        groups = mean.unflatten(1, (self.num_groups, -1))  # (B, 32, C / 32)
+        groups = mean.unflatten(1, (self.num_groups, -1))  # (B, groups, C / groups)
         offset = groups - groups.mean(2, keepdim=True)
         variance = (power.view_as(groups) + offset.square()).mean(2, keepdim=True)
         scale = (variance + self.eps).rsqrt() * self.weight.float().view(self.num_groups, -1)
@@ -149,14 +151,15 @@ class Encoder(nn.Module):
     def __init__(self, sizes: ConvSizes, downsample: Resample):
         super().__init__()
         widths, last = sizes.widths, len(sizes.widths) - 1
+        norm = partial(GroupNorm, num_groups=sizes.num_groups)
         self.conv_in = nn.Conv2d(3, sizes.ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (before, width) in enumerate(pairwise((sizes.ch, *widths))):
-            level = Level([before, *[width] * sizes.num_res_blocks], i in sizes.attn_levels, GroupNorm)
+            level = Level([before, *[width] * sizes.num_res_blocks], i in sizes.attn_levels, norm)
             level.downsample = downsample(width) if i < last else nn.Identity()
             self.down.append(level)
-        self.mid = Mid(widths[-1], GroupNorm)
-        self.norm_out = GroupNorm(widths[-1])
+        self.mid = Mid(widths[-1], norm)
+        self.norm_out = norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], sizes.z_channels, 3, padding=1)
 
     def trunk(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Legend: B batch, C channels, H W pixels or a level's height and width, h w the c
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class ChameleonVQGAN(nn.Module):
         self.quantize = Codebook(sizes.n_embed, sizes.embed_dim)
         if decoder:
             self.post_quant_conv = nn.Conv2d(sizes.embed_dim, sizes.conv.z_channels, 1)
-            self.decoder = Decoder(sizes.conv, Upsample, GroupNorm)
+            self.decoder = Decoder(sizes.conv, Upsample, partial(GroupNorm, num_groups=sizes.conv.num_groups))
         self.has_decoder = decoder
         self.side = sizes.side
         self.codebook_sizes = (sizes.n_embed,)
@@ -162,7 +163,14 @@ def sizes_of(params: Any, source: str | Location) -> VqganSizes:
             num_res_blocks=int(conv["num_res_blocks"]),
             attn_levels=tuple(by_resolution[r] for r in conv["attn_resolutions"] if r in by_resolution),
             z_channels=int(conv["z_channels"]),
+            num_groups=int(conv.get("num_groups", 32)),  # our own key: a small VQGAN needs fewer
         )
+        for width in sizes.widths:
+            if sizes.num_groups < 1 or width % sizes.num_groups:
+                raise UserError(
+                    f"{source}: ddconfig: ch * ch_mult is {width}, which {sizes.num_groups} groups of normalisation "
+                    "cannot share: make it a multiple, or set num_groups"
+                )
         _require_plain(source, conv)
         return VqganSizes(sizes, n_embed=int(params["n_embed"]), embed_dim=int(params["embed_dim"]))
     except KeyError as error:
