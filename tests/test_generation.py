@@ -324,7 +324,7 @@ def test_a_transformers_model_with_its_cache_says_what_full_forward_passes_say(l
         whole = torch.tensor([[*ids, *tokens]])
         with torch.no_grad():
             logits = model.lm(input_ids=whole).logits[0, len(ids) - 1 : -1]
-        allowed = torch.from_numpy(rules.allowed(Kind("text", False), images=False))
+        allowed = torch.from_numpy(rules.allowed(Kind("text"), images=False))
         assert logits.masked_fill(~allowed, -torch.inf).argmax(-1).tolist() == tokens
 
 

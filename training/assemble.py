@@ -43,12 +43,11 @@ def open_model(config: TrainConfig, *, resumed: bool = False) -> tuple[LayeredMo
 
         model, folder = open_causal_lm(config, drawn=not resumed)
     else:
-        folder = open_unitoken(Path(config.init_from), Path(config.vit_from), config.seed)
-        assert folder.vision is not None  # a folder of UniToken has a tower
+        folder = opened = open_unitoken(Path(config.init_from), Path(config.vit_from), config.seed)
         with torch.device("meta"):
             model = UniToken(
-                folder.llm,
-                folder.vision,
+                opened.llm,
+                opened.vision,
                 z_weight=config.z_loss_weight,
                 masked=masked_words(config),
                 dropout=config.dropout,

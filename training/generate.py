@@ -48,10 +48,14 @@ if TYPE_CHECKING:
 
 CHAMELEON = "ckpts/chameleon/tokenizer"
 # flags that decide the answers: how they are drawn, which are published numbers where they are not given, and the rest
-DRAWING = ("guidance", "temperature", "image_top_k", "image_top_p")
-DRAWING += ("text_temperature", "text_top_k", "text_top_p", "greedy")
-ASKED = ("answer", "ratio", "before_image", "n", "max_new_tokens", "seed")
-ASKED += ("target_size", "crop", "published", "batch_size", "precision")
+DRAWING = (
+    *("guidance", "temperature", "image_top_k", "image_top_p"),
+    *("text_temperature", "text_top_k", "text_top_p", "greedy"),
+)
+ASKED = (
+    *("answer", "ratio", "before_image", "n", "max_new_tokens", "seed"),
+    *("target_size", "crop", "published", "batch_size", "precision"),
+)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

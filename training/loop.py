@@ -18,6 +18,7 @@ from training.data.loading import Batches
 from training.data.packing import Batch, Skipped
 from training.data.sampler import RankBatches
 from training.generation.sheet import Sheet
+from training.models.units import LayeredModel
 from training.parallel import synchronise_gradients, unsharded
 from training.report import Flops, Report
 from training.state import Progress, Saver
@@ -34,7 +35,7 @@ class Run:
     """Everything the loop uses."""
 
     config: TrainConfig
-    model: nn.Module
+    model: LayeredModel
     optimizer: AdamW
     scaler: torch.amp.GradScaler
     loader: DataLoader

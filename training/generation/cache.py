@@ -9,18 +9,22 @@ Legend: R rows, n new tokens, S tokens kept, C hidden size, H heads, K key/value
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pre_tokenize.token_file import IGNORE
 from training.data.anyres import ImageInput
 from training.data.packing import interleave, pack
+from training.models.causal_lm import words_and_head
 from training.models.llm import LLMConfig
 from training.models.unitoken import UniToken
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PADDED = 8  # so many new tokens a row, or fewer, go through as one padded batch; more, as a prompt, row by row
 
@@ -43,7 +47,7 @@ class LanguageModel(Protocol):
     vocab_size: int
     device: torch.device
 
-    def embed(self, ids: Sequence[int], images: Sequence[ImageInput] = ()) -> Tensor:
+    def embed(self, ids: Sequence[int] | np.ndarray, images: Sequence[ImageInput] = ()) -> Tensor:
         """(n, C). `images` are those that end in `ids`, for a model with a vision tower."""
         ...
 
@@ -58,7 +62,7 @@ class CachedUniToken:
         self.device = model.lm_head.weight.device
 
     @torch.no_grad()
-    def embed(self, ids: Sequence[int], images: Sequence[ImageInput] = ()) -> Tensor:
+    def embed(self, ids: Sequence[int] | np.ndarray, images: Sequence[ImageInput] = ()) -> Tensor:
         if not images:
             return self.model.model.embed_tokens(torch.as_tensor(ids, dtype=torch.int64, device=self.device))
         tokens = np.asarray(ids)
@@ -185,14 +189,15 @@ class _Layer:
 class CachedLM:
     """Any transformers causal language model."""
 
-    def __init__(self, lm: nn.Module):
+    def __init__(self, lm: "PreTrainedModel"):
         self.lm = lm.eval()
-        self.vocab_size = lm.get_output_embeddings().weight.shape[0]
-        self.device = lm.get_output_embeddings().weight.device
+        self.words, self.head = words_and_head(lm)
+        self.vocab_size = len(self.head.weight)
+        self.device = self.head.weight.device
 
     @torch.no_grad()
-    def embed(self, ids: Sequence[int], images: Sequence[ImageInput] = ()) -> Tensor:
-        return self.lm.get_input_embeddings()(torch.as_tensor(ids, dtype=torch.int64, device=self.device))
+    def embed(self, ids: Sequence[int] | np.ndarray, images: Sequence[ImageInput] = ()) -> Tensor:
+        return self.words(torch.as_tensor(ids, dtype=torch.int64, device=self.device))
 
     def session(self, rows: int) -> "LMSession":
         return LMSession(self, rows)
@@ -204,7 +209,7 @@ class LMSession:
     """
 
     def __init__(self, parent: CachedLM, rows: int):
-        self._lm = parent.lm
+        self._lm, self._head = parent.lm, parent.head
         self._used = torch.zeros(rows, 0, dtype=torch.int64, device=parent.device)  # (R, S): 1 where a token is
         self._cache = None
 
@@ -230,7 +235,7 @@ class LMSession:
             use_cache=True,
         )
         self._cache = out.past_key_values
-        return self._lm.get_output_embeddings()(out.last_hidden_state[list(inputs), -1]).float()
+        return self._head(out.last_hidden_state[list(inputs), -1]).float()
 
     def forget(self, row: int) -> None:
         self._used[row] = 0
@@ -239,7 +244,7 @@ class LMSession:
 class Recomputing:
     """The same model without a cache: every step goes through whole sequences."""
 
-    def __init__(self, model: CachedUniToken | CachedLM):
+    def __init__(self, model: LanguageModel):
         self._model = model
         self.vocab_size, self.device, self.embed = model.vocab_size, model.device, model.embed
 
@@ -248,7 +253,7 @@ class Recomputing:
 
 
 class RecomputingSession:
-    def __init__(self, model: CachedUniToken | CachedLM, rows: int):
+    def __init__(self, model: LanguageModel, rows: int):
         self._model = model
         self._inputs: list[list[Tensor]] = [[] for _ in range(rows)]
 

@@ -8,6 +8,7 @@ Legend: R rows, n ids, C hidden size, V vocabulary.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from training.generation.cache import LanguageModel, Session
 from training.generation.grammar import Grammar, Kind, Rules
 from training.generation.sampling import Sampling, draw, guide, restrict
 
-PUBLISHED = {  # by whether it is a language model alone: what is not asked for otherwise
+PUBLISHED: dict[bool, dict[str, Any]] = {  # by whether it is a language model alone: what is not asked for otherwise
     False: {"guidance": 3.0, "image_top_k": 4000, "text_top_k": 5},
     True: {"guidance": 2.0, "image_top_k": 2048, "text_top_k": 128},
 }
@@ -56,7 +57,7 @@ class Settings:
     def sampling(self, kind: Kind) -> Sampling:
         if kind.name == "text":
             return self.text
-        return self.levels[kind.detail if kind.name == "code" else 0]
+        return self.levels[kind.level]
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,9 @@ class Decoder:
         closed = inside and not answer.grammar.inside
         if answer.finish:
             return
-        whole = closed and self._close_image
-        feeds[row] = self.model.embed(*self._close_image(answer.tokens)) if whole else [token]
+        feeds[row] = [token]
+        if closed and self._close_image:
+            feeds[row] = self.model.embed(*self._close_image(answer.tokens))
         if other is not None and answer.grammar.inside:
             if not inside:
                 session.forget(other)

@@ -27,13 +27,16 @@ class Kind(NamedTuple):
     """What a place is for. Places of the same kind allow the same ids."""
 
     name: str  # text, size or code
-    detail: object = None  # of a size: the head before it; of a code: its level
+    level: int = 0  # of a code
+    head: tuple[int, ...] = ()  # before a size
+    opens: bool = False  # of a text: an image may begin here
 
 
 class Rules(Protocol):
     """The grammar of one format. A `head` is what is there of an image's first three ids."""
 
-    format: SequenceFormat
+    @property
+    def format(self) -> SequenceFormat: ...
 
     def follow(self, head: tuple[int, ...], token: int) -> tuple[int, ...]:
         """The head after `token`, which came outside of an image."""
@@ -109,7 +112,7 @@ class DualViTokRules:
         return (*head, token) if token in wanted else ()
 
     def expected(self, head: tuple[int, ...]) -> Kind:
-        return Kind("size", head) if len(head) == 1 else Kind("text", len(head) == 2)
+        return Kind("size", head=head) if len(head) == 1 else Kind("text", opens=len(head) == 2)
 
     def layout(self, head: tuple[int, ...]) -> np.ndarray:
         size = self.format.vocabulary.image_size(head[:2])
@@ -121,16 +124,16 @@ class DualViTokRules:
     def allowed(self, kind: Kind, *, images: bool) -> np.ndarray:
         vocabulary = self.format.vocabulary
         if kind.name == "code":
-            return _only(vocabulary.code_ids[kind.detail], self.vocab_size)
+            return _only(vocabulary.code_ids[kind.level], self.vocab_size)
         if kind.name == "size":
-            height = SIDES[vocabulary.height_ids.index(kind.detail[0])]
+            height = SIDES[vocabulary.height_ids.index(kind.head[0])]
             widths = [vocabulary.width_ids[SIDES.index(w)] for h, w in self.sizes if h == height]
             return _only(widths, self.vocab_size)
         mask = _only(self.format.known_ids, self.vocab_size)
         mask[vocabulary.image_ids] = False
         if images:
             mask[[vocabulary.height_ids[SIDES.index(h)] for h, _ in self.sizes]] = True
-            mask[vocabulary.image_start] = kind.detail
+            mask[vocabulary.image_start] = kind.opens
         return mask
 
 

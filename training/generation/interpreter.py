@@ -31,9 +31,11 @@ from vision_tokenizer.images.anchors import FIXED_ANCHORS
 from vision_tokenizer.images.dualvitok import normalize, to_image
 from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN
 from vision_tokenizer.models.dualvitok.model import DualViTok, grid_sizes
+from vision_tokenizer.models.protocol import ImageTokenizer
 from vision_tokenizer.review.preview import decode_codes
 from vistoken.errors import Failed, ItemError
 from vistoken.jobs.chunks import Item
+from vistoken.store import Location
 
 COLUMNS = ("images", "image_sizes", "image_embed_inds", "matched_ratios")  # of a line of codebook inference, by image
 STAND_IN = "."  # for the answer, where a prompt is tokenised as a conversation is; cut off again
@@ -67,10 +69,13 @@ class Question:
 class Interpreter(Protocol):
     """One kind of model's words. Without an image tokenizer pictures stay codes, and input images cannot be files."""
 
-    rules: Rules
     wishes: Wishes
-    image_tokenizer: Any
     symbol: str  # an image in a text
+
+    @property
+    def rules(self) -> Rules: ...
+    @property
+    def image_tokenizer(self) -> ImageTokenizer | None: ...
 
     def question(self, item: Item) -> Question:
         """Raises `ItemError`."""
@@ -137,7 +142,8 @@ class UniTokenInterpreter:
 
     def question(self, item: Item) -> Question:
         item = _processed(item, self.process_item)
-        task, turns, size = self.wishes.task, [], None
+        task, size = self.wishes.task, None
+        turns: list[dict[str, str]] = []
         if isinstance(item.value, dict):
             turns, target = _split(item.value)
             images = item.value.get("image")
@@ -157,7 +163,7 @@ class UniTokenInterpreter:
         size = size or (given[0] if given else DEFAULT_SIZE)
         return Question(item, turns[:-1], sample.images, ids, tower, task or "text", size)
 
-    def _encode(self, path: Path) -> Encoded:
+    def _encode(self, path: Location) -> Encoded:
         if self.image_tokenizer is None:
             raise Failed("no image tokenizer", f"{path} is to be encoded")
         pixels, info = chameleon.prepare(path, list(self.crops))
@@ -168,10 +174,11 @@ class UniTokenInterpreter:
     def close_image(self, tokens: Sequence[int]) -> tuple[Sequence[int], Sequence[ImageInput]]:
         """The end; separator and continuous tokens of the decoded picture come before it, as in training."""
         vocabulary, end = self.format.vocabulary, len(tokens)
-        if self.reader is None or self.published:
+        if self.reader is None or self.image_tokenizer is None or self.published:
             return [vocabulary.image_end], []
         start = end - 1 - list(reversed(tokens)).index(vocabulary.image_start)
-        image = self.picture([vocabulary.image_codes(np.array(tokens[start:end], np.int32))])
+        grid = vocabulary.image_codes(np.array(tokens[start:end], np.int32))
+        image = to_image(decode_codes(self.image_tokenizer, [grid]))
         made = image_input(image, self.reader.side, self.reader.grid, self.reader.anyres)
         return [vocabulary.image_end], [made]
 
@@ -197,7 +204,8 @@ class LMInterpreter:
 
     def question(self, item: Item) -> Question:
         item = _processed(item, self.process_item)
-        task, turns, size = self.wishes.task, [], DEFAULT_SIZE
+        task, size = self.wishes.task, DEFAULT_SIZE
+        turns: list[dict[str, str]] = []
         if isinstance(item.value, dict):
             wished = self.wishes.size or _own_size(item.value, lm=True)
             value = self._encoded(item.value, wished)

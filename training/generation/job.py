@@ -26,9 +26,11 @@ from vistoken.jobs.progress import Progress, Stopwatch
 from vistoken.jobs.results import Results
 from vistoken.jobs.run import WORK, JoinedSource, OpenChunk, Output, Task, todo
 from vistoken.jobs.workers import Workers
+from vistoken.store import Location
 
 
 class AnswerOutput(Output):
+    folder: Path
     sources: Sequence[JoinedSource]
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], prompts: Path, chunk_items: int):
@@ -37,9 +39,10 @@ class AnswerOutput(Output):
         super().__init__(folder, {**manifest, "prompts": table.sha256}, [source])
         self.source = source
 
-    def made(self) -> list[Path]:
+    def made(self) -> list[Location]:
         names = (ANSWERS, self.source.rejected.name, "report.html", SUMMARY)
-        return [path for name in names if (path := self.folder / name).exists()] + [*self.folder.glob("images/*.png")]
+        written = (path for name in names if (path := self.folder / name).exists())
+        return [*written, *self.folder.glob("images/*.png")]
 
     def finish(self) -> Counts:
         counts = self.source.finish().counts
@@ -89,7 +92,7 @@ class AnswerChunk(OpenChunk):
         super().__init__(task)
         self._folder, self._interpreter, self._watch = folder, interpreter, Stopwatch()
         self._settings = {"seed": interpreter.wishes.seed, **asdict(settings)}
-        self._files: dict[Path, bytes] = {}
+        self._files: dict[Location, bytes] = {}
         self._failed: set[int] = set()
         self._lines: dict[int, list[bytes]] = {}
         self.asked: list[tuple[Question, int, Prompt]] = []  # with the number of the sample
@@ -99,7 +102,7 @@ class AnswerChunk(OpenChunk):
                 self._lines.setdefault(item, []).append(line)
 
     @property
-    def _path(self) -> Path:
+    def _path(self) -> Location:
         return self.source.results.path(self.chunk.index, ".jsonl")
 
     def _earlier(self) -> Iterator[bytes]:

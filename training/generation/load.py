@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pre_tokenize.chameleon import ChameleonFormat
 from pre_tokenize.dualvitok import DualViTokFormat
@@ -44,7 +45,9 @@ def load_unitoken(folder: Path, device: torch.device, precision: str) -> tuple[C
 
 def load_lm(folder: Path, device: torch.device, precision: str) -> CachedLM:
     lm, _, _ = load_causal_lm(folder)
-    return CachedLM(lm.to(device, choose_dtype(precision)).requires_grad_(False))
+    module: nn.Module = lm
+    module.to(device, choose_dtype(precision)).requires_grad_(False)
+    return CachedLM(lm)
 
 
 def load_vqgan(folder: str, format: ChameleonFormat, device: torch.device) -> ChameleonVQGAN:

@@ -17,7 +17,6 @@ from pathlib import Path
 import orjson
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from pre_tokenize.chameleon import ChameleonFormat
 from pre_tokenize.dualvitok import DualViTokFormat
@@ -25,9 +24,8 @@ from pre_tokenize.sequences import as_it_is
 from pre_tokenize.text import TextTokenizer
 from training.assemble import Data, on_rank_0
 from training.config import TrainConfig
-from training.data.loading import ImageReader
 from training.generation.answers import ANSWERS, Said, answer_line, picture_files, png, say
-from training.generation.cache import CachedLM, CachedUniToken
+from training.generation.cache import CachedLM, CachedUniToken, LanguageModel
 from training.generation.decode import PUBLISHED, Answer, Decoder, Settings
 from training.generation.interpreter import (
     Interpreter,
@@ -42,11 +40,11 @@ from training.generation.load import load_image_tokenizer, load_vqgan
 from training.generation.report import write_report
 from training.models.causal_lm import CausalLM
 from training.models.folder import ModelFolder
+from training.models.unitoken import UniToken
+from training.models.units import LayeredModel
 from training.parallel import ends_whole
 from training.report import writing
 from vision_tokenizer.images.chameleon import crop_sizes
-from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN
-from vision_tokenizer.models.dualvitok.model import DualViTok
 from vistoken.errors import Failed, ItemError, UserError, is_out_of_memory
 from vistoken.jobs.chunks import Item
 
@@ -69,7 +67,7 @@ class Sheet:
         rows = len(self.questions) * (1 if self._settings.guidance == 1 else 2)
         return 2 * layers * width * number_bytes * rows * longest
 
-    def answer(self, model: nn.Module, output: Path, step: int) -> list[tuple[str, Said]]:
+    def answer(self, model: LayeredModel, output: Path, step: int) -> list[tuple[str, Said]]:
         """Every process calls this; rank 0 writes `samples/step_*/` and gets the prompts' names and answers, the others
         nothing.
 
@@ -95,11 +93,16 @@ class Sheet:
         return list(zip(names, said, strict=True))
 
     @torch.no_grad()
-    def _answers(self, model: nn.Module) -> list[Answer]:
+    def _answers(self, model: LayeredModel) -> list[Answer]:
         rules, wishes = self._interpreter.rules, self._interpreter.wishes
         as_written = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
         with ends_whole(model), as_written:
-            asked = CachedLM(model.lm) if isinstance(model, CausalLM) else CachedUniToken(model)
+            asked: LanguageModel
+            if isinstance(model, CausalLM):
+                asked = CachedLM(model.lm)
+            else:
+                assert isinstance(model, UniToken)
+                asked = CachedUniToken(model)
 
             def rank_0s(tokens: list[int]) -> list[int]:
                 agreed = torch.tensor(tokens, device=asked.device)
@@ -141,7 +144,7 @@ def open_sheet(config: TrainConfig, folder: ModelFolder, data: Data) -> Sheet | 
     interpreter = open_words(config, folder, data, wishes)
 
     def read() -> list[Question]:
-        interpreter.image_tokenizer = open_image_tokenizer(config, interpreter)
+        add_image_tokenizer(config, interpreter)
         return read_sheet(path, interpreter)
 
     return Sheet(on_rank_0(read), interpreter, Settings.of(lm=lm, **drawing), compiled=config.compile)
@@ -152,7 +155,7 @@ def unitoken_words(config: TrainConfig, folder: ModelFolder, data: Data, wishes:
     made = (data.dataset.sources[0].manifest() or {}).get("settings", {})
     crops = crop_sizes(made.get("target_size", 512), made.get("crop", "square"))
     format = ChameleonFormat(TextTokenizer(folder.tokenizer), image_dir=Path(config.prompt_sheet).absolute().parent)
-    reader = ImageReader(folder.vision.image_size, folder.vision.grid, config.variant == "anyres")
+    reader = data.dataset.rules.continuous
     return UniTokenInterpreter(format, folder.llm.vocab_size, None, reader, crops, wishes, as_it_is)
 
 
@@ -161,14 +164,16 @@ def lm_words(config: TrainConfig, folder: ModelFolder, data: Data, wishes: Wishe
     return LMInterpreter(format, folder.llm.vocab_size, None, wishes, as_it_is, image_dir)
 
 
-def open_image_tokenizer(config: TrainConfig, interpreter: Interpreter) -> ChameleonVQGAN | DualViTok | None:
+def add_image_tokenizer(config: TrainConfig, interpreter: UniTokenInterpreter | LMInterpreter) -> None:
     """On the CPU: the device is the training's."""
-    cpu, format = torch.device("cpu"), interpreter.rules.format
-    if config.variant != "lm":
-        return load_vqgan(config.tokenizer_dir, format, cpu)
-    if config.model_config:
-        return load_image_tokenizer(Path(config.model_config), config.tokenizer_checkpoint, format, cpu)
-    return None
+    cpu = torch.device("cpu")
+    if isinstance(interpreter, UniTokenInterpreter):
+        interpreter.image_tokenizer = load_vqgan(config.tokenizer_dir, interpreter.format, cpu)
+    elif config.model_config:
+        config_file = Path(config.model_config)
+        interpreter.image_tokenizer = load_image_tokenizer(
+            config_file, config.tokenizer_checkpoint, interpreter.format, cpu
+        )
 
 
 def read_sheet(path: Path, interpreter: Interpreter) -> list[Question]:
@@ -182,7 +187,7 @@ def read_sheet(path: Path, interpreter: Interpreter) -> list[Question]:
         if not line.strip():
             continue
         try:
-            item = Item(len(questions), f"line {number}", line, orjson.loads(line))
+            item = Item.of(len(questions), f"line {number}", line, orjson.loads(line))
             question = interpreter.question(item)
             room(question, interpreter.rules, interpreter.wishes)
             if question.task == "image" and interpreter.image_tokenizer is None:

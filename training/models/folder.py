@@ -56,7 +56,14 @@ class ModelFolder:
         )
 
 
-def open_unitoken(init_from: Path, vit_from: Path, seed: int) -> ModelFolder:
+@dataclass(frozen=True)
+class UniTokenFolder(ModelFolder):
+    """One of a model with a vision tower."""
+
+    vision: VisionConfig
+
+
+def open_unitoken(init_from: Path, vit_from: Path, seed: int) -> UniTokenFolder:
     """A language model with its tower and adapter; those it lacks come from `vit_from` and from `seed`.
 
     Raises `UserError` that names what a folder lacks.
@@ -83,7 +90,7 @@ def open_unitoken(init_from: Path, vit_from: Path, seed: int) -> ModelFolder:
     else:
         tensors |= fresh_adapter(vision.hidden_size, llm.hidden_size, seed)
         origins["adapter"] = f"fresh (seed {seed})"
-    return ModelFolder(path, path, config, llm, vision, tensors, origins)
+    return UniTokenFolder(path, path, config, llm, vision, tensors, origins)
 
 
 def read_config(folder: Path) -> tuple[Path, dict[str, Any]]:
