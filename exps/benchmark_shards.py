@@ -3,9 +3,11 @@
 Physics. A sample is read, decoded and resized on the CPU, then encoded. With a tokenizer that does nothing, what is
 measured is the feeding: decoding and resizing a JPEG of a megapixel takes some 15 ms of one core, reading it from the
 page cache a tenth of a millisecond, so folder, tar and parquet should be as fast as each other, and as webdataset with
-as many workers doing the same to each image (`pip install webdataset`, for this benchmark only). Sides run by turns;
-the best of each counts. Then: peak memory of the command with 1 and with many shards, and how long it takes to the
-first chunk with 100,000 names. The last line of the output is JSON.
+as many workers doing the same to each image (`pip install webdataset`, for this benchmark only). The same tars and
+parquet files on S3 come from moto's server, a process of its own on the same machine: it takes CPU time from the side
+that it serves, so look at images per second of the job's CPU time. Sides run by turns; the best of each counts. Then:
+peak memory of the command with 1 and with many shards, and how long it takes to the first chunk with many names, on the
+disk and on S3. The last line of the output is JSON.
 """
 
 import argparse
@@ -13,9 +15,12 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -37,9 +42,18 @@ from vistoken.jobs.progress import Progress
 from vistoken.jobs.run import todo
 from vistoken.jobs.shards import NamedBytes
 from vistoken.jobs.workers import OneProcess
+from vistoken.store import Location, Url, put, read_ahead
 
 COMMAND = REPO / "vision_tokenizer/tokenizer/tokenizer_codebook_inference.py"
 SMALL = REPO / "configs/example/dualvitok/dualvitok_small.py"
+SERVER = """
+import threading
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server._server.server_port, flush=True)
+threading.Event().wait()
+"""
 load = partial(prepare, choices=anchors("fixed", 256), crop_percent_thresh=0.0)
 
 
@@ -60,6 +74,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--shards", type=int, default=100, help="for peak memory, of 20 samples")
     parser.add_argument("--names", type=int, default=100_000, help="of shards, for the time to the first chunk")
+    parser.add_argument("--stored_names", type=int, default=10_000, help="the same on S3, where each takes a put")
+    parser.add_argument("--stored_parquets", type=int, default=1_000, help="the same of parquet files")
     return parser.parse_args()
 
 
@@ -93,14 +109,32 @@ def make_forms(base: Path, images: list[Path], samples: int) -> dict[str, dict]:
     }
 
 
-def dataset(root: Path, entry: dict) -> Dataset:
+@contextmanager
+def s3() -> Iterator[Url]:
+    """A bucket on moto's server."""
+    from pyarrow import fs
+
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        address = f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        os.environ |= {"AWS_ENDPOINT_URL": address, "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+        os.environ |= {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench"}
+        fs.S3FileSystem(endpoint_override=address, allow_bucket_creation=True).create_dir("bench")
+        yield Url("s3://bench")
+    finally:
+        server.kill()
+
+
+def dataset(root: Location, entry: dict) -> Dataset:
     root.mkdir()
     config = root / "meta.json"
-    config.write_text(json.dumps({"bench": {**entry, "root": str(root), "tokenizer_inference": True}}))
+    config.write_bytes(json.dumps({"bench": {**entry, "root": str(root), "tokenizer_inference": True}}).encode())
     return read_data_config(config)[0]
 
 
-def job(scratch: Path, name: str, entry: dict, count: int, turn: int, output_format: str = "jsonl") -> Rates:
+def job(scratch: Location, name: str, entry: dict, count: int, turn: int, output_format: str = "jsonl") -> Rates:
     data = dataset(scratch / f"{name}-{output_format}-{turn}", entry)
     settings = Settings("fixed", 256, crop_percent_thresh=0.0, batch_size=8, output_format=output_format)
     clock = Clock()
@@ -129,13 +163,18 @@ def resized(content: bytes) -> np.ndarray:
     return load(NamedBytes("image", content))[0].numpy()
 
 
-def bench_rates(args: argparse.Namespace, scratch: Path) -> list[dict]:
+def bench_rates(args: argparse.Namespace, scratch: Path, bucket: Url) -> list[dict]:
     images = make_images(scratch / "images", args.images)
     base = scratch / "shards"
     base.mkdir()
     forms = make_forms(base, images, args.samples)
     tars = [str(path) for path in sorted(base.glob("*.tar"))]
     sides = {name: partial(job, scratch, name, entry, len(images)) for name, entry in forms.items()}
+    for kind in ("tar", "parquet"):
+        for path in base.glob(f"*.{kind}"):
+            put(bucket / "in" / path.name, path.read_bytes())
+        entry = {"shards": f"{bucket}/in/*.{kind}"}
+        sides[f"{kind} on S3, output on S3"] = partial(job, bucket, f"out-{kind}", entry, len(images))
     sides["tar, codes as Arrow"] = lambda turn: job(scratch, "arrow", forms["tar"], len(images), turn, "arrow")
     sides["webdataset, decoded and resized as ours"] = partial(webdataset_side, tars, len(images), resized)
     sides["webdataset, decoded alone"] = partial(webdataset_side, tars, len(images), None)
@@ -143,8 +182,7 @@ def bench_rates(args: argparse.Namespace, scratch: Path) -> list[dict]:
     rows = []
     for name, rate in zip(sides, rates, strict=True):
         row = {"side": name, "images_s": round(rate.wall, 1), "of_the_folder": round(rate.wall / rates[0].wall, 2)}
-        ours = not name.startswith("webdataset")  # its processes' CPU time is not this one's
-        rows.append({**row, "images_cpu_s": round(rate.cpu, 1) if ours else "-"})
+        rows.append({**row, "images_cpu_s": round(rate.cpu, 1)})
     return rows
 
 
@@ -177,7 +215,24 @@ def bench_names(args: argparse.Namespace, scratch: Path) -> list[float]:
             first = Path(shutil.copy(first, name))
         else:
             os.link(first, name)
-    data = dataset(scratch / "many-names", {"shards": f"{folder}/{{000000..{args.names - 1:06}}}.tar"})
+    return to_first_chunk(dataset(scratch / "many-names", {"shards": f"{folder}/{{000000..{args.names - 1:06}}}.tar"}))
+
+
+def bench_stored_names(args: argparse.Namespace, scratch: Path, bucket: Url) -> dict[str, list[float]]:
+    """The same of objects: empty tar files, and parquet files of which the footer is read."""
+    small = pa.BufferOutputStream()
+    pq.write_table(pa.table({"image": [b"?"] * 640, "text": ["?"] * 640}), small, row_group_size=64)
+    parquet = small.getvalue().to_pybytes()
+    found = {}
+    for kind, count, content in (("tar", args.stored_names, b""), ("parquet", args.stored_parquets, parquet)):
+        for _ in read_ahead(lambda n, k=kind, c=content: put(bucket / f"many/{n:06}.{k}", c), range(count)):
+            pass
+        data = dataset(scratch / f"many-{kind}", {"shards": f"{bucket}/many/{{000000..{count - 1:06}}}.{kind}"})
+        found[f"{count} {kind}"] = to_first_chunk(data)
+    return found
+
+
+def to_first_chunk(data: Dataset) -> list[float]:
     clock = Clock()
     output = CodebookOutput(data, Nothing(), Settings("fixed", 256))
     with output.begin(OneProcess()), Progress(OneProcess(), None, "codes") as progress:
@@ -191,8 +246,10 @@ def main() -> None:
     report = describe_machine(torch.device("cpu")) | {"workers": default_workers()}
     with tempfile.TemporaryDirectory(prefix="vistoken-benchmark-") as folder:
         scratch = Path(folder)
-        rows = bench_rates(args, scratch)
-        report["seconds_to_the_first_chunk"] = {args.names: bench_names(args, scratch)}
+        with s3() as bucket:
+            rows = bench_rates(args, scratch, bucket)
+            report["seconds_to_the_first_chunk_wall_cpu"] = {f"{args.names} tar": bench_names(args, scratch)}
+            report["on_s3"] = bench_stored_names(args, scratch, bucket)
         report["peak_mib"] = bench_memory(args, scratch)
     print_report(report, rows, ["side", "images_s", "of_the_folder", "images_cpu_s"])
 

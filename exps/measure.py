@@ -77,7 +77,9 @@ def timed(work: Callable[[], object]) -> float:
 
 
 class Rates(NamedTuple):
-    """Items per second that passed, and per second of this process's CPU time, which other processes disturb less."""
+    """Items per second that passed, and per second of CPU time, which other processes disturb less: of this process
+    and of those that it started and that have ended.
+    """
 
     wall: float
     cpu: float
@@ -87,10 +89,11 @@ class Clock:
     """Starts when it is made."""
 
     def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        self._wall, self._cpu = time.perf_counter(), sum(os.times()[:4])
 
     def rates(self, items: int) -> Rates:
-        return Rates(items / (time.perf_counter() - self._wall), items / (time.process_time() - self._cpu))
+        wall, cpu = time.perf_counter() - self._wall, sum(os.times()[:4]) - self._cpu
+        return Rates(items / wall, items / max(cpu, 0.01))
 
 
 def best_by_turns(turns: int, *sides: Callable[[int], Rates]) -> list[Rates]:

@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data_config",
         type=location,
-        help="of images that lay in shards: the metadata config of codebook inference, to find them there",
+        help="of images that lay in shards: codebook inference's metadata config, to find them there (default: none)",
     )
     parser.add_argument("--note", default="", help="a sentence to show on top of the report")
     add_device(parser)

@@ -98,6 +98,21 @@ class CodebookFile(JoinedSource):
             raise UserError(f"{self.table.path}: changed while it was encoded. Run again with --overwrite.")
 
 
+def each_table(
+    dataset: Dataset, paths: Sequence[Location], work: Location, chunk_items: int
+) -> Iterator[tuple[Location, Table | str]]:
+    """Every input file with its chunks, or why it cannot be read. Of a store, several at a time."""
+    known = shard_stats(paths)
+
+    def of(path: Location) -> tuple[Location, Table | str]:
+        try:
+            return path, _table(dataset, path, work, chunk_items, known.get(path))
+        except UserError as error:
+            return path, str(error)
+
+    return read_ahead(of, paths) if any(isinstance(path, Url) for path in paths) else map(of, paths)
+
+
 def _table(dataset: Dataset, path: Location, work: Location, chunk_items: int, known: Stat | None = None) -> Table:
     cache = work if dataset.shards else work / f"{path.stem}{CHUNK_TABLE}"
     return input_table(dataset, path, chunk_items, cache, known=known)
@@ -116,17 +131,14 @@ class CodebookOutput(Output):
         self.unreadable: list[str] = []
         try:
             paths, work = input_files(dataset), folder / WORK
-            known = shard_stats(paths)
-            for path in paths:
-                try:
-                    table = _table(dataset, path, work, chunk_items, known.get(path))
-                except UserError as error:
-                    self.unreadable.append(str(error))
-                else:
-                    stem = input_stem(dataset, path)
-                    final = folder / f"{stem}{form.suffix}"
-                    results = WholeResult(work / stem, final) if len(table) == 1 else Results(work / stem)
-                    files.append(CodebookFile(table, results, final, dataset, chunk_items, form))
+            for path, table in each_table(dataset, paths, work, chunk_items):
+                if isinstance(table, str):
+                    self.unreadable.append(table)
+                    continue
+                stem = input_stem(dataset, path)
+                final = folder / f"{stem}{form.suffix}"
+                results = WholeResult(work / stem, final) if len(table) == 1 else Results(work / stem)
+                files.append(CodebookFile(table, results, final, dataset, chunk_items, form))
         except UserError as error:
             self.unreadable.append(str(error))
         super().__init__(folder, make_manifest(tokenizer, settings, files), files)

@@ -96,9 +96,9 @@ class ShardTable:
             yield self._item(sample, sample.key, self._of_members)
 
     def _parquet_items(self, first: int, rows: int, groups: range) -> Iterator[ShardItem]:
-        text = text_column(self.path, self.rules)
-        columns = [self.rules.image_field, text]
-        columns += ["id"] if "id" in parquet_file(self.path).schema_arrow.names else []
+        names = parquet_file(self.path).schema_arrow.names
+        columns = [self.rules.image_field, text_column(self.path, names, self.rules)]
+        columns += ["id"] if "id" in names else []
         for sample in parquet_samples(self.path, columns, first, rows, groups):
             values = dict(sample.parts)
             item_id = values.get("id", f"{shard_stem(self.path.name)}/{sample.index}") if values else None
@@ -163,14 +163,14 @@ def shard_table(
     fingerprint = f"{stat.st_size} bytes, {stat.st_mtime_ns}"
     if is_tar(path):
         return ShardTable(path, rules, fingerprint, None, ((0, 0, range(0)),), whole)
-    text_column(path, rules)
-    rows = tuple(parquet_groups(path, chunk_rows))
+    file = parquet_file(path)
+    text_column(path, file.schema_arrow.names, rules)
+    rows = tuple(parquet_groups(file, chunk_rows))
     return ShardTable(path, rules, fingerprint, sum(count for _, count, _ in rows), rows, whole)
 
 
-def text_column(path: Location, rules: ShardRules) -> str:
-    """The column of the text. Raises `UserError` where it, or that of the images, is not there."""
-    names = parquet_file(path).schema_arrow.names
+def text_column(path: Location, names: Sequence[str], rules: ShardRules) -> str:
+    """The column of the text, of those of these names. Raises `UserError` where it, or the images', is not there."""
     wanted = (rules.text_field,) if rules.text_field else TEXT_FIELDS
     found = [name for name in wanted if name in names]
     if rules.image_field not in names or not found:
@@ -229,7 +229,7 @@ def find_image(shards: Mapping[str, Location], rules: ShardRules, name: str) -> 
 
 def _row_image(path: Location, column: str, key: str) -> bytes:
     row, _, number = key.partition("_")
-    for first, rows, groups in parquet_groups(path, 1):
+    for first, rows, groups in parquet_groups(parquet_file(path), 1):
         if first <= int(row) < first + rows:
             batch: Sequence = parquet_file(path).read_row_groups(list(groups), columns=[column])[column]
             value = batch[int(row) - first].as_py()

@@ -264,9 +264,9 @@ def parquet_file(path: Location) -> ParquetFile:
         raise UserError(f"{path}: not a parquet file, or a damaged one ({error})") from error
 
 
-def parquet_groups(path: Location, least_rows: int) -> list[tuple[int, int, range]]:
+def parquet_groups(file: ParquetFile, least_rows: int) -> list[tuple[int, int, range]]:
     """(first row, rows, row groups) of every chunk: one row group, or neighbours that have `least_rows` together."""
-    metadata = parquet_file(path).metadata
+    metadata = file.metadata
     chunks, first, rows, start = [], 0, 0, 0
     for group in range(metadata.num_row_groups):
         rows += metadata.row_group(group).num_rows
