@@ -129,8 +129,13 @@ def test_other_dtypes(dtype, agreement, tokenizer, batch, dualvitok_config, dual
 @pytest.mark.slow
 def test_compiled_every_resolution_has_kernels_of_its_own(tiny_dualvitok, monkeypatch):
     """Kernels for any size, which torch makes from the second size on, would make codes depend on the order."""
-    counter = CompileCounter()
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=counter))
+    counter, told = CompileCounter(), []
+
+    def backend(graph, inputs, options):
+        told.append(options)
+        return counter(graph, inputs)
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
     plain, compiled = (load_dualvitok(*tiny_dualvitok, device="cpu", compile=on) for on in (False, True))
     compiled_graphs = []
     for height, width in FIXED_ANCHORS[:5]:
@@ -141,7 +146,7 @@ def test_compiled_every_resolution_has_kernels_of_its_own(tiny_dualvitok, monkey
     assert all(before < after for before, after in pairwise(compiled_graphs))
     compiled.encode(torch.zeros(1, 3, 128, 128))  # the first resolution again
     assert counter.frame_count == compiled_graphs[-1]
-    assert torch._inductor.config.deterministic, "processes must not choose kernels by timing them"
+    assert all(options == {"deterministic": True} for options in told), "processes must choose the same kernels"
 
 
 def test_an_untrained_checkpoint_that_cannot_be_written_is_named(tiny_dualvitok, tmp_path):

@@ -111,7 +111,12 @@ def test_a_missing_config(tmp_path):
 @pytest.mark.slow
 def test_compiled_it_gives_the_same_codes(chameleon_folder, monkeypatch):
     counter = CompileCounter()
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=counter))
+
+    def backend(graph, inputs, options):
+        assert options == {"deterministic": True}
+        return counter(graph, inputs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
     plain, compiled = (load_chameleon(chameleon_folder, device="cpu", compile=on) for on in (False, True))
     for size in (64, 96, 64):
         pixels = torch.rand(1, 3, 64, size) * 2 - 1
