@@ -1,9 +1,11 @@
 """The command: prompts in, answers, pictures and a report out; what it refuses, and how it goes on."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
+import torch
 from lm_small import GOLDEN_SIZES, extended_tokenizer, golden_lines, write_lines, write_tokenizer
 from lm_small import write_model as write_lm
 from PIL import Image
@@ -12,6 +14,7 @@ from unitoken_small import IMAGES
 
 from pre_tokenize.text import TextTokenizer
 from training.generate import main
+from training.generation.decode import Decoder
 from vision_tokenizer.models.chameleon.untrained import write_text_tokenizer
 from vistoken.errors import UserError
 
@@ -148,11 +151,42 @@ def test_what_does_not_fit_together_is_refused(tmp_path, unitoken, lm, small, ch
         run(tmp_path / "e", unitoken, *asked, *small, "--height", 100, "--width", 64)
     with pytest.raises(UserError, match="does not say how it was trained"):
         run(tmp_path / "f", unitoken, *asked)
+    with pytest.raises(UserError, match=r"a vocabulary of \d+ ids, the model .*bare knows 320"):
+        run(tmp_path / "b2", bare, *asked, "--variant", "lm", "--tokenizer_dir", lm)
     with pytest.raises(UserError, match="no vit in it"):
         half = write_model(tmp_path / "half", ("model.", "lm_head."))
         run(tmp_path / "g", half, *asked, *small)
     assert run(tmp_path / "h", unitoken, *small, "--prompt", "<|image|> <|image|>", "--image", "sq_gray.png") == 1
-    rejected = json.loads((tmp_path / "h" / "answers.rejected.jsonl").read_text())
-    assert rejected["reason"] == "image count"
+    assert run(tmp_path / "i", unitoken, *small, "--prompt", "<|image|>", *("--image", "sq_gray.png") * 2) == 1
+    for out in ("h", "i"):
+        rejected = json.loads((tmp_path / out / "answers.rejected.jsonl").read_text())
+        assert rejected["reason"] == "image count"
     with pytest.raises(UserError, match="the answers to another prompt"):
         run(tmp_path / "h", unitoken, *small, *asked)
+
+
+def test_too_little_memory_names_the_flags_to_lower(tmp_path, unitoken, small, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Decoder, "answer", full)
+    asked = (*small, "--prompt", "a barn", "--height", 32, "--width", 32)
+    with pytest.raises(UserError, match=r"lower --batch_size, which is 3 here, or turn guidance off \(--guidance 1\)"):
+        run(tmp_path / "out", unitoken, *asked, "--n", 3)
+    with pytest.raises(UserError, match=r"for 1 answers at a time: ask for smaller pictures \(--height, --width\)"):
+        run(tmp_path / "out", unitoken, *asked, "--guidance", 1, "--overwrite")
+
+
+def test_a_full_disk_loses_no_answer(tmp_path, unitoken, small):
+    """A file-size limit stands in for the full disk. Then there is room again."""
+    asked = (*small, "--prompt", "a barn", "--height", 32, "--width", 32, "--guidance", 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.raises((UserError, OSError), match="File too large"):
+            run(tmp_path / "out", unitoken, *asked)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "out" / "answers.jsonl").exists() and not list(tmp_path.rglob("*.tmp"))
+    assert run(tmp_path / "out", unitoken, *asked) == 0
+    assert len(answers(tmp_path / "out")) == 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import synthetic_tensor
-from lm_small import extended_tokenizer, made_line
+from lm_small import extended_tokenizer, golden_lines, made_line
 from lm_small import write_model as write_lm
 from PIL import Image
 from unitoken_small import IMAGES, LLM, VISION, golden, small_model
@@ -22,10 +22,12 @@ from training.data.packing import interleave, pack
 from training.generation.cache import CachedLM, CachedUniToken, Recomputing
 from training.generation.decode import Decoder, Prompt, Settings
 from training.generation.grammar import ChameleonRules, DualViTokRules, Grammar, Kind
-from training.generation.interpreter import UniTokenInterpreter, Wishes
+from training.generation.interpreter import LMInterpreter, UniTokenInterpreter, Wishes
 from training.generation.sampling import Sampling, guide, restrict
 from training.models.causal_lm import load_causal_lm
+from vision_tokenizer.images.chameleon import crop_sizes
 from vision_tokenizer.models.chameleon.vqgan import load_chameleon
+from vision_tokenizer.models.dualvitok.model import load_dualvitok
 from vision_tokenizer.models.dualvitok.vocabulary import DualViTokVocabulary, added_names
 from vistoken.jobs.chunks import Item
 
@@ -386,3 +388,34 @@ def test_an_edit_without_its_condition_reconstructs_and_a_drawing_keeps_its_size
     np.testing.assert_array_equal(kept.grids[1], block.grids[1])
     message = format.text(drawing.tokens[: kept.start])
     assert message.startswith("<|im_start|>user\nGenerate a random image of <height_256><width_256>\n<|im_end|>")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tag", "size"), [("fixed_256", (256, 256)), ("fixed_anchors", None)])
+def test_an_edit_is_asked_for_in_the_tokens_that_were_trained_on(
+    tmp_path, dualvitok_config, dualvitok_checkpoint, tag, size
+):
+    """The image to edit is cropped and encoded as in codebook inference; the picture that is asked for is not read."""
+    format = DualViTokFormat(TextTokenizer(extended_tokenizer(tmp_path)))
+    tokenizer = load_dualvitok(dualvitok_config, str(dualvitok_checkpoint), device="cpu")
+    interpreter = LMInterpreter(format, format.vocab_size, tokenizer, Wishes(size=size), as_it_is, IMAGES)
+    lines = golden_lines(f"editing/{tag}/0000")
+    for line, draft in zip(lines, format.drafts([Item(0, "", b"", line) for line in lines]), strict=True):
+        sample = format.sample(draft, {})
+        given = {"images": [*line["images"][:-1], "not_there.png"], "conversations": line["conversations"]}
+        question = interpreter.question(Item(0, "", b"", given))
+        assert question.ids.tolist() == sample.tokens[: int(np.argmax(sample.loss_mask))].tolist()
+        assert question.task == "image" and list(question.size) == line["matched_ratios"][0]
+
+
+def test_a_conversation_is_asked_for_in_the_tokens_that_were_trained_on(chameleon_folder):
+    vqgan = load_chameleon(chameleon_folder, device="cpu")
+    format = ChameleonFormat(TextTokenizer(chameleon_folder), image_dir=IMAGES)
+    crops = crop_sizes(512, "variable")
+    interpreter = UniTokenInterpreter(format, LLM.vocab_size, vqgan, None, crops, Wishes(), as_it_is)
+    conversations = golden("chameleon_small/conversations.json")
+    for number, task in ((1, "text"), (2, "image")):
+        expected = golden("chameleon_small/expected_tokens.json")["variable"][str(number)]
+        question = interpreter.question(Item(0, "", b"", conversations[number]))
+        assert question.ids.tolist() == expected["token"][: int(np.argmax(np.array(expected["label"]) >= 0))]
+        assert question.task == task

@@ -1,8 +1,10 @@
 """Prompts that are answered at every checkpoint: the same in any number of processes, and training does not notice."""
 
+import errno
 import json
 
 import pytest
+import torch
 from lm_small import extended_tokenizer, made_line, write_lines
 from lm_small import write_model as write_lm
 from PIL import Image
@@ -12,6 +14,7 @@ from unitoken_small import IMAGES
 from pre_tokenize.dualvitok import DualViTokFormat
 from pre_tokenize.text import TextTokenizer
 from training import generate
+from training.generation.decode import Decoder
 from vistoken.errors import UserError
 from vistoken.jobs.chunks import Item
 
@@ -90,6 +93,31 @@ def test_two_processes_answer_as_one(tmp_path, unitoken, images, sheet):
     assert "2 prompts are answered at every checkpoint" in output
     one, two = (said(tmp_path / name / "samples" / "step_00000001") for name in ("one", "two"))
     assert one == two and one[0]["settings"]["guidance"] == 3
+
+
+@pytest.mark.slow
+def test_what_has_no_room_keeps_the_checkpoint(tmp_path, unitoken, images, sheet, monkeypatch):
+    """On the device, then on the disk; the same command then goes on."""
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(Decoder, "answer", no_memory)
+        with pytest.raises(
+            UserError, match=r"--prompt_sheet: too little memory for its 2 answers .* step 1 is complete"
+        ):
+            train(unitoken, images, out, **SHORT, **sheet)
+    with monkeypatch.context() as patched:
+        patched.setattr("training.generation.sheet.write_report", full)
+        with pytest.raises(UserError, match=r"cannot write the answers \(No space left on device\)"):
+            train(unitoken, images, out, **SHORT | {"epochs": 3}, **sheet)
+    assert [line["step"] for line in train(unitoken, images, out, **SHORT | {"epochs": 3}, **sheet)] == [1, 2, 3]
+    assert [path.name for path in (out / "samples").iterdir()] == ["step_00000003"]
 
 
 @pytest.mark.slow

@@ -103,12 +103,20 @@ def test_stage2_trajectory(tmp_path, model, images, variant):
     ids=lambda way: next(iter(way)),
 )
 def test_two_processes_give_the_curve_of_one(tmp_path, model, images, way):
-    """Accumulating too; in each first batch one process has text only, the other an image."""
+    """Accumulating too; in each first batch one process has text only, the other an image. Of the five samples that are
+    held out, the last falls to one process, and the other computes with it.
+    """
+    held_out = write_record(tmp_path / "held_out", text_samples(5))
+    entries = [*yaml.safe_load(images.read_text())["META"], {"path": str(held_out), "split": "validation"}]
+    data = tmp_path / "data.yaml"
+    data.write_text(yaml.safe_dump({"META": entries}))
     settings = {"batch_size": 1, "global_batch_size": 4, "num_workers": 1, **way}
-    process = train_processes(2, flags(model, images, tmp_path, **settings))
+    process = train_processes(2, flags(model, data, tmp_path / "out", **settings))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert_curve(metrics(tmp_path), golden("training/stage2_trajectory.json")["stage2_base"], 1e-4)
+    found = metrics(tmp_path / "out")
+    assert found[-1]["validation"] == held_out_losses(tmp_path / "out", Record.load(held_out))
+    assert_curve(found, golden("training/stage2_trajectory.json")["stage2_base"], 1e-4)
     assert "in [[ ]]" in output and "step 5/5" in output
 
 
@@ -522,8 +530,30 @@ def test_a_full_disk_is_said_where_a_checkpoint_or_a_log_cannot_be_written(tmp_p
     assert "a defect" in told and "No space" not in told
 
 
-def test_held_out_samples_are_measured_and_never_trained_on(tmp_path):
+def held_out_losses(run, *records):
+    """Cross-entropy of each record's samples, and of all, by the finished model as it is, in one batch."""
+    paths = {"init_from": str(run), "data_config": "-", "output_dir": "-"}
+    model, _ = open_model(resolve({**paths, "unmask_image_logits": True}))
+    model.eval()
+    sums = {}
+    for record in records:
+        batch = pack([discrete("", sample.tokens, sample.labels) for sample in TokenFiles(record)], 384)
+        with torch.no_grad():
+            sums[str(record.path)] = (model(batch)[1][0].item(), batch.label_count)
+    sums["all"] = [sum(column) for column in zip(*sums.values(), strict=True)]
+    return {name: pytest.approx(loss / labels, rel=1e-5) for name, (loss, labels) in sums.items()}
+
+
+def test_held_out_samples_are_measured_and_never_trained_on(tmp_path, monkeypatch):
     """By id, so that a run that goes on holds out the same ones."""
+    trained_on = set()
+    step = loop.train_step
+
+    def seen(run, batches, *rest):
+        trained_on.update(name for batch in batches for name in batch.names)
+        return step(run, batches, *rest)
+
+    monkeypatch.setattr(loop, "train_step", seen)
     model = write_model(tmp_path / "model")
     records = [write_record(tmp_path / name, text_samples(count, count)) for name, count in (("a", 24), ("b", 6))]
     entries = [{"path": str(records[0]), "validation": 0.25}, {"path": str(records[1]), "split": "validation"}]
@@ -533,26 +563,15 @@ def test_held_out_samples_are_measured_and_never_trained_on(tmp_path):
     first = train(model, data, tmp_path / "run", max_steps=2, **settings)
     lines = train(model, data, tmp_path / "run", **settings)
     assert lines[:2] == first
+    assert len(list((tmp_path / "run" / "index").glob("*/record.jsonl.index-*"))) == 2  # of the same name
     evaluated = {line["step"]: line["validation"] for line in lines if "validation" in line}
     assert list(evaluated) == sorted({*range(2, len(lines) + 1, 2), len(lines)})
-    assert all(set(losses) == {"all", *map(str, records)} for losses in evaluated.values())
 
     record = Record.load(records[0])
     kept, held = split_record(record, 0.25)
     assert not set(kept.ids) & set(held.ids) and len(kept) + len(held) == 24 and 0 < len(held) < 12
-    paths = {"init_from": str(tmp_path / "run"), "data_config": "-", "output_dir": "-"}
-    tuned, _ = open_model(resolve({**paths, "unmask_image_logits": True}))
-    tuned.eval()
-    sums = {}
-    for name, part in ((records[0], held), (records[1], Record.load(records[1]))):
-        files = TokenFiles(part)
-        batch = pack([discrete("", sample.tokens, sample.labels) for sample in files], 384)
-        with torch.no_grad():
-            sums[str(name)] = (tuned(batch)[1][0].item(), batch.label_count)
-    for name, (loss, labels) in sums.items():
-        assert evaluated[len(lines)][name] == pytest.approx(loss / labels, rel=1e-5)
-    total = [sum(column) for column in zip(*sums.values(), strict=True)]
-    assert evaluated[len(lines)]["all"] == pytest.approx(total[0] / total[1], rel=1e-5)
+    assert len(trained_on) > 12 and trained_on <= {f"{records[0]}, id {number}" for number in kept.ids}
+    assert evaluated[len(lines)] == held_out_losses(tmp_path / "run", held, Record.load(records[1]))
     assert (tmp_path / "run" / "loss.png").exists()
 
 

@@ -1,5 +1,6 @@
 """From a configuration to its model, optimizer and data, each checked as far as the CPU can."""
 
+import hashlib
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,7 +113,10 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
     digests = on_rank_0(lambda: [fingerprint(source.path) for source in sources])
     own = Path(config.output_dir) / "index"
     paths = [source.path for source in sources]
-    parents = [path.parent if config.cache_ann_on_disk and isinstance(path, Path) else own for path in paths]
+    # an index replaces those of former records of its name: records of different folders must not share one
+    folders = [own / hashlib.sha256(str(path).encode()).hexdigest()[:8] for path in paths]
+    beside = [path.parent if config.cache_ann_on_disk and isinstance(path, Path) else None for path in paths]
+    parents = [given or folder for given, folder in zip(beside, folders, strict=True)]
 
     def open_records() -> list[Record]:
         given = zip(sources, digests, parents, strict=True)

@@ -38,7 +38,7 @@ class Report:
         self.output, self.total_steps, self.interval = output, total_steps, interval
         self.peak = peak_flops(precision) * world
         threading.excepthook = _quiet_on_full_disk
-        with writing(output):
+        with _writing(output):
             _drop_after(output / METRICS, step)
             _drop_after(output / SKIPPED, step)
             self._metrics = (output / METRICS).open("a", buffering=1)
@@ -63,14 +63,14 @@ class Report:
         if held_out := metrics.get("validation"):
             losses = ", ".join(f"{name} {loss:.4f}" for name, loss in held_out.items())
             print(f"step {metrics['step']} | loss of held-out samples: {losses}", flush=True)
-            with writing(self.output):
+            with _writing(self.output):
                 for name, loss in held_out.items():
                     self._board.add_scalar(f"validation/{name}", loss, metrics["step"])
         if metrics["step"] % self.interval == 0 or metrics["step"] in (1, self.total_steps):
             self._line(metrics)
 
     def _append(self, file: TextIO, content: dict[str, Any]) -> None:
-        with writing(self.output):
+        with _writing(self.output):
             file.write(json.dumps(content) + "\n")
 
     def _line(self, metrics: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ class Report:
             f"{rate:,.0f} tok/s{mfu} | {memory_used() / 2**30:.1f} GiB | {duration(left)} left",
             flush=True,
         )
-        with writing(self.output):
+        with _writing(self.output):
             numbers = {name: value for name, value in metrics.items() if name not in ("type", "validation")}
             for name, value in (numbers | {"tokens_per_second": rate}).items():
                 self._board.add_scalar(name, value, metrics["step"])
@@ -92,7 +92,7 @@ class Report:
 
     def answers(self, shown: Sequence[tuple[str, Said]], step: int) -> None:
         """Show the prompt sheet's answers, each with its prompt's name, in TensorBoard."""
-        with writing(self.output):
+        with _writing(self.output):
             for name, said in shown:
                 self._board.add_text(f"samples/{name}", said.text, step)
                 for number, picture in enumerate(said.pictures):
@@ -117,11 +117,11 @@ class Report:
         if len(types) > 1 or held_out:
             axes.legend(frameon=False)
         axes.grid(alpha=0.3)
-        with writing(self.output):
+        with _writing(self.output):
             figure.savefig(self.output / "loss.png", dpi=120)
 
     def close(self) -> None:
-        with writing(self.output):
+        with _writing(self.output):
             self._metrics.close()
             self._skipped.close()
             self._board.close()
@@ -134,8 +134,7 @@ def _quiet_on_full_disk(died: threading.ExceptHookArgs) -> None:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Raises `UserError` where the disk is full or not writable."""
+def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

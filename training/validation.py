@@ -4,9 +4,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader
 
-from training.data.loading import Batches
+from training.data.loading import Batches, make_loader
 from vistoken.errors import UserError
 
 
@@ -25,12 +24,7 @@ def validation_losses(
         by_length = (start + np.argsort(files.lengths, kind="stable")).tolist()
         steps = [by_length[at : at + batch_size * world] for at in range(0, len(by_length), batch_size * world)]
         own = [step[rank::world] for step in steps]
-        loader = DataLoader(
-            dataset,
-            sampler=[mine or step[:1] for mine, step in zip(own, steps, strict=True)],
-            batch_size=None,
-            num_workers=num_workers,
-        )
+        loader = make_loader(dataset, [mine or step[:1] for mine, step in zip(own, steps, strict=True)], num_workers)
         of_record = torch.zeros(2, dtype=torch.float64, device=device)  # cross-entropy, labels
         for mine, batch in zip(own, loader, strict=True):
             if isinstance(batch, UserError):

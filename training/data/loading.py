@@ -222,7 +222,9 @@ class Batches(Dataset):
         raise UserError(f"{failures[0][0]}: {failures[0][1]}; {REPLACEMENTS} samples in a row could not be used")
 
 
-def make_loader(dataset: Batches, order: RankBatches, num_workers: int, pin: bool) -> DataLoader:
+def make_loader(
+    dataset: Batches, order: RankBatches | list[list[int]], num_workers: int, pin: bool = False
+) -> DataLoader:
     """Batches in the order of `order`, whatever the number of processes that make them."""
     dataset.reading = torch.zeros(num_workers, 2, dtype=torch.int64).share_memory_()
     return DataLoader(

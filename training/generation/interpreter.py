@@ -207,13 +207,14 @@ class LMInterpreter:
         task, size = self.wishes.task, DEFAULT_SIZE
         turns: list[dict[str, str]] = []
         if isinstance(item.value, dict):
-            wished = self.wishes.size or _own_size(item.value, lm=True)
-            value = self._encoded(item.value, wished)
-            turns, target = _split(value)
+            turns, target = _split(item.value)
             wanted = target.count(self.symbol) if target is not None else 0
-            columns = {name: value[name] for name in COLUMNS if isinstance(value.get(name), list)}
+            columns = {name: item.value[name] for name in COLUMNS if isinstance(item.value.get(name), list | str)}
+            columns = {name: [column] if isinstance(column, str) else column for name, column in columns.items()}
             own = columns.get("matched_ratios", [])[-wanted:] if wanted else []
+            wished = self.wishes.size or _own_size(item.value, lm=True)
             given = {name: column[: len(column) - wanted] for name, column in columns.items()}
+            given = self._encoded(given, wished)
             picture = wanted > 0 if target is not None else not given.get("images")
             task = task or ("image" if picture else "text")
             known = [tuple(size) for size in (*own, *given.get("matched_ratios", ())) if isinstance(size, list)]
@@ -223,26 +224,26 @@ class LMInterpreter:
                 stand_in = ("", list(size), blank, list(size))
                 given = {name: [*given.get(name, ()), last] for name, last in zip(COLUMNS, stand_in, strict=True)}
             turns = [*turns, {"from": "gpt", "value": self.symbol if task == "image" else STAND_IN}]
-            item = replace(item, value={**value, **given, "conversations": turns})
+            item = replace(item, value={**item.value, **given, "conversations": turns})
         sample = self.format.sample(_draft(self.format, item), {})
         ids = sample.tokens[: _answer_start(sample.loss_mask)]
         images = tuple(str(self.image_dir / name) for name in sample.images if name)
         return Question(item, turns[:-1], images, ids, (), task or "text", size)
 
-    def _encoded(self, value: dict[str, Any], size: Size | None) -> dict[str, Any]:
-        """The line of codebook inference for an item whose images are files: at the anchors, or all at one size."""
-        names = [value["images"]] if isinstance(value.get("images"), str) else value.get("images")
-        if not names or "image_embed_inds" in value or self.image_tokenizer is None:
-            return value
-        lines: dict[str, list] = {name: [] for name in COLUMNS[1:]}
+    def _encoded(self, given: dict[str, list], size: Size | None) -> dict[str, list]:
+        """Images that are files as codebook inference writes them: at their anchors, or all at one size."""
+        names = given.get("images")
+        if not names or "image_embed_inds" in given or self.image_tokenizer is None:
+            return given
+        columns: dict[str, list] = {name: [] for name in COLUMNS[1:]}
         for name in names:
             choices = (size,) if size else FIXED_ANCHORS
             pixels, info = dualvitok.prepare(self.image_dir / str(name), choices, crop_percent_thresh=0.0)
             grids = self.image_tokenizer.encode(normalize(pixels[None].to(self.image_tokenizer.device)))
-            lines["image_sizes"].append(list(info.size))
-            lines["image_embed_inds"].append([grid[0].tolist() for grid in grids])
-            lines["matched_ratios"].append(list(info.anchor))
-        return {**value, "images": names, **lines}
+            columns["image_sizes"].append(list(info.size))
+            columns["image_embed_inds"].append([grid[0].tolist() for grid in grids])
+            columns["matched_ratios"].append(list(info.anchor))
+        return {"images": names, **columns}
 
     def close_image(self, tokens: Sequence[int]) -> tuple[Sequence[int], Sequence[ImageInput]]:
         return [self.format.vocabulary.image_end], []

@@ -43,7 +43,6 @@ from training.models.folder import ModelFolder
 from training.models.unitoken import UniToken
 from training.models.units import LayeredModel
 from training.parallel import ends_whole
-from training.report import writing
 from vision_tokenizer.images.chameleon import crop_sizes
 from vistoken.errors import Failed, ItemError, UserError, is_out_of_memory
 from vistoken.jobs.chunks import Item
@@ -118,7 +117,7 @@ class Sheet:
         """Whole or not at all, in the form of generate.py's output."""
         settings = {"seed": self._interpreter.wishes.seed, **asdict(self._settings)}
         temporary = folder.with_suffix(".tmp")
-        with writing(output):
+        try:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "images").mkdir(parents=True)
             lines = []
@@ -131,6 +130,12 @@ class Sheet:
             write_report(temporary, temporary / ANSWERS, manifest)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(
+                f"{folder}: cannot write the answers ({error.strerror or error}). Make room, then run the same command "
+                "again."
+            ) from error
 
 
 def open_sheet(config: TrainConfig, folder: ModelFolder, data: Data) -> Sheet | None:
