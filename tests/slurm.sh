@@ -48,7 +48,7 @@ slurmd -D & pids+=($!)
 for _ in $(seq 60); do sinfo -h -o %T 2>/dev/null | grep -q idle && break; sleep 1; done
 sinfo
 
-"$python" - "$work" <<'PY'
+PYTHONPATH=$top:$top/tests "$python" - "$work" <<'PY'
 """A small data set and a tiny DualViTok in the folder that is named."""
 import json, runpy, sys
 from pathlib import Path
@@ -56,7 +56,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-sys.path.insert(0, "tests")
 from conftest import TINY_DUALVITOK, synthetic_tensor
 from vision_tokenizer.models.dualvitok.config import read_config
 from vision_tokenizer.models.dualvitok.model import DualViTok

@@ -2,10 +2,10 @@
 
 import errno
 import json
+import resource
 import shutil
 import threading
 import time
-from pathlib import Path
 from traceback import StackSummary
 
 import pytest
@@ -494,11 +494,15 @@ def test_a_world_size_that_is_not_torchruns_is_left_alone(tmp_path, model, text,
 
 def test_logs_on_a_full_disk_are_told(tmp_path):
     report = Report(tmp_path, 0, total_steps=9, interval=5, world=1, precision="fp32")
-    report._metrics = Path("/dev/full").open("a", buffering=1)  # noqa: SIM115
     metrics = dict.fromkeys(("epoch", "iter", "step", "c_loss", "z_loss", "grad_norm", "lr", "vit_lr", "tokens"), 2)
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
     for action in (lambda: report.step(metrics, [], 1.0), report.close):
         with pytest.raises(UserError, match="cannot write the logs"):
-            action()
+            try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, allowed[1]))  # no file may grow any more
+                action()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
 
 
 @pytest.mark.parametrize(("precision", "known"), [("bf16", True), ("fp16", True), ("tf32", False), ("fp32", False)])
