@@ -61,6 +61,16 @@ def test_bytes_are_those_of_the_output_lines():
     assert image_bytes((512, 512), (32768, 98304)) == pytest.approx(digits + 324 + 1024 + 2 * (18 + 32) + 25, rel=0.01)
 
 
+def test_cores_that_keep_a_gpu_busy(tmp_path, golden, capsys):
+    entries = {"g": entry(tmp_path, golden / "images", golden / "codebook" / "generation" / "annotations")}
+    plan(tmp_path, entries, "--resolution_type", "fixed", "--resolution", "512")
+    found = json.loads((tmp_path / "plan" / "plan.json").read_text())["decoding"]
+    assert 2 <= found["images"] <= 8 and 0.05 < found["megapixels"] < 2, "a few of each file"
+    assert found["goal_images_per_second"] == 650 / 4 and found["milliseconds"] > 0
+    assert found["cores_per_gpu"] == pytest.approx(650 / 4 * found["milliseconds"] / 1e3)
+    assert "162 images/s at these sizes, needs" in capsys.readouterr().out
+
+
 def test_more_workers_find_the_same(tmp_path, golden):
     entries = {"e": entry(tmp_path, golden / "images", golden / "codebook" / "editing" / "annotations")}
     _, alone, _ = plan(tmp_path, entries)

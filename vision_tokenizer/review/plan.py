@@ -8,6 +8,7 @@ shows only in the run.
 import hashlib
 import io
 import tempfile
+import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ import numpy as np
 from vision_tokenizer.codebook.annotations import Dataset, check_conversations, image_names
 from vision_tokenizer.codebook.inputs import input_files, input_table, item_image
 from vision_tokenizer.images.anchors import crop_share, match_anchor
+from vision_tokenizer.images.dualvitok import prepare
 from vision_tokenizer.images.files import (
     Embedded,
     exif_orientation,
@@ -46,6 +48,7 @@ BINS_PER_OCTAVE, MAX_OCTAVES = 12, 4  # of the histogram of width / height
 CHUNK_ITEMS = 64  # that a worker surveys at a time
 _SAMPLE = 4096  # bytes from each end of a file that tell copies apart
 WINDOW = 4  # chunks per worker handed out at a time
+TIMED_CHUNKS, TIMED_IMAGES = 64, 4  # of every so many chunks, so many images are decoded to see how long that takes
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -61,6 +64,7 @@ class Header(NamedTuple):
     content_digest: int
     rejected: Rejected | None  # by the crop threshold
     turned: bool  # its EXIF data say that it is to be turned
+    decoding: float = 0.0  # seconds of a core that it took to decode it, if it was
 
     @property
     def ratio(self) -> tuple[int, tuple[int, int] | None]:
@@ -80,6 +84,9 @@ class Survey:
     ratios: Counter[tuple] = field(default_factory=Counter)  # `Header.ratio` of all images to be encoded
     thresholds: Counter[float] = field(default_factory=Counter)  # items that each threshold would reject
     source_bytes: int = 0  # of the annotations that will be done
+    decoded: int = 0  # images that were decoded as codebook inference will, to see how long it takes
+    decoded_pixels: int = 0
+    decoding: float = 0.0  # seconds of a core
     format_errors: Counter[str] = field(default_factory=Counter)  # breaches of the rules for conversations
     paths: array = field(default_factory=lambda: array("Q"))
     contents: array = field(default_factory=lambda: array("Q"))
@@ -92,7 +99,8 @@ class Survey:
         self.turned += other.turned
         for name in ("anchors", "ratios", "thresholds", "format_errors"):
             getattr(self, name).update(getattr(other, name))
-        self.source_bytes += other.source_bytes
+        for name in ("source_bytes", "decoded", "decoded_pixels", "decoding"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         self.paths.extend(other.paths)
         self.contents.extend(other.contents)
 
@@ -169,7 +177,12 @@ def _survey_chunk(rules: Rules, chunk: tuple[Table, int]) -> Survey:
 
     def look(name: str) -> Header | Failed:
         if name not in headers:
-            headers[name] = _header(rules, item, name)
+            timed = index % TIMED_CHUNKS == 0 and survey.decoded < TIMED_IMAGES and rules.dataset.tokenizer_inference
+            headers[name] = header = _header(rules, item, name, timed)
+            if isinstance(header, Header) and header.decoding:
+                survey.decoded += 1
+                survey.decoded_pixels += header.size[0] * header.size[1]
+                survey.decoding += header.decoding
         return headers[name]
 
     for item in table.read(table[index]):
@@ -222,8 +235,8 @@ def _survey_item(rules: Rules, survey: Survey, item: Item, look: Callable[[str],
         survey.anchors.update(header.anchor for header in headers)
 
 
-def _header(rules: Rules, item: Item, name: str) -> Header | Failed:
-    rejected = None
+def _header(rules: Rules, item: Item, name: str, timed: bool) -> Header | Failed:
+    rejected, decoding = None, 0.0
     try:
         where, path = item_image(rules.dataset, item, name)
         with open_image(path) as image:
@@ -233,13 +246,17 @@ def _header(rules: Rules, item: Item, name: str) -> Header | Failed:
                 read_image(path)
             if rules.dataset.tokenizer_inference:
                 place_image(path, size, rules.choices, rules.crop_percent_thresh)
+        if timed:
+            began = time.thread_time()
+            prepare(path, rules.choices, rules.crop_percent_thresh, rules.exif_orientation)
+            decoding = time.thread_time() - began
     except Failed as error:
         return error
     except Rejected as error:
         rejected = error
     anchor = match_anchor(*size, rules.choices)
     return Header(
-        size, anchor, crop_share(*size, anchor), _digest(str(where).encode()), _digest(ends), rejected, turned
+        size, anchor, crop_share(*size, anchor), _digest(str(where).encode()), _digest(ends), rejected, turned, decoding
     )
 
 

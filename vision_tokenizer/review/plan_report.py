@@ -22,6 +22,7 @@ from vistoken.store import Location
 
 RELEASED_CODEBOOKS = (32768, 98304)
 VERDICT_THRESHOLDS = (0.1, 0.2, 0.3)
+GOAL, GOAL_PIXELS = 650, 256 * 256  # images/s of a GPU that the decoding should keep up with: an H100 in bf16
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,36 @@ def crop_verdict(surveys: Iterable[Survey], threshold: float) -> str:
     return (
         f"{rejected:,} of {items:,} items ({rejected / items:.0%}) lose more than {threshold:.0%} of an image to the "
         f"crop and are rejected. By --crop_percent_thresh: {', '.join(shares)}; 0 keeps all."
+    )
+
+
+def decoding(surveys: Iterable[Survey]) -> dict[str, float] | None:
+    """How long decoding takes on this machine, and how many of its cores keep a GPU busy; None if nothing was decoded.
+
+    A GPU takes time for an image by its pixels, see `GOAL`.
+    """
+    total = Survey()
+    for survey in surveys:
+        total.add(survey)
+    if not total.decoded:
+        return None
+    encoded = sum(n * h * w for (h, w), n in total.anchors.items())
+    goal = GOAL * GOAL_PIXELS * total.anchors.total() / encoded if encoded else float(GOAL)
+    seconds = total.decoding / total.decoded
+    return {
+        "images": total.decoded,
+        "megapixels": total.decoded_pixels / total.decoded / 1e6,
+        "milliseconds": 1e3 * seconds,
+        "goal_images_per_second": goal,
+        "cores_per_gpu": seconds * goal,
+    }
+
+
+def decoding_line(found: Mapping[str, float]) -> str:
+    return (
+        f"Decoding an image takes {found['milliseconds']:.1f} ms of a core here (mean of {found['images']}, of "
+        f"{found['megapixels']:.2g} megapixels). The goal for an H100 in bf16, {found['goal_images_per_second']:.0f} "
+        f"images/s at these sizes, needs {ceil(found['cores_per_gpu'])} such cores a GPU."
     )
 
 

@@ -3,9 +3,10 @@
     python vision_tokenizer/tokenizer/plan_codebook_inference.py --data_config meta.json \\
         --resolution_type fixed_anchors --images_per_second 40
 
-Reads annotations and image headers only, with the job's own rules, and needs neither a checkpoint nor a GPU. Checks the
-metadata config and every annotation line, also of data sets that need no codes. Writes into --out_dir: `plan.json`,
-`plan.png` (with `pip install 'vistoken[plot]'`) and `problems.jsonl`, a line for each thing that is wrong.
+Reads annotations and image headers, with the job's own rules, and needs neither a checkpoint nor a GPU. A few images
+are decoded to say how many cores keep a GPU busy. Checks the metadata config and every annotation line, also of data
+sets that need no codes. Writes into --out_dir: `plan.json`, `plan.png` (with `pip install 'vistoken[plot]'`) and
+`problems.jsonl`, a line for each thing that is wrong.
 
 The exit code is 0 only if the run would be clean. It is 1 if a file or line cannot be read, an image is missing, or a
 conversation breaks the rules; 2 if no data set needs codes, two would be written to one place, or the place cannot be
@@ -65,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         Estimate,
         as_dict,
         crop_verdict,
+        decoding,
+        decoding_line,
         describe,
         draw_ratios,
     )
@@ -76,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         codebooks = (sizes.semantic_quantizer.codebook_size, sizes.pixel_quantizer.codebook_size)
     estimates = {name: Estimate.of(each, codebooks, args.images_per_second) for name, each in surveys.items()}
     print(describe(surveys, estimates, args.images_per_second))
+    if decoded := decoding(surveys.values()):
+        print(decoding_line(decoded))
     try:
         settings = Settings(
             resolution_type=args.resolution_type,
@@ -94,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         "resolution": args.resolution,
         "crop_percent_thresh": args.crop_percent_thresh,
         "exif_orientation": args.exif_orientation,
+        "decoding": decoded,
         "datasets": {name: as_dict(surveys[name], estimates[name], errors[name]) for name in surveys},
     }
     write_bytes(args.out_dir / "plan.json", orjson.dumps(plan, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
