@@ -14,7 +14,17 @@ import torch
 
 from pre_tokenize.conversation import Conversation, parse_conversation
 from pre_tokenize.output import common_manifest
-from pre_tokenize.sequences import Block, Draft, Images, ProcessItem, SequenceFormat, as_it_is, join, tokenize_items
+from pre_tokenize.sequences import (
+    Block,
+    Draft,
+    Images,
+    ProcessItem,
+    SequenceFormat,
+    as_it_is,
+    join,
+    pairs,
+    tokenize_items,
+)
 from pre_tokenize.text import TextTokenizer
 from pre_tokenize.token_file import TokenSample
 from vision_tokenizer.codebook.encoder import Encoder
@@ -112,10 +122,10 @@ class ChameleonFormat(SequenceFormat):
         return TokenSample(sample.id, sample.tokens[start:], loss_mask, sample.images[number:])
 
     def blocks(self, tokens: np.ndarray) -> list[Block]:
-        found = []
-        for start, end in self.vocabulary.image_spans(tokens):
-            block = tokens[start:end]
-            found.append(Block(start, end, self.vocabulary.image_size(block), (self.vocabulary.image_codes(block),)))
+        vocabulary, found = self.vocabulary, []
+        for start, last in pairs(tokens, vocabulary.image_start, vocabulary.image_end, "image"):
+            block = tokens[start : last + 1]
+            found.append(Block(start, last + 1, vocabulary.image_size(block), (vocabulary.image_codes(block),)))
         if int(np.isin(tokens, self.vocabulary.image_ids).sum()) != sum(block.grids[0].size for block in found):
             raise ValueError("there are image tokens outside of image blocks")
         return found

@@ -16,6 +16,7 @@ from PIL import Image
 from pre_tokenize import concat_record
 from pre_tokenize.chameleon import Settings, load_tokenizers
 from pre_tokenize.pre_tokenize import load_item_processor, main
+from pre_tokenize.sequences import pairs
 from pre_tokenize.token_file import TokenFiles
 from vision_tokenizer.images.files import read_image
 from vision_tokenizer.models.chameleon.vocabulary import ChameleonVocabulary
@@ -178,8 +179,8 @@ def test_a_written_block_decodes_to_the_picture(tokenize, tmp_path, chameleon_fo
     sample = samples(tmp_path / "out")[0]
     text, _ = load_tokenizers(None, str(chameleon_folder), torch.device("cpu"), Settings(512, "square", "fp32", 1, 1))
     vocabulary = ChameleonVocabulary(text.ids, "")
-    [(start, end)] = vocabulary.image_spans(sample.tokens)
-    codes = torch.from_numpy(vocabulary.image_codes(sample.tokens[start:end])).long()[None]
+    [(start, last)] = pairs(sample.tokens, vocabulary.image_start, vocabulary.image_end, "image")
+    codes = torch.from_numpy(vocabulary.image_codes(sample.tokens[start : last + 1])).long()[None]
     decoded = load_chameleon(chameleon_folder, device="cpu", decoder=True).decode((codes,))
     expected = np.load(golden / "chameleon_small" / "vqgan_arrays.npz")["decoded_item2"].astype(np.float32)
     difference = np.abs(decoded.numpy().reshape(expected.shape) - expected).max()

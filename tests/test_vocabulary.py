@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from pre_tokenize.sequences import pairs
 from pre_tokenize.text import TextTokenizer
 from vision_tokenizer.models.chameleon import untrained
 from vision_tokenizer.models.chameleon.vocabulary import (
@@ -50,15 +51,14 @@ def test_a_block_gives_its_codes_back(vocabulary, h, w):
     np.testing.assert_array_equal(vocabulary.image_codes(block), codes)
 
 
-def test_spans_find_every_golden_block(golden, vocabulary):
+def test_marks_pair_up_around_every_golden_block(golden, vocabulary):
     expected = json.loads((golden / "chameleon_small" / "expected_tokens.json").read_text())
     tokens = np.array(expected["square"]["0"]["token"], np.int32)
-    spans = list(vocabulary.image_spans(tokens))
-    assert [end - start for start, end in spans] == [1060] * 4
+    marks = vocabulary.image_start, vocabulary.image_end, "image"
+    assert [last + 1 - start for start, last in pairs(tokens, *marks)] == [1060] * 4
     wide = np.array(expected["variable"]["10"]["token"], np.int32)
-    assert [vocabulary.image_codes(wide[start:end]).shape for start, end in vocabulary.image_spans(wide)] == [
-        (22, 44)
-    ] * 2
+    shapes = [vocabulary.image_codes(wide[start : last + 1]).shape for start, last in pairs(wide, *marks)]
+    assert shapes == [(22, 44)] * 2
 
 
 @pytest.mark.parametrize("change", [(0, 5000), (1, 8830), (5, 9058), (35, 4), (1059, 8803)])
@@ -71,7 +71,7 @@ def test_a_damaged_block_is_told(vocabulary, change):
 
 def test_an_unclosed_block_is_told(vocabulary):
     with pytest.raises(ValueError, match="1 image starts and 0 image ends"):
-        list(vocabulary.image_spans(np.array([0, 8197, 8820, 8820, 4])))
+        pairs(np.array([0, 8197, 8820, 8820, 4]), vocabulary.image_start, vocabulary.image_end, "image")
 
 
 @pytest.mark.parametrize("name", ["<racm3:break>", "<reserved08706>", "<reserved08864>", "IMGIMGIAEGZ"])

@@ -78,15 +78,6 @@ def device_facts(device: torch.device) -> dict[str, str]:
     }
 
 
-def different_facts(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
-    """The facts in which two devices differ, in words; empty if they compute alike."""
-    return [
-        f"{name} {theirs.get(name, 'unknown')} there, {ours.get(name, 'unknown')} here"
-        for name in dict.fromkeys([*theirs, *ours])
-        if ours.get(name) != theirs.get(name)
-    ]
-
-
 def keep_freed_memory() -> None:
     """Have the C library reuse freed memory instead of giving it back to the system (Linux with glibc only).
 

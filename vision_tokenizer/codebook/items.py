@@ -11,7 +11,6 @@ from vistoken.errors import Failed
 
 TEXT_FIELDS = ("conversations", "caption", "text")  # looked for in this order where none is named
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
-TASKS = ("understanding", "generation")  # what a caption is made into
 
 
 def build_item(images: list[str], text: Any, task: str, item_id: Any = None) -> dict[str, Any]:

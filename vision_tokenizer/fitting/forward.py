@@ -129,10 +129,10 @@ class TrainableVqgan(nn.Module):
     convolutional = ("encoder", "decoder")
     encoding = ("encoder", "quant_conv", "quantize")
 
-    def __init__(self, model: ChameleonVQGAN, options: QuantizerOptions | None = None):
+    def __init__(self, model: ChameleonVQGAN):
         super().__init__()
         self.model = model
-        self.options = options or QuantizerOptions()
+        self.options = QuantizerOptions()
         model.quantize.embedding.weight.requires_grad_(True)
 
     def quantizer(self, branch: str) -> Codebook:

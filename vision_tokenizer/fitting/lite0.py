@@ -21,7 +21,6 @@ STAGES = (
     (1, 3, 1, 6, 192, 320),
 )
 STAGE_ENDS = (0, 2, 4, 7, 10, 14, 15)  # last block of each stage: strides 2, 4, 8, 16, 16, 32, 32
-SHA256 = "57934424"  # begins so; it is in the file's name
 
 
 class SameConv(nn.Conv2d):

@@ -28,6 +28,7 @@ from vistoken.errors import UserError
 from vistoken.weights import load_strict, read_state_dict
 
 FEATURES_PER_CODE = 16  # that k-means looks at
+ROUNDS = 6  # of k-means
 
 
 def build(settings: RunSettings) -> Trainable:
@@ -166,7 +167,7 @@ def _spread(noise: Tensor, features: Tensor) -> Tensor:
     return mean + noise @ _root((features - mean).T @ (features - mean) / len(features))
 
 
-def kmeans(features: Tensor, count: int, rounds: int = 6) -> Tensor:
+def kmeans(features: Tensor, count: int) -> Tensor:
     """(T, d) -> (count, d). Codes that no feature is nearest to move next to one that stands for many."""
     generator = torch.Generator().manual_seed(0)
     spread = features.std(0)
@@ -179,7 +180,7 @@ def kmeans(features: Tensor, count: int, rounds: int = 6) -> Tensor:
         codes = features[torch.randperm(len(features), generator=generator)[:count]].clone()
     else:
         codes = torch.cat([features, some(count - len(features))])
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         index = nearest_codes(features, codes, codes.square().sum(1) / 2)
         sizes = torch.bincount(index, minlength=count)
         means = torch.zeros_like(codes).index_add_(0, index, features) / sizes.clamp_min(1)[:, None]

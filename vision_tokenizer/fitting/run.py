@@ -68,7 +68,7 @@ def train(settings: RunSettings) -> Path:
                 decay_ratio=settings.lr_decay_ratio,
             )
             pixels = [normalize(batch.pixels.to(device, non_blocking=True)) for batch in micro_batches]
-            terms, outputs = fit.update(pixels, lr, names=names_of(micro_batches))
+            terms, outputs = fit.update(pixels, lr, names=[name for batch in micro_batches for name in batch.names])
             window.add(terms, outputs.codes, settings.global_batch_size)
             progress.update()
             if fit.step % settings.log_every == 0 or fit.step == total:
@@ -172,10 +172,6 @@ def fit_to_data(fit: Updater, settings: RunSettings, batches: Callable) -> None:
             fit_codebooks(fit.network, pictures(), settings.fit_codebooks)
     if fit.ema is not None:
         fit.ema.restart(fit.network.model)
-
-
-def names_of(micro_batches: list[Batch]) -> Callable[[], str]:
-    return lambda: ", ".join(name for batch in micro_batches for name in batch.names)
 
 
 def require_readable(failed: int, seen: int, micro_batches: list[Batch], settings: RunSettings) -> None:

@@ -111,7 +111,7 @@ class Updater:
         return torch.autocast(self.device.type, kind) if kind else nullcontext()
 
     def update(
-        self, batches: Sequence[Tensor], lr: float, names: Callable[[], str] = str, **forward: Tensor
+        self, batches: Sequence[Tensor], lr: float, names: Sequence[str] = (), **forward: Tensor
     ) -> tuple[dict[str, Tensor], Outputs]:
         """Learn from micro-batches (B, 3, H, W) in [-1, 1]; returns the means of all terms, and the last outputs.
 
@@ -176,7 +176,7 @@ class Updater:
             "logits_fake": fake.mean(),
         }
 
-    def _require_finite(self, sums: dict[str, Tensor], step: int, names: Callable[[], str]) -> None:
+    def _require_finite(self, sums: dict[str, Tensor], step: int, names: Sequence[str]) -> None:
         scaled = self.settings.mixed_precision == "fp16"  # its gradients may overflow: then the step is left out
         bad = [n for n, value in sums.items() if not (torch.isfinite(value) or (scaled and n.endswith("grad_norm")))]
         anywhere = torch.tensor(float(bool(bad)), device=self.device)
@@ -184,7 +184,7 @@ class Updater:
             dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
         if not anywhere:
             return
-        where = f"{', '.join(bad)} of the batch {names()}" if bad else "a loss on another rank"
+        where = f"{', '.join(bad)} of the batch {', '.join(names)}" if bad else "a loss on another rank"
         raise UserError(
             f"step {step}: {where} is not finite; the weights are unchanged. Resume from the last checkpoint with a "
             "lower lr or without 16-bit numbers, or leave these pictures out."

@@ -57,11 +57,6 @@ class Measures:
     features: Mapping[str, Features]
 
 
-def evaluation_name(name: str) -> str:
-    """The figure that a kind of features leads to."""
-    return "fid" if name == "inception" else f"{name}_frechet"
-
-
 class Evaluation(Output):
     """The output folder of one evaluation: a tokenizer, a list of pictures, a side."""
 
@@ -218,7 +213,8 @@ def summarize(output: Evaluation, tokenizer: ImageTokenizer) -> dict[str, Any]:
     figures: dict[str, Any] = {name: float(np.mean(values)) if values else None for name, values in finite.items()}
     for kind in sorted({name.partition(" ")[0] for name in moments}):
         one, other = (Moments.merged(moments[f"{kind} {which}"]) for which in ("originals", "others"))
-        figures[evaluation_name(kind)] = frechet_distance(one, other) if one.count > 1 else None
+        name = "fid" if kind == "inception" else f"{kind}_frechet"
+        figures[name] = frechet_distance(one, other) if one.count > 1 else None
     return {
         "tokenizer": output.manifest["tokenizer"],
         "settings": output.manifest["settings"],

@@ -301,7 +301,9 @@ class Output:
             if restart == "any":
                 self.remove()
             self.check_folder()
-            binding = not alone or self.has_results()
+            # until something was done with the manifest that is there, it binds nobody
+            begun = any(self.work.glob("*/[0-9]*.json")) or any(path.exists() for path in self.made())
+            binding = not alone or begun
             check_manifest(self.folder, self.manifest, binding=binding, other_devices=other_devices)
             if restart == "same":
                 self.remove()
@@ -325,10 +327,6 @@ class Output:
 
     def prepare(self, workers: Workers) -> None:
         """Bring what an earlier run left into order; for jobs to fill in."""
-
-    def has_results(self) -> bool:
-        """Whether anything was done with the manifest that is there: until then it binds nobody."""
-        return any(self.work.glob("*/[0-9]*.json")) or any(path.exists() for path in self.made())
 
     def made(self) -> list[Location]:
         """The final files and folders of earlier runs; for jobs to fill in."""

@@ -5,7 +5,7 @@ the decimal digits with A=0 ... J=9, `Z`; ids are not in the order of codes. An 
 width in units of 32 px, rows of image tokens each ended by a new line, end: 1060 ids at 512 x 512.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -106,11 +106,3 @@ class ChameleonVocabulary:
         """(height, width) in pixels that a block, of which the first three ids are enough, says it has; 0 for none."""
         height, width = ([int(n) for n in np.flatnonzero(self.grid_ids == grid)] or [0] for grid in block[1:3])
         return height[0] * PIXELS_PER_GRID, width[0] * PIXELS_PER_GRID
-
-    def image_spans(self, tokens: np.ndarray) -> Iterator[tuple[int, int]]:
-        """[start, end) of every image block in a sequence, in order. Raises `ValueError` where one is not closed."""
-        starts = np.flatnonzero(tokens == self.image_start)
-        ends = np.flatnonzero(tokens == self.image_end)
-        if len(starts) != len(ends) or (starts >= ends).any() or (starts[1:] < ends[:-1]).any():
-            raise ValueError(f"{len(starts)} image starts and {len(ends)} image ends do not pair up")
-        yield from zip(starts.tolist(), (ends + 1).tolist(), strict=True)

@@ -103,13 +103,6 @@ class DualViTok(nn.Module):
         with float32_products(tf32=self.tf32):
             return self.pixel_decoder(self.pixel_post_quant_conv(zq), zq).float().contiguous()
 
-    @torch.no_grad()
-    def decode_semantic(self, grid: Tensor) -> Tensor:
-        """Semantic codes (B, h, w) -> (B, h, w, C) float32: an estimate of the ViT's normalised output."""
-        self._require_decoder()
-        with float32_products(tf32=self.tf32):
-            return self.semantic_decoder(self.semantic_quantizer.decode(grid.to(self.device))).float()
-
     def _rows(self, grids: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Codes -> codebook rows, (B, h, w, d) fp32 each."""
         semantic, pixel = (grid.to(self.device) for grid in grids)
