@@ -53,8 +53,8 @@ class Recorded:
         self._model, self.steps = model, []
         self.vocab_size, self.device, self.embed = model.vocab_size, model.device, model.embed
 
-    def session(self, rows):
-        self._session = self._model.session(rows)
+    def session(self, rows, room=0):
+        self._session = self._model.session(rows, room)
         self.forget = self._session.forget
         return self
 
@@ -182,7 +182,7 @@ class Given:
     def embed(self, ids):
         return torch.tensor(ids, dtype=torch.float32)[:, None]
 
-    def session(self, rows):
+    def session(self, rows, room=0):
         return self
 
     def forget(self, row):

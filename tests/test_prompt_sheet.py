@@ -109,7 +109,7 @@ def test_what_has_no_room_keeps_the_checkpoint(tmp_path, unitoken, images, sheet
     with monkeypatch.context() as patched:
         patched.setattr(Decoder, "answer", no_memory)
         with pytest.raises(
-            UserError, match=r"--prompt_sheet: too little memory for its 2 answers .* step 1 is complete"
+            UserError, match=r"--prompt_sheet: too little memory for its 2 answers .* at step 1\. Ask for fewer"
         ):
             train(unitoken, images, out, **SHORT, **sheet)
     with monkeypatch.context() as patched:

@@ -51,7 +51,9 @@ class LanguageModel(Protocol):
         """(n, C). `images` are those that end in `ids`, for a model with a vision tower."""
         ...
 
-    def session(self, rows: int) -> Session: ...
+    def session(self, rows: int, room: int = 0) -> Session:
+        """`room` is how many tokens a row will surely have, if that is known: room that grows is copied."""
+        ...
 
 
 class CachedUniToken:
@@ -69,15 +71,15 @@ class CachedUniToken:
         sample = interleave("", tokens, np.full(len(tokens), IGNORE), list(images))
         return self.model.embed(pack([sample], side=images[0].tiles.shape[-1]).to(self.device))
 
-    def session(self, rows: int) -> "UniTokenSession":
-        return UniTokenSession(self, rows)
+    def session(self, rows: int, room: int = 0) -> "UniTokenSession":
+        return UniTokenSession(self, rows, room)
 
 
 class UniTokenSession:
-    def __init__(self, parent: CachedUniToken, rows: int):
+    def __init__(self, parent: CachedUniToken, rows: int, room: int):
         self._model = parent.model
         weight = self._model.lm_head.weight
-        self._cache = KVCache(parent.config, rows, weight.device, weight.dtype)
+        self._cache = KVCache(parent.config, rows, room, weight.device, weight.dtype)
 
     @torch.no_grad()
     def extend(self, inputs: Mapping[int, Tensor]) -> Tensor:
@@ -95,9 +97,9 @@ class KVCache:
     Tokens of padding are written behind a row's end, where the next ones overwrite them, and no mask lets them be seen.
     """
 
-    def __init__(self, config: LLMConfig, rows: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, config: LLMConfig, rows: int, room: int, device: torch.device, dtype: torch.dtype):
         self.lengths = [0] * rows
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, 0, config.head_dim)
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, room, config.head_dim)
         self._keys, self._values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.layers = [_Layer(self, number) for number in range(config.num_hidden_layers)]
 
@@ -199,7 +201,7 @@ class CachedLM:
     def embed(self, ids: Sequence[int] | np.ndarray, images: Sequence[ImageInput] = ()) -> Tensor:
         return self.words(torch.as_tensor(ids, dtype=torch.int64, device=self.device))
 
-    def session(self, rows: int) -> "LMSession":
+    def session(self, rows: int, room: int = 0) -> "LMSession":
         return LMSession(self, rows)
 
 
@@ -248,7 +250,7 @@ class Recomputing:
         self._model = model
         self.vocab_size, self.device, self.embed = model.vocab_size, model.device, model.embed
 
-    def session(self, rows: int) -> "RecomputingSession":
+    def session(self, rows: int, room: int = 0) -> "RecomputingSession":
         return RecomputingSession(self._model, rows)
 
 

@@ -108,7 +108,8 @@ class Decoder:
         """All answers, side by side."""
         count, answers = len(prompts), [Answer(prompt, Grammar(self.rules)) for prompt in prompts]
         guided = self.settings.guidance != 1 and any(prompt.images for prompt in prompts)
-        session = self.model.session(count * (2 if guided else 1))
+        surely = [len(prompt.inputs) + prompt.limit for prompt in prompts if prompt.only_image]
+        session = self.model.session(count * (2 if guided else 1), max(surely, default=0))
         feeds: dict[int, Tensor | list[int]] = {}
         for row, answer in enumerate(answers):
             for token in answer.prompt.start:

@@ -55,14 +55,14 @@ TEXT_TOKENS = 256  # of an answer in text
 class Sheet:
     def __init__(self, questions: Sequence[Question], interpreter: Interpreter, settings: Settings, *, compiled: bool):
         self.questions, self._interpreter, self._settings = questions, interpreter, settings
-        self._compiled = (
-            compiled  # its layers, for training's batches: answers would have each of their lengths compiled
-        )
+        self._compiled = compiled  # the layers, for batches: an answer has another length at every step
 
     def memory(self, layers: int, width: int, number_bytes: int) -> int:
         """Bytes of keys and values, of `width` numbers each in a layer, when all answers are as long as they can be."""
         rules, wishes = self._interpreter.rules, self._interpreter.wishes
-        longest = max(len(question.ids) + room(question, rules, wishes) for question in self.questions)
+        given = [len(one.ids) + sum(len(image.layout) + 1 for image in one.tower) for one in self.questions]
+        answers = [room(question, rules, wishes) for question in self.questions]
+        longest = max(map(sum, zip(given, answers, strict=True)))
         rows = len(self.questions) * (1 if self._settings.guidance == 1 else 2)
         return 2 * layers * width * number_bytes * rows * longest
 
@@ -78,9 +78,9 @@ class Sheet:
             if not is_out_of_memory(error):
                 raise
             raise UserError(
-                f"--prompt_sheet: too little memory for its {len(self.questions)} answers beside the training. The "
-                f"checkpoint of step {step} is complete: ask for fewer or smaller ones, or leave --prompt_sheet out, "
-                "and run the same command again."
+                f"--prompt_sheet: too little memory for its {len(self.questions)} answers beside the training, at step "
+                f"{step}. Ask for fewer or smaller ones, or leave it out: the same command goes on from the newest "
+                "checkpoint."
             ) from error
         if dist.get_rank() > 0:
             return []
