@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from vistoken import store
+from vistoken import object_store
 
 VARIABLES = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -51,14 +51,14 @@ def s3_server(*buckets: str) -> Iterator[Sick]:
     server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Quiet)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with mock.patch.dict(os.environ, {**VARIABLES, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}):
-        store._file_system.cache_clear()
+        object_store.file_system.cache_clear()
         _make(server.server_port, buckets)
         try:
             yield application
         finally:
             server.shutdown()
             server.server_close()
-            store._file_system.cache_clear()
+            object_store.file_system.cache_clear()
 
 
 def _make(port: int, buckets: tuple[str, ...]) -> None:

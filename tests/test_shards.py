@@ -419,10 +419,10 @@ def test_shards_in_a_store_are_read_by_ranges_and_give_the_same_lines(tiny_dualv
 
     from vision_tokenizer.codebook.read import read_lines as lines_of
     from vision_tokenizer.tokenizer.plan_codebook_inference import main as plan
-    from vistoken import store
+    from vistoken import object_store
     from vistoken.store import location, put
 
-    monkeypatch.setattr(store, "PAUSE", 0.001)
+    monkeypatch.setattr(object_store, "PAUSE", 0.001)
     names = [f"{number:02}.tar" for number in range(18)]  # enough of them for their folder to be listed
     for number, name in enumerate(names):
         write_tar(tmp_path / "in" / name, samples(2, first=10 * number))

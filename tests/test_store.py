@@ -3,12 +3,13 @@
 import errno
 import io
 import os
+import socket
 from pathlib import Path
 
 import pytest
 from store_server import s3_server
 
-from vistoken import store
+from vistoken import object_store, store
 from vistoken.errors import UserError
 from vistoken.store import Url, local_copy, location, put, read_range, remove_tree, stream
 
@@ -66,7 +67,7 @@ def test_objects_are_read_listed_and_deleted_as_files_are(folder, tmp_path):
 
 
 def test_a_large_object_is_put_and_streamed_in_blocks(folder, monkeypatch):
-    monkeypatch.setattr(store, "BLOCK", 1 << 20)
+    monkeypatch.setattr(object_store, "BLOCK", 1 << 20)
     content = os.urandom((12 << 20) + 17)  # beyond what one request may hold: several parts
     put(folder / "large", io.BytesIO(content))
     with stream(folder / "large") as file:
@@ -80,7 +81,7 @@ def test_lines_are_read_from_a_store(folder):
 
 
 def test_every_third_request_fails_and_is_made_again(server, folder, monkeypatch):
-    monkeypatch.setattr(store, "PAUSE", 0.001)
+    monkeypatch.setattr(object_store, "PAUSE", 0.001)
     store.retries.take()
     server.every, failed = 3, server.failed
     try:
@@ -93,8 +94,8 @@ def test_every_third_request_fails_and_is_made_again(server, folder, monkeypatch
 
 
 def test_a_store_that_fails_for_good_is_told_with_the_url(server, folder, monkeypatch):
-    monkeypatch.setattr(store, "PAUSE", 0.001)
-    monkeypatch.setattr(store, "ATTEMPTS", 3)
+    monkeypatch.setattr(object_store, "PAUSE", 0.001)
+    monkeypatch.setattr(object_store, "ATTEMPTS", 3)
     server.every = 1
     try:
         with pytest.raises(OSError, match="given up after 3 attempts") as caught:
@@ -122,3 +123,48 @@ def test_without_credentials_nothing_is_tried_twice(server, folder):
 def test_a_scheme_that_nobody_knows_is_a_message():
     with pytest.raises(UserError, match="nosuch://a/b: neither pyarrow nor fsspec"):
         Url("nosuch://a/b").exists()
+
+
+@pytest.mark.slow
+def test_a_store_that_never_answers_is_told_with_the_url(monkeypatch):
+    monkeypatch.setattr(object_store, "TIMEOUT", 1.0)
+    monkeypatch.setattr(object_store, "ATTEMPTS", 1)
+    with s3_server("lab"), socket.create_server(("127.0.0.1", 0)) as silent:  # connections wait to be accepted
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(OSError, match=r"given up after 1 attempts: .*Timeout was reached") as caught:
+            Url("s3://lab/x").read_bytes()
+    assert caught.value.filename == "s3://lab/x"
+
+
+def test_what_a_library_behind_fsspec_raises_is_tried_again_and_told(monkeypatch):
+    """They raise errors of their own: aiohttp's, botocore's, gcsfs's."""
+    fsspec = pytest.importorskip("fsspec")
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class ClientError(Exception):
+        pass
+
+    class Flaky(MemoryFileSystem):
+        protocol, calls, message = "flaky", 0, "the server disconnected"
+
+        def info(self, path, **more):
+            Flaky.calls += 1
+            if Flaky.calls % 3:
+                raise ClientError(self.message)
+            return super().info(path, **more)
+
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(object_store, "PAUSE", 0.001)
+    Url("flaky://bucket/x").write_bytes(b"content")
+    Flaky.calls, _ = 0, store.retries.take()
+    assert Url("flaky://bucket/x").stat().st_size == 7 and store.retries.take() == 2
+    monkeypatch.setattr(object_store, "ATTEMPTS", 2)
+    Flaky.calls = 0
+    with pytest.raises(OSError, match="given up after 2 attempts: the server disconnected") as caught:
+        Url("flaky://bucket/x").stat()
+    assert caught.value.filename == "flaky://bucket/x"
+    Flaky.calls, Flaky.message = 0, "403 Forbidden"
+    store.retries.take()
+    with pytest.raises(PermissionError, match="403 Forbidden"):
+        Url("flaky://bucket/x").stat()
+    assert store.retries.take() == 0

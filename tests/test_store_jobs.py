@@ -18,7 +18,7 @@ from vision_tokenizer.codebook import output as codebook_output
 from vision_tokenizer.models.dualvitok.model import load_dualvitok
 from vision_tokenizer.tokenizer import plan_codebook_inference, preview_codes, verify_codebook
 from vision_tokenizer.tokenizer.tokenizer_codebook_inference import main as codebook_inference
-from vistoken import store
+from vistoken import object_store, store
 from vistoken.errors import UserError
 from vistoken.store import Location, Url, local_copy, remove_tree
 
@@ -34,7 +34,7 @@ def server():
 
 @pytest.fixture
 def bucket(server, request, monkeypatch):
-    monkeypatch.setattr(store, "PAUSE", 0.001)
+    monkeypatch.setattr(object_store, "PAUSE", 0.001)
     yield Url(f"s3://lab/{request.node.name}")
     server.every = 0
 
