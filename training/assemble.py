@@ -2,7 +2,7 @@
 
 import hashlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,8 @@ from vistoken.store import Url
 from vistoken.weights import load_strict
 
 Result = TypeVar("Result")
+
+INDEX = "index"  # in a run's output: what it keeps of its records
 
 
 def open_model(config: TrainConfig, *, resumed: bool = False) -> tuple[LayeredModel, ModelFolder]:
@@ -110,25 +112,11 @@ class Data:
 
 def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, step_size: int, local_rank: int) -> Data:
     """Raises `UserError` for a damaged or empty record, tokens of another model, or too few samples for a step."""
-    digests = on_rank_0(lambda: [fingerprint(source.path) for source in sources])
-    own = Path(config.output_dir) / "index"
-    paths = [source.path for source in sources]
-    # an index replaces those of former records of its name: records of different folders must not share one
-    folders = [own / hashlib.sha256(str(path).encode()).hexdigest()[:8] for path in paths]
-    beside = [path.parent if config.cache_ann_on_disk and isinstance(path, Path) else None for path in paths]
-    parents = [given or folder for given, folder in zip(beside, folders, strict=True)]
-
-    def open_records() -> list[Record]:
-        given = zip(sources, digests, parents, strict=True)
-        return [open_indexed(source.path, digest, parent) for source, digest, parent in given]
-
+    own = Path(config.output_dir) / INDEX
     cache = Path(config.token_cache) if config.token_cache else None
-    checked = [CheckedFiles(own / f"checked-{socket.gethostname()}-{number}") for number in range(len(sources))]
-    if local_rank == 0:  # one process of each node writes the indexes
-        for marks, record in zip(checked, open_records(), strict=True):
-            marks.begin(record.files)
-    dist.barrier()
-    parts = [split_record(record, source.validation) for record, source in zip(open_records(), sources, strict=True)]
+    digests = on_rank_0(lambda: [fingerprint(source.path) for source in sources])
+    records, checked = open_records(config, sources, digests, local_rank)
+    parts = [split_record(record, source.validation) for record, source in zip(records, sources, strict=True)]
     identity = [
         [digest, source.ratio, source.type, *([source.validation] if source.validation else [])]
         for digest, source in zip(digests, sources, strict=True)
@@ -154,16 +142,7 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
         for source, (record, _), _ in opened
     ]
     sampler = Sampler(drawn_from, step_size, config.seed)
-    for source in sampler.sources:
-        if not source.drawn:
-            raise UserError(f"{config.data_config}: ratio {source.ratio:g} of {source.path} draws no sample at all")
-    for kind, steps in zip(sampler.types, sampler.type_steps, strict=True):
-        if not steps:
-            drawn = sum(source.drawn for source in sampler.sources if source.type == kind)
-            raise UserError(
-                f"{config.data_config}: {drawn} samples of type {kind!r} are too few for one step of {step_size}, so "
-                "they would never be used. Draw more of them, lower the global batch, or give them another's type."
-            )
+    check_steps(sampler, config)
     files = [TokenFiles(record, source.image_dir, marks, cache) for source, (record, _), marks in opened]
     vocabulary = check_tokenizer(folder.tokenizer, chameleon=config.variant != "lm")
     for one in (*files, *held_out):
@@ -176,6 +155,43 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
     format = sequence_format(folder.tokenizer, config) if config.condition_dropout else None
     rules = SampleRules(folder.llm.vocab_size, config.max_seq_len, masked_words(config), reader, format)
     return Data(Batches(files, rules), sampler, identity, Batches(held_out, rules) if held_out else None)
+
+
+def open_records(
+    config: TrainConfig, sources: Sequence[Source], digests: Sequence[str], local_rank: int
+) -> tuple[list[Record], list[CheckedFiles]]:
+    """The records, mapped from indexes that one process of each node writes, and which of their files are checked."""
+    own, paths = Path(config.output_dir) / INDEX, [source.path for source in sources]
+    # an index replaces those of former records of its name: records of different folders must not share one
+    folders = [own / hashlib.sha256(str(path).encode()).hexdigest()[:8] for path in paths]
+    beside = [path.parent if config.cache_ann_on_disk and isinstance(path, Path) else None for path in paths]
+    parents = [given or folder for given, folder in zip(beside, folders, strict=True)]
+
+    def opened() -> list[Record]:
+        given = zip(paths, digests, parents, strict=True)
+        return [open_indexed(path, digest, parent) for path, digest, parent in given]
+
+    checked = [CheckedFiles(own / f"checked-{socket.gethostname()}-{number}") for number in range(len(sources))]
+    if local_rank == 0:
+        for marks, record in zip(checked, opened(), strict=True):
+            marks.begin(record.files)
+    dist.barrier()
+    return opened(), checked
+
+
+def check_steps(sampler: Sampler, config: TrainConfig) -> None:
+    """Raises `UserError` for a record, or a type, that would never be used."""
+    for source in sampler.sources:
+        if not source.drawn:
+            raise UserError(f"{config.data_config}: ratio {source.ratio:g} of {source.path} draws no sample at all")
+    for kind, steps in zip(sampler.types, sampler.type_steps, strict=True):
+        if not steps:
+            drawn = sum(source.drawn for source in sampler.sources if source.type == kind)
+            raise UserError(
+                f"{config.data_config}: {drawn} samples of type {kind!r} are too few for one step of "
+                f"{sampler.step_size}, so they would never be used. Draw more of them, lower the global batch, or give "
+                "them another's type."
+            )
 
 
 def on_rank_0(action: Callable[[], Result]) -> Result:
