@@ -94,3 +94,12 @@ def tiny_dualvitok(tmp_path_factory) -> tuple[Path, Path]:
     state = {name: torch.from_numpy(synthetic_tensor(name, tuple(shape))) for name, shape in shapes.items()}
     torch.save(state, folder / "pytorch_model.bin")
     return folder / "tiny.py", folder / "pytorch_model.bin"
+
+
+@pytest.fixture
+def pictures(tmp_path, golden) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("photo.jpg", "gray.png", "palette.png"):
+        shutil.copy(golden / "images" / name, folder)
+    return folder
