@@ -236,7 +236,7 @@ def to_first_chunk(data: Dataset) -> list[float]:
     clock = Clock()
     output = CodebookOutput(data, Nothing(), Settings("fixed", 256))
     with output.begin(OneProcess()), Progress(OneProcess(), None, "codes") as progress:
-        sources = [file for file in output.sources if file.finished() is None]
+        sources = [file for file in output.sources if not file.was_finished]
         next(todo(sources, OneProcess(), progress))
         return [round(1 / rate, 1) for rate in clock.rates(1)]
 

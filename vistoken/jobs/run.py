@@ -285,12 +285,13 @@ class Output:
             workers.on_first(lambda: self._settle(workers, restart, other_devices, held))
             # every worker has the same manifest, or codes of different kinds would be mixed
             check_manifest(self.folder, self.manifest, other_devices=other_devices)
-            if isinstance(self.work, Url):  # one listing tells which marks there are, and these are read side by side
-                marks = self._marks()
-                for source in self.sources:
-                    if source.results.mark.name not in marks:
-                        vars(source)["was_finished"] = False
-                deque(read_ahead(lambda source: source.was_finished, self.sources), maxlen=0)
+            marks = self._marks()  # one listing instead of a look for each of perhaps 100,000 files
+            for source in self.sources:
+                if source.results.mark.name not in marks:
+                    vars(source)["was_finished"] = False
+            if isinstance(self.work, Url):  # where there are marks they are read side by side
+                marked = [source for source in self.sources if "was_finished" not in vars(source)]
+                deque(read_ahead(lambda source: source.was_finished, marked), maxlen=0)
             yield
 
     def _settle(self, workers: Workers, restart: str | None, other_devices: bool, held: ExitStack) -> None:
@@ -320,7 +321,8 @@ class Output:
 
     def folders(self) -> list[Location]:
         """Where a killed run may have left temporary files."""
-        return [self.folder, self.work, *(source.results.folder for source in self.sources)]
+        of_chunks = [source.results.folder for source in self.sources if not isinstance(source.results, WholeResult)]
+        return [self.folder, self.work, *of_chunks]
 
     def check_folder(self) -> None:
         """Raise `UserError` where what is in the folder is in the way; for jobs to fill in."""
