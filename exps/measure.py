@@ -49,19 +49,19 @@ def make_images(folder: Path, count: int, ratio: float = 1.0) -> list[Path]:
     return paths
 
 
-def matrix_rate(device: torch.device, dtype: str) -> float:
-    """The best observed rate of a large square product, FLOP/s."""
+def matrix_rate(device: torch.device, dtype: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """The best observed rate of a large square product, FLOP per second of `clock`."""
     size, products = (8192, 10) if device.type == "cuda" else (2048, 1)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in "ab")
     best = 0.0
     for _ in range(8):
-        began = time.perf_counter()
+        began = clock()
         for _ in range(products):
             product = a @ b
         product[0, 0].item()  # waits for the device
-        best = max(best, products * 2 * size**3 / (time.perf_counter() - began))
+        best = max(best, products * 2 * size**3 / (clock() - began))
     return best
 
 

@@ -1,7 +1,11 @@
 """Weights come in from every accepted form, strictly, and nothing in a checkpoint is ever run."""
 
+import argparse
 import json
 import os
+import sys
+import types
+from pathlib import Path
 from zipfile import ZipFile
 
 import huggingface_hub
@@ -89,6 +93,36 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
     with pytest.raises(UserError, match=r"refused.*system"):
         read_state_dict(tmp_path / "evil.bin")
     assert not mark.exists()
+
+
+class RunsText(RunsCode):
+    def __reduce__(self):
+        return exec, (self.command,)
+
+
+def test_a_trainings_own_objects_are_left_out_and_never_made(tmp_path, monkeypatch, capsys):
+    """As the published trainers leave them: argument lists and configs, of packages that are not installed here."""
+
+    class Config(dict):
+        def __setstate__(self, state):
+            raise AssertionError("made")
+
+    module = types.ModuleType("their_config")
+    module.Config, Config.__module__, Config.__qualname__ = Config, "their_config", "Config"
+    monkeypatch.setitem(sys.modules, "their_config", module)
+    config = Config(lr=1e-4)
+    config.name = "has a state of its own"
+    mark = tmp_path / "ran"
+    run = RunsText(f"open({str(mark)!r}, 'w')")
+    args = argparse.Namespace(config=config, nested=[Config(lr=config)], run=run, path=Path("somewhere"))
+    torch.save({"model": STATE, "steps": 3, "args": args}, tmp_path / "0000003.pt")
+    monkeypatch.delitem(sys.modules, "their_config")
+    assert_equal_states(read_state_dict(tmp_path / "0000003.pt"), STATE)
+    assert "left out what is no tensor in it: argparse.Namespace" in capsys.readouterr().err
+    assert not mark.exists()
+    torch.save({"model": argparse.Namespace(**STATE)}, tmp_path / "object.pt")
+    with pytest.raises(UserError, match="no named tensors"):
+        read_state_dict(tmp_path / "object.pt")
 
 
 def test_bad_files_are_named(tmp_path):

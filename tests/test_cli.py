@@ -157,6 +157,7 @@ COMMANDS = [
     "training.toy_model",
     "training.train",
     "vision_tokenizer.fitting.export",
+    "vision_tokenizer.fitting.size_list",
     "vision_tokenizer.fitting.teach_vit",
     "vision_tokenizer.models.chameleon.untrained",
     "vision_tokenizer.models.dualvitok.untrained",

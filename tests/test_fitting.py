@@ -1,5 +1,6 @@
 """Training a tokenizer: settings, pictures, batches, and a run that may be killed and goes on."""
 
+import argparse
 import json
 import os
 import random
@@ -23,8 +24,12 @@ from vision_tokenizer.fitting.data import BatchOrder, Photographs, Place, batch_
 from vision_tokenizer.fitting.linear_start import start_linear
 from vision_tokenizer.fitting.networks import drawn_vqgan, kmeans
 from vision_tokenizer.fitting.perceptual import load_lpips
+from vision_tokenizer.fitting.report import HeldOut
+from vision_tokenizer.fitting.run import make_updater
 from vision_tokenizer.fitting.schedule import learning_rate
+from vision_tokenizer.fitting.size_list import main as list_sizes
 from vision_tokenizer.fitting.transforms import bucket_size, shorter_side_crop
+from vision_tokenizer.fitting.update import Updater
 from vision_tokenizer.images.anchors import model_size
 from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN, sizes_of
 from vision_tokenizer.models.dualvitok.model import load_dualvitok
@@ -157,6 +162,10 @@ def test_a_released_config_is_read_as_it_is(name):
         ("--weight_decay=0.1", "nothing reads weight_decay"),
         ("--global_batch_size=0", "must be above 0"),
         ("--data_args.resolution=30", "multiple of 16"),
+        ("--eval_side=100", "eval_side: must be a multiple of 16"),
+        ("--data_args.min_pixels=100", "min_pixels 100 must be at least 16"),
+        ("--data_args.max_pixels=512", "max_pixels 512 no less"),
+        ("--data_args.crop_share=(0.7,0.2)", "two shares, the lower first"),
         ("--vq_model.config.pixel_drop_ratio=1", "unknown key 'pixel_drop_ratio'; did you mean pixel_drop_rate"),
         ("lr=1", "settings are given as --key=value"),
         ("--linear_start=True", "linear_start: for a ChameleonVQGAN without init_from"),
@@ -275,6 +284,12 @@ def test_other_settings_on_resume_are_named(config, pictures, tmp_path):
         run(config, pictures, tmp_path / "run", "--max_steps=2", "--lr=0.5")
 
 
+def test_another_trainers_checkpoint_is_no_place_to_resume_at(config, pictures, tmp_path):
+    torch.save({"model": {}, "steps": 7, "args": argparse.Namespace(lr=1)}, tmp_path / "0000007.pt")
+    with pytest.raises(UserError, match=r"(?s)0000007\.pt: no checkpoint of this command.*use --init_from="):
+        run(config, pictures, tmp_path / "run", f"--vq_ckpt={tmp_path / '0000007.pt'}")
+
+
 @pytest.mark.slow
 def test_fine_tuning_starts_from_a_checkpoint_and_refuses_another_size(
     config, pictures, tmp_path, dualvitok_checkpoint
@@ -304,8 +319,32 @@ def test_pictures_come_from_folders_size_lists_and_data_sets(pictures, tmp_path)
     (tmp_path / "sizes.json").write_text(json.dumps(rows))
     listed = find_images(DataSettings(data_path=str(pictures), size_list=str(tmp_path / "sizes.json")))
     assert listed == [(pictures / "of_a_class" / "photo.jpg", (40, 60))]
+    for wrong, told in ((rows[0] | {"width": 0}, "entry 0 .* no area"), ({"image": "photo.jpg"}, "fitting.size_list")):
+        (tmp_path / "sizes.json").write_text(json.dumps([wrong]))
+        with pytest.raises(UserError, match=told):
+            find_images(DataSettings(data_path=str(pictures), size_list=str(tmp_path / "sizes.json")))
     examples = ROOT / "configs/data_configs/train_data_examples/examples_meta_data_config.json"
     assert len(find_images(DataSettings(data_config=str(examples)))) >= 10
+
+
+def test_a_size_list_is_written_and_leads_to_the_same_batches(pictures, tmp_path, capsys):
+    shutil.copy(GOLDEN / "images" / "broken.jpg", pictures / "broken.jpg")
+    (pictures / "text.png").write_text("no picture")
+    listed = str(tmp_path / "sizes.json")
+    assert list_sizes(["--data_path", str(pictures), "--out", listed]) == 1
+    told = capsys.readouterr()
+    assert "left out: image unreadable: " in told.err and "text.png" in told.err
+    found = find_images(DataSettings(data_path=str(pictures), size_list=listed))
+    assert len(found) == told.out.count("6 pictures; 1 could not be read") * 6  # a damaged picture has a header
+    anyres = DataSettings(augment="dualvitok_anyres_resolution_train", min_pixels=1024)
+    from_headers = [(path, None) for path, _ in found]
+    assert batch_order(found, anyres, 1, 0).sizes == batch_order(from_headers, anyres, 1, 0).sizes
+    for name in ("empty", "unreadable"):
+        (tmp_path / name).mkdir()
+    shutil.copy(pictures / "text.png", tmp_path / "unreadable")
+    for name in ("empty", "unreadable"):
+        with pytest.raises(UserError, match="no images"):
+            list_sizes(["--data_path", str(tmp_path / name), "--out", listed])
 
 
 def test_no_pictures_or_too_few_are_told(config, pictures, tmp_path):
@@ -316,6 +355,8 @@ def test_no_pictures_or_too_few_are_told(config, pictures, tmp_path):
         run(config, tmp_path / "absent", tmp_path / "run")
     with pytest.raises(UserError, match="5 pictures, 5 of one size at most, fill no batch of 8"):
         run(config, pictures, tmp_path / "run", "--global_batch_size=8")
+    with pytest.raises(UserError, match="no picture in it that can be read; --eval_path"):
+        HeldOut(tmp_path / "empty", 32)
     files = find_images(DataSettings(data_path=str(pictures)))
     with pytest.raises(UserError, match="fill no batch"):
         batch_order(files, DataSettings(augment="dualvitok_anyres_resolution_train"), 5, 0)
@@ -348,6 +389,49 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(config, pictu
         run(config, pictures, tmp_path / "run", "--lr=1e30", "--max_grad_norm=0")
     newest = checkpoint.checkpoints(tmp_path / "run" / "DualViTok" / "checkpoints")
     assert len(newest) <= 1
+
+
+def tiny_updater(config, precision: str) -> Updater:
+    settings, _ = read_settings(config, [f"--mixed_precision={precision}", "--vq_loss.disc_start=1", "--ema=False"])
+    return make_updater(settings, torch.device("cpu"))
+
+
+def scale_gradients(fit: Updater, scale: float) -> None:
+    for side in fit.sides:
+        side.scaler.load_state_dict(side.scaler.state_dict() | {"scale": scale})
+
+
+def test_no_loss_that_is_not_finite_changes_a_weight(config):
+    fit = tiny_updater(config, "none")
+    before = {name: tensor.clone() for name, tensor in fit.network.state_dict().items()}
+    pixels = torch.rand(2, 3, 32, 32)
+    pixels[1, 0, 0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"step 1: .*rec_loss.* of the batch a\.png, b\.png is not finite"):
+        fit.update([pixels], 1e-3, names=lambda: "a.png, b.png")
+    assert fit.step == 0 and same(before, dict(fit.network.state_dict()))
+
+
+@pytest.mark.slow
+def test_fp16_scales_gradients_and_leaves_out_an_update_that_overflows(config, capsys):
+    """On a CPU, too, where torch disables a scaler that was made for a GPU."""
+    fit, exact = tiny_updater(config, "fp16"), tiny_updater(config, "none")
+    torch.manual_seed(0)
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    terms = []
+    scale_gradients(fit, 2.0**10)
+    for updater in (fit, exact):
+        torch.manual_seed(1)
+        terms.append(updater.update([pixels], 1e-3)[0])
+    for name in ("rec_loss", "vq_loss", "grad_norm", "discriminator_grad_norm"):
+        assert terms[0][name] == pytest.approx(terms[1][name].item(), rel=0.05), name
+    scale_gradients(fit, 2.0**120)
+    before = {name: tensor.clone() for name, tensor in fit.network.state_dict().items()}
+    fit.update([pixels], 1e-3)
+    assert same(before, dict(fit.network.state_dict())) and fit.sides[0].scaler.get_scale() == 2.0**119
+    assert "step 2 left out: a gradient overflowed fp16 (grad_norm" in capsys.readouterr().err
+    with pytest.raises(UserError, match="whatever the scale"):
+        scale_gradients(fit, 0.5)
+        fit.sides[0].tell_overflow(3, "grad_norm")
 
 
 def test_lpips_needs_its_two_files_and_checks_them(config, pictures, tmp_path):

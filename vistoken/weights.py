@@ -1,6 +1,7 @@
 """The one way weights come in: a file, a folder or a hub id becomes named tensors, and a module takes them strictly.
 
-Nothing in a checkpoint is executed: pickles are read with `weights_only=True`, and one that asks for more is refused.
+Nothing in a checkpoint is executed: pickles are read with `weights_only=True`. Objects that a training left beside its
+tensors (its configuration, its callbacks) become empty stand-ins, whose classes are never imported.
 Tensors are memory-mapped where the format allows it, so a tensor that is filtered out is never read from the disk.
 """
 
@@ -10,8 +11,10 @@ import pickle
 import re
 import socket
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,6 +25,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from vistoken.cli import note
 from vistoken.errors import UserError
 from vistoken.files import check_regular
 from vistoken.store import Location, Url, local_copy, location
@@ -256,7 +260,7 @@ def _read_pickle(file: Path, use_ema: bool, prefixes: tuple[str, ...]) -> dict[s
     if zipped:
         _check_crc(file)
     try:
-        payload = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        payload = _load_tensors(file, zipped)
     except pickle.UnpicklingError as error:
         raise UserError(f"{file}: {_refusal(str(error))}") from error
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -265,6 +269,52 @@ def _read_pickle(file: Path, use_ema: bool, prefixes: tuple[str, ...]) -> dict[s
     for name, tensor in tensors.items():
         _check_tensor(name, tensor, file)
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+
+
+class _StandIn:
+    """Takes what a pickle gives to an object of a foreign class, and keeps nothing of it."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> "_StandIn":
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object): ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+class _StandInDict(_StandIn):
+    """For a class of dicts: torch fills none but Python's own."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Any:
+        return OrderedDict()
+
+
+def _load_tensors(file: Path, zipped: bool) -> object:
+    """A pickle's content, with an inert object for each of a class that is not torch's own."""
+    load = partial(torch.load, file, map_location="cpu", weights_only=True, mmap=zipped)
+    try:
+        return load()
+    except pickle.UnpicklingError as error:
+        if not zipped or "GLOBAL" not in str(error):
+            raise
+    foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    kinds = dict.fromkeys(foreign, _StandIn)
+    while True:
+        stand_ins: list[Any] = []
+        for full_name, kind in kinds.items():
+            module, _, name = full_name.rpartition(".")
+            stand_ins.append(type(name, (kind,), {"__module__": module, "__qualname__": name}))
+        try:
+            with torch.serialization.safe_globals(stand_ins):  # torch still refuses what is the system's
+                payload = load()
+        except pickle.UnpicklingError as error:
+            filled = re.search(r"SETITEM.*<class '([\w.]+)'>", str(error))
+            if filled is None or kinds.get(filled[1]) is not _StandIn:
+                raise
+            kinds[filled[1]] = _StandInDict
+        else:
+            note(f"{file}: left out what is no tensor in it: {_first(foreign)}")
+            return payload
 
 
 def _check_tensor(name: object, tensor: Tensor, file: Path) -> None:

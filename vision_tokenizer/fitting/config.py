@@ -138,7 +138,7 @@ CHOICES = {
 }
 POSITIVE = (
     "global_batch_size", "gradient_accumulation_steps", "epochs", "max_steps", "lr", "log_every", "ckpt_every",
-    "keep_checkpoints", "data_args.resolution", "vq_loss.disc_dim", "vq_loss.disc_num_layers",
+    "keep_checkpoints", "data_args.resolution", "eval_side", "vq_loss.disc_dim", "vq_loss.disc_num_layers",
 )  # fmt: skip
 # in released configs, read by nothing there; our data loading does what the last three switch on there
 UNREAD = (
@@ -247,12 +247,17 @@ def _check(settings: RunSettings, config: Path) -> None:
             raise UserError(f"{config}: {key}: must be above 0, found {flat[key]}")
     if settings.linear_start and (settings.init_from or settings.vq_model.get("type") != "ChameleonVQGAN"):
         raise UserError(f"{config}: linear_start: for a ChameleonVQGAN without init_from; leave one of them out")
-    if settings.data_args.resolution % 16:
+    for key in ("data_args.resolution", "eval_side"):
+        if flat[key] % 16:
+            raise UserError(f"{config}: {key}: must be a multiple of 16, found {flat[key]}")
+    data = settings.data_args
+    if not 16 * 16 <= data.min_pixels <= data.max_pixels:
         raise UserError(
-            f"{config}: data_args.resolution: must be a multiple of 16, found {settings.data_args.resolution}"
+            f"{config}: data_args: min_pixels {data.min_pixels} must be at least 16 * 16, and max_pixels "
+            f"{data.max_pixels} no less"
         )
-    if not settings.data_args.augment.startswith("dualvitok_fix") and settings.data_args.min_pixels < 16 * 16:
-        raise UserError(f"{config}: data_args.min_pixels: below 16 x 16, found {settings.data_args.min_pixels}")
+    if len(data.crop_share) != 2 or not 0 < data.crop_share[0] <= data.crop_share[1] <= 1:
+        raise UserError(f"{config}: data_args.crop_share: two shares, the lower first, found {data.crop_share}")
 
 
 def flatten(settings: RunSettings) -> dict[str, Any]:

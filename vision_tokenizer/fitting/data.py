@@ -8,6 +8,7 @@ import os
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from vision_tokenizer.fitting.transforms import bucket_size, cover, flipped, ran
 from vision_tokenizer.images.dualvitok import to_pixels
 from vision_tokenizer.images.files import damage_named, open_image, read_image
 from vistoken.errors import Failed, UserError
+from vistoken.jobs.progress import bar
 from vistoken.store import Location
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -75,11 +77,17 @@ def find_images(settings: DataSettings) -> list[tuple[Location, Size | None]]:
 def _read_size_list(file: Path, folder: Path) -> list[tuple[Location, Size | None]]:
     try:
         rows = json.loads(file.read_text())
-        return [(folder / row["image"], (int(row["height"]), int(row["width"]))) for row in rows]
+        sizes = [(int(row["height"]), int(row["width"])) for row in rows]
+        if (number := next((n for n, size in enumerate(sizes) if min(size) < 1), None)) is not None:
+            raise ValueError(f"entry {number} ({rows[number]['image']}) has no area")
+        return [(folder / row["image"], size) for row, size in zip(rows, sizes, strict=True)]
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such size list") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{file}: not a list of {{"image": path, "width": w, "height": h}}: {error!r}') from error
+        raise UserError(
+            f'{file}: not a list of {{"image": path, "width": w, "height": h}}: {error!r}. '
+            "`python -m vision_tokenizer.fitting.size_list` writes one"
+        ) from error
 
 
 def _images_of_datasets(config: Path) -> list[Location]:
@@ -191,7 +199,11 @@ def batch_order(files: list[tuple[Location, Size | None]], settings: DataSetting
     """Raises `UserError` where not one batch can be filled."""
     if settings.augment.startswith("dualvitok_anyres"):
         limits = settings.min_pixels, settings.max_pixels
-        sizes = [bucket_size(*(size or _size_of(path)), *limits) for path, size in files]
+        known = [size for _, size in files]
+        if None in known:
+            found = read_sizes([path for path, _ in files])
+            known = [(512, 512) if isinstance(size, Failed) else size for size in found]  # it fails when its turn comes
+        sizes = [bucket_size(*size, *limits) for size in known if size]
     else:
         sizes = [(settings.resolution, settings.resolution)] * len(files)
     order = BatchOrder(sizes, batch, seed, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
@@ -204,13 +216,27 @@ def batch_order(files: list[tuple[Location, Size | None]], settings: DataSetting
     return order
 
 
-def _size_of(path: Location) -> Size:
-    """From the file's header; a file that cannot be opened counts as square, and fails when its turn comes."""
-    try:
-        image = open_image(path)
-    except Failed:
-        return (512, 512)
-    return image.height, image.width
+def read_sizes(files: Sequence[Location]) -> list[Size | Failed]:
+    """From the files' headers, which many threads read; or why one cannot be read."""
+
+    def read(paths: Sequence[Location]) -> list[Size | Failed]:
+        sizes: list[Size | Failed] = []
+        for path in paths:
+            try:
+                with open_image(path) as image:
+                    sizes.append((image.height, image.width))
+            except Failed as error:
+                sizes.append(error)
+        return sizes
+
+    found: list[Size | Failed] = []
+    chunks = [files[start : start + 64] for start in range(0, len(files), 64)]
+    rank = int(os.environ.get("RANK", 0))
+    with ThreadPoolExecutor(16) as pool, bar("sizes of the pictures", len(files), disable=rank != 0) as progress:
+        for sizes in pool.map(read, chunks):
+            found += sizes
+            progress.update(len(sizes))
+    return found
 
 
 def batches_from(

@@ -1,6 +1,7 @@
 """What a training run tells: lines of numbers, TensorBoard, a plot of the losses, held-out pictures."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from vision_tokenizer.fitting.update import Updater
 from vision_tokenizer.images.dualvitok import denormalize, normalize, to_image, to_pixels
 from vision_tokenizer.images.files import read_image
 from vision_tokenizer.review.quality import CodeUse, psnr, ssim
+from vistoken.cli import note
+from vistoken.errors import Failed, UserError
 from vistoken.jobs.files import atomic_write
 
 GROUPS = {"semantic": "semantic_loss", "discriminator": "disc_loss", "logits": "disc_loss"}
@@ -39,6 +42,7 @@ class Report:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
 
     def line(self, step: int, values: dict[str, float]) -> None:
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # in fp16, norms may not be
         row = {"step": step, **{name: float(f"{value:.6g}") for name, value in values.items()}}
         self.rows.append(row)
         with self.file.open("a") as file:
@@ -81,7 +85,14 @@ class HeldOut:
     SHOWN = 8
 
     def __init__(self, folder: Path, side: int):
-        self.pixels = [to_pixels(shorter_side_crop(read_image(p).convert("RGB"), side)) for p in list_images(folder)]
+        self.pixels = []
+        for path in list_images(folder):
+            try:
+                self.pixels.append(to_pixels(shorter_side_crop(read_image(path).convert("RGB"), side)))
+            except Failed as error:
+                note(f"left out of the held-out pictures: {error}")
+        if not self.pixels:
+            raise UserError(f"{folder}: no picture in it that can be read; --eval_path is to hold some")
 
     @torch.no_grad()
     def measure(self, fit: Updater) -> tuple[dict[str, float], Image.Image]:

@@ -21,10 +21,12 @@ from vision_tokenizer.fitting.losses import (
     generator_terms,
     weighted_sum,
 )
+from vistoken.cli import note
 from vistoken.device import at_least_float32
 from vistoken.errors import UserError
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+GRAD_NORMS = ("grad_norm", "discriminator_grad_norm")  # of the two sides
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,9 @@ class Updater:
         self.step = 0  # updates made
         self.lecam = Lecam().to(next(network.parameters()).device)
         self.ema = Ema(network.model, settings.ema_decay) if settings.ema_decay else None
-        scaled = settings.mixed_precision == "fp16"
-        self.sides = [_Side(network.named_parameters(), settings, scaled)]
+        self.sides = [_Side(network.named_parameters(), settings, self.device)]
         if discriminator is not None:
-            self.sides.append(_Side(discriminator.named_parameters(), settings, scaled))
+            self.sides.append(_Side(discriminator.named_parameters(), settings, self.device))
 
     @property
     def device(self) -> torch.device:
@@ -127,10 +128,12 @@ class Updater:
                 terms |= self._discriminator_pass(self.discriminator, pixels, outputs.reconstruction, len(batches))
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / len(batches)
-        for name, side in zip(("grad_norm", "discriminator_grad_norm"), self.sides, strict=False):
+        for name, side in zip(GRAD_NORMS, self.sides, strict=False):
             sums[name] = side.clip(self.settings.max_grad_norm)
         self._require_finite(sums, step, names)
-        for side in self.sides:
+        for norm, side in zip(GRAD_NORMS, self.sides, strict=False):
+            if not torch.isfinite(sums[norm]):
+                side.tell_overflow(step, norm)
             side.step(lr)
         if self.ema is not None:
             self.ema.update(self.network.model)
@@ -178,7 +181,7 @@ class Updater:
 
     def _require_finite(self, sums: dict[str, Tensor], step: int, names: Sequence[str]) -> None:
         scaled = self.settings.mixed_precision == "fp16"  # its gradients may overflow: then the step is left out
-        bad = [n for n, value in sums.items() if not (torch.isfinite(value) or (scaled and n.endswith("grad_norm")))]
+        bad = [n for n, value in sums.items() if not (torch.isfinite(value) or (scaled and n in GRAD_NORMS))]
         anywhere = torch.tensor(float(bool(bad)), device=self.device)
         if dist.is_initialized():
             dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
@@ -194,9 +197,11 @@ class Updater:
 class _Side:
     """G's or D's optimizer, with the scaling of gradients that fp16 needs."""
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, scaled: bool):
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, device: torch.device
+    ):
         self.optimizer = adam(parameters, settings)
-        self.scaler = torch.amp.GradScaler(enabled=scaled)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
@@ -204,10 +209,20 @@ class _Side:
     def clip(self, max_grad_norm: float) -> Tensor:
         """Average gradients over ranks and clip them. Returns their norm before that."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.scaler.unscale_(self.optimizer)
         average_gradients(parameters)
+        self.scaler.unscale_(self.optimizer)  # after averaging: every rank finds the same overflows
         limit = max_grad_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=False).detach()
+
+    def tell_overflow(self, step: int, norm: str) -> None:
+        """A gradient is not finite, so `step` will change nothing but the scale. Raises `UserError` below 1."""
+        scale = self.scaler.get_scale()
+        if scale < 1:
+            raise UserError(
+                f"step {step}: {norm} is not finite in fp16, whatever the scale (now {scale:g}); the weights are "
+                "unchanged. Resume from the last checkpoint with mixed_precision bf16 or none."
+            )
+        note(f"step {step} left out: a gradient overflowed fp16 ({norm}, scaled by {scale:g})")
 
     def step(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
