@@ -14,12 +14,13 @@ from train_small import train
 
 from pre_tokenize import concat_record, pre_tokenize, preview_tokens, verify_tokens
 from pre_tokenize.token_file import TokenFiles
+from training.data.loading import ImageReader
 from vision_tokenizer.codebook import output as codebook_output
 from vision_tokenizer.models.dualvitok.model import load_dualvitok
 from vision_tokenizer.tokenizer import plan_codebook_inference, preview_codes, verify_codebook
 from vision_tokenizer.tokenizer.tokenizer_codebook_inference import main as codebook_inference
 from vistoken import object_store, store
-from vistoken.errors import UserError
+from vistoken.errors import Failed, UserError
 from vistoken.store import Location, Url, local_copy, remove_tree
 
 FIXED = ("--resolution_type", "fixed", "--resolution", "32")
@@ -260,6 +261,20 @@ def test_conversations_become_token_files_in_a_bucket(bucket, tmp_path, chameleo
         assert verify_tokens.main(["--record", str(files[1]), *tokenizer, "--device", "cpu"]) == 0
     assert records[bucket] == records[tmp_path]
     assert {"files/0-4.arrow", "files/4-7.arrow", "record.json", "record.rejected.jsonl"} <= records[bucket].keys()
+
+
+def test_the_trainer_reads_images_and_members_of_tar_files_by_url(bucket, tmp_path):
+    picture = png((60, 40), (200, 90, 7))
+    tar = write_tar(tmp_path / "0.tar", [("deep/0.png", picture)])
+    (tmp_path / "0.png").write_bytes(picture)
+    for name in ("0.png", "0.tar"):
+        (bucket / name).write_bytes((tmp_path / name).read_bytes())
+    reader = ImageReader(64, 4, False, tmp_path / "members")
+    places = (tmp_path / "0.png", tar / "deep/0.png", bucket / "0.png", bucket / "0.tar/deep/0.png")
+    tiles = [reader(str(place)).tiles for place in places]
+    assert tiles[0].std() and all((one == tiles[0]).all() for one in tiles)
+    with pytest.raises(Failed, match=r"0\.tar has no member deep/1\.png"):
+        reader(str(bucket / "0.tar/deep/1.png"))
 
 
 @pytest.mark.slow
