@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from train_small import flags, text_samples, write_data_config, write_model, write_record
 
 import training.models.attention as attention
-from training.assemble import freeze
-from training.config import STAGES
+from training.assemble import freeze, open_model
+from training.config import STAGES, resolve
 from training.data.packing import Sample, pack
 from training.models import causal_lm
 from training.models.llm import LLMConfig
@@ -135,6 +135,41 @@ def test_compiled_layers_are_made_once_for_all_sizes_and_give_the_same(one_proce
     assert graphs[0] == graphs[-1] <= 3  # the tower's first layer, whose input is not trained, the others, the decoder
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what is read of a mapped file")
+def test_a_process_reads_its_own_rows_of_the_weights_and_a_resumed_one_none(text_run):
+    """What the others read is theirs: each byte once on a node."""
+    file = text_run[0] / "model.safetensors"
+    settings = {"init_from": str(text_run[0]), "data_config": "x", "output_dir": "x"}
+    dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=8)
+    try:
+        read = {}
+        for filled in (True, False):
+            model, folder = open_model(resolve(settings), resumed=not filled)
+            before = bytes_read(file)
+            shard(model, torch.device("cpu"), "bf16", reshard=True, filled=filled)
+            read[filled] = bytes_read(file) - before
+            for name, parameter in model.named_parameters() if filled else ():
+                own = folder.tensors[name].chunk(8)[5:6]
+                assert parameter.to_local().numel() == sum(rows.numel() for rows in own)
+                assert all(torch.equal(parameter.to_local(), rows.float()) for rows in own), name
+            del model, folder
+    finally:
+        dist.destroy_process_group()
+    assert 0.1 < read[True] / file.stat().st_size < 0.5, "an eighth, and pages around it"
+    assert read[False] == 0
+
+
+def bytes_read(file: Path) -> int:
+    """Of a file that is mapped: the pages that this process has touched."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = line.endswith(str(file))
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
 class Log(TorchDispatchMode):
     """What runs: kernels, and operations that put tensors of two devices together or ask the device for a number."""
 
@@ -144,20 +179,21 @@ class Log(TorchDispatchMode):
     )
     WAITS = frozenset(("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"))
 
-    def __init__(self):
+    def __init__(self, device="cuda"):
         super().__init__()
+        self.device = device
         self.kernels, self.mixed, self.waits = [], [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         tensors = [leaf for leaf in tree_leaves([args, kwargs, result]) if isinstance(leaf, torch.Tensor)]
-        on_gpu = [tensor for tensor in tensors if tensor.device.type == "cuda"]
+        on_gpu = [tensor for tensor in tensors if tensor.device.type == self.device]
         if on_gpu and name not in self.VIEWS.split():
             self.kernels.append(name)
         if on_gpu and name in self.WAITS:
             self.waits.append(name)
-        elsewhere = [tensor for tensor in tensors if tensor.device.type != "cuda" and tensor.dim()]
+        elsewhere = [tensor for tensor in tensors if tensor.device.type != self.device and tensor.dim()]
         if on_gpu and elsewhere and name not in ("_to_copy", "copy_"):
             self.mixed.append(name)
         return result
@@ -198,6 +234,34 @@ def test_the_forward_pass_on_cuda_mixes_no_devices_and_never_waits(monkeypatch, 
     tower, decoder = seen[0], seen[-1]
     assert tower == ("cuda", "cuda", torch.int32, 4, {})
     assert decoder == ("cuda", "cuda", torch.int32, 42, attention.CAUSAL)
+
+
+@pytest.mark.parametrize(("stage", "selective", "budget"), [("I", None, 660), ("II", None, 700), ("II", False, 960)])
+def test_a_step_mixes_no_devices_and_never_waits(stage, selective, budget):
+    """Backward pass, clipping and optimizer, too. On meta tensors: autograd wants a real GPU for those that only say
+    they are on one. What asks them for a number raises; the loop itself asks for the norm, once a step.
+    """
+    model = unitoken(stage, masked=range(4, 8196), dropout=0.05)
+    for unit in model.units() if selective is not None else ():
+        recompute(unit, selective=selective)
+    model.to(torch.bfloat16).to("meta")
+    on_cpu = batch(40, 3, 2)
+    moved = {f.name: getattr(on_cpu, f.name) for f in fields(on_cpu) if f.name != "lengths"}
+    moved = {name: value.to("meta") for name, value in moved.items() if isinstance(value, torch.Tensor)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, foreach=True)
+    with Log("meta") as log:
+        loss, _ = model(replace(on_cpu, **moved))
+        loss.backward()
+        forward_and_back = len(log.kernels)
+        torch.nn.utils.clip_grad_norm_(trained, 4.0)
+        optimizer.step()  # makes its moments
+        before = len(log.kernels)
+        optimizer.step()
+    assert all(parameter.grad is not None for parameter in trained)
+    assert not log.mixed and not log.waits
+    assert forward_and_back <= budget, forward_and_back
+    assert len(log.kernels) - before <= 40, "for all tensors at once"
 
 
 @pytest.mark.parametrize("words", [500, 5])

@@ -53,12 +53,22 @@ def process_group(device_name: str = "auto") -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def shard(model: LayeredModel, device: torch.device, precision: str, *, reshard: bool, over: int | None = None) -> None:
-    """Move a model to the device in fp32 and shard it: each of its layers and its `ends()` on its own, then what is
-    left. So only a few of them are there as a whole, and the next one's weights come while this one computes.
+def shard(
+    model: LayeredModel,
+    device: torch.device,
+    precision: str,
+    *,
+    reshard: bool,
+    over: int | None = None,
+    filled: bool = True,
+) -> None:
+    """Shard a model on the device in fp32: each of its layers and its `ends()` on its own, then what is left. So only
+    a few of them are there as a whole, and the next one's weights come while this one computes.
 
     With `reshard` a layer's weights are gathered again for the backward pass (ZeRO-3), without they stay (ZeRO-2).
     `over` is how many processes share one copy of the model, neighbours in rank, as on a node; all of them if None.
+    Of weights that are mapped from files each process reads its own rows; with `filled` false none, as a checkpoint
+    will fill them.
     """
     world = dist.get_world_size()
     over = over or world
@@ -68,9 +78,20 @@ def shard(model: LayeredModel, device: torch.device, precision: str, *, reshard:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     policy = MixedPrecisionPolicy(param_dtype=choose_dtype(precision), reduce_dtype=torch.float32)
     units = [(unit, reshard) for unit in model.units()] + [(end, False) for end in model.ends()] + [(model, False)]
+    weights = {name: parameter.data for name, parameter in model.named_parameters()} if filled else {}
     for unit, again in units:
-        unit.to(device).to(torch.float32)  # in this order: 16 bits cross the bus, the device widens them
+        for parameter in unit.parameters():
+            if not isinstance(parameter, DTensor):
+                parameter.data = torch.empty_like(parameter, dtype=torch.float32, device=device)
+        unit.to(device).to(torch.float32)  # what is no parameter
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+    part = mesh.get_local_rank("shard")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters() if filled else ():
+            rows = -(-len(weights[name]) // mesh["shard"].size())
+            own = weights.pop(name)[part * rows : (part + 1) * rows]
+            assert isinstance(parameter, DTensor)  # by now
+            parameter.to_local().copy_(own.to(device))  # 16 bits cross the bus, the device widens them
 
 
 def synchronise_gradients(model: nn.Module, *, last: bool, whole: bool) -> None:

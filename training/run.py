@@ -42,7 +42,8 @@ def run(config: TrainConfig, world: int, local_rank: int) -> None:
         whole = on_rank_0(lambda: begin_output(config, data, sheet, folder, model, device, checkpoint))
         flops = Flops(model, folder.llm, folder.vision)
 
-        shard(model, device, config.precision, reshard=config.data_parallel == "fsdp", over=config.shard_over)
+        reshard, over = config.data_parallel == "fsdp", config.shard_over
+        shard(model, device, config.precision, reshard=reshard, over=over, filled=checkpoint is None)
         for unit in model.units() if config.compile else ():
             compile_unit(unit)
         optimizer = build_optimizer(model, config, device)

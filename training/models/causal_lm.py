@@ -121,7 +121,7 @@ def grow(lm: "PreTrainedModel", vocab_size: int, seed: int, *, drawn: bool = Tru
     """Make room for new words.
 
     As in transformers, a new word is drawn around the mean of those there are, with 1e-9 of their covariance; see
-    `draw_words`. With `drawn` false, their weights will come from a checkpoint.
+    `draw_words`. With `drawn` false, all weights will come from a checkpoint.
     """
     words, head = words_and_head(lm)
     known = words.num_embeddings
@@ -132,8 +132,8 @@ def grow(lm: "PreTrainedModel", vocab_size: int, seed: int, *, drawn: bool = Tru
     tables: list[nn.Embedding | nn.Linear] = [words] if tied else [words, head]
     for table in tables:
         grown = torch.empty(vocab_size, table.weight.shape[1], dtype=table.weight.dtype)
-        grown[:known] = table.weight.data
         if drawn:
+            grown[:known] = table.weight.data
             draw_words(grown[:known], generator, out=grown[known:])
         table.weight = nn.Parameter(grown)
     if tied:
