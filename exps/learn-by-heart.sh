@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Can the whole way learn anything? Toy models, one of each kind, learn captions and pictures by heart and draw them
-# again, greedily. Fails unless every code is the one that was learned. On CPU; exps/quickstart.sh, whose tokenizers and
-# data it takes, ends with it.
+# again, greedily. Fails unless every code is the one that was learned. On CPU; exps/quickstart.sh, whose data it takes,
+# ends with it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v torchrun > /dev/null || source exps/setup.sh train,plot
@@ -9,6 +9,7 @@ command -v torchrun > /dev/null || source exps/setup.sh train,plot
 OUT=${OUT:-output/quickstart}
 EXAMPLES=configs/data_configs/train_data_examples
 DRAWINGS=configs/data_configs/unitoken_examples/drawings.json
+CHAMELEON=checkpoints/chameleon_small
 HEART=$OUT/by-heart
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_VISIBLE_DEVICES=
 learn=(python training/train.py --stage II --precision fp32 --num_workers 0 --warmup_epochs 5
@@ -22,15 +23,15 @@ record() { # of token files in $1
 echo "-- UniToken, pictures of 128 x 128"
 unitoken=$HEART/unitoken
 python pre_tokenize/pre_tokenize.py --in_filename $DRAWINGS --out_dir "$unitoken/tokens" --target_size 128 \
-  --image_dir $EXAMPLES --tokenizer_dir "$OUT/tokenizer"
+  --image_dir $EXAMPLES --tokenizer_dir $CHAMELEON
 record "$unitoken/tokens"
-python training/toy_model.py --tokenizer "$OUT/tokenizer" --output_dir "$unitoken/toy"
+python training/toy_model.py --tokenizer $CHAMELEON --output_dir "$unitoken/toy"
 "${learn[@]}" --variant base --init_from "$unitoken/toy/llm" --vit_from "$unitoken/toy/siglip" --unmask_image_logits \
   --data_config "$unitoken/tokens/data.yaml" --output_dir "$unitoken/run" --epochs 100 --lr 5e-3 --dropout 0 --batch_size 4
-"${draw[@]}" --model "$unitoken/run" --tokenizer_dir "$OUT/tokenizer" --prompts $DRAWINGS --image_dir $EXAMPLES \
+"${draw[@]}" --model "$unitoken/run" --tokenizer_dir $CHAMELEON --prompts $DRAWINGS --image_dir $EXAMPLES \
   --target_size 128 --height 128 --width 128 --out "$unitoken/drawn"
 python exps/compare_drawn.py --record "$unitoken/tokens/record.json" --answers "$unitoken/drawn" \
-  --tokenizer_dir "$OUT/tokenizer"
+  --tokenizer_dir $CHAMELEON
 
 echo "-- ILLUME's way: a language model with DualViTok's words, pictures of 128 x 128"
 lm=$HEART/lm

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The whole way on the shipped photographs, on CPU: images -> codes of the trained tokenizer in checkpoints/ -> pictures
-# again; conversations -> token files (of an untrained Chameleon tokenizer) -> stage I and II of a toy model. All in $OUT.
+# The whole way on the shipped photographs, on CPU, with the small trained tokenizers of checkpoints/: images -> codes ->
+# pictures again; conversations -> token files -> stage I and II of a toy model. All in $OUT.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" train,plot
 OUT=${OUT:-output/quickstart}
 EXAMPLES=configs/data_configs/train_data_examples
 DATA=$OUT/data_config.json
 CONFIG=configs/example/dualvitok/dualvitok_small.py
-CHAMELEON=$OUT/tokenizer
+CHAMELEON=checkpoints/chameleon_small
 job=(--data_config "$DATA" --resolution_type fixed --resolution 256)
 tokenizer=(--model_config $CONFIG --tokenizer_checkpoint checkpoints/dualvitok_small)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_VISIBLE_DEVICES=
@@ -37,20 +37,17 @@ step "after: is everything there, are the codes right, what do they look like"
 python vision_tokenizer/tokenizer/verify_codebook.py "${job[@]}" "${tokenizer[@]}" --sample 8
 python vision_tokenizer/tokenizer/preview_codes.py "${job[@]}" "${tokenizer[@]}" --out_dir "$OUT/preview"
 
-step "an untrained Chameleon tokenizer, to have one without a download"
-python -m vision_tokenizer.models.chameleon.untrained --out "$CHAMELEON"
-
 step "conversations to token files, two processes of a shell loop"
 for i in 0 1; do
   python -u pre_tokenize/pre_tokenize.py --splits=2 --rank=$i --target_size 512 --out_dir "$OUT/tokens" \
     --in_filename configs/data_configs/unitoken_examples/conversations.json --image_dir $EXAMPLES \
-    --tokenizer_dir "$CHAMELEON" &> "$OUT/pre_tokenize-$i.log" &
+    --tokenizer_dir $CHAMELEON &> "$OUT/pre_tokenize-$i.log" &
 done
 wait
 python -u pre_tokenize/concat_record.py --sub_record_dir "$OUT/tokens" --save_path "$OUT/tokens/record.json"
 
 step "stage I and II of a toy model on those token files"
-OUTPUT=$OUT/train RECORD=$OUT/tokens/record.json TOKENIZER=$CHAMELEON bash exps/smoke-train.sh
+OUTPUT=$OUT/train RECORD=$OUT/tokens/record.json bash exps/smoke-train.sh
 
 step "captions learned by heart by toy models of both kinds, and their pictures drawn again"
 OUT=$OUT bash exps/learn-by-heart.sh

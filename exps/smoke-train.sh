@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 command -v torchrun > /dev/null || source exps/setup.sh train,plot
 
 RECORD=${RECORD:-output/quickstart/tokens/record.json}
-TOKENIZER=${TOKENIZER:-output/quickstart/tokenizer} # with which RECORD was made
+TOKENIZER=${TOKENIZER:-checkpoints/chameleon_small} # with which RECORD was made
 OUTPUT=${OUTPUT:-output/smoke-train}
 STEPS=${STEPS:-12}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_VISIBLE_DEVICES=

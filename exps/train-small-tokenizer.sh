@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# checkpoints/dualvitok_small again, from Debian's photograph packages to weights: about 80 minutes of one CPU core.
+# The tokenizers of checkpoints/ again, from Debian's photograph packages to weights: some two hours of one CPU core.
 # Prints first what it downloads, and under which licence. Needs Debian or Ubuntu (apt-get download, no root).
 #   OUT=output/small-tokenizer bash exps/train-small-tokenizer.sh      interrupted, it goes on where it was
 set -euo pipefail
@@ -8,6 +8,7 @@ OUT=${OUT:-output/small-tokenizer}
 PHOTOS=${PHOTOS:-$OUT/photographs}
 HELD_OUT=${HELD_OUT:-configs/data_configs/train_data_examples}
 DUALVITOK=configs/example/dualvitok/dualvitok_small.py
+CHAMELEON=configs/example/chameleon_small.py
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 step() { printf '\n== %s\n' "$*"; }
 train() { python vision_tokenizer/tokenizer/train_dualvitok.py "$@" --data_path="$PHOTOS" --eval_path="$HELD_OUT"; }
@@ -29,6 +30,14 @@ train $DUALVITOK --results_dir="$OUT/second" "${second[@]}" --max_steps=500 \
 python -m vision_tokenizer.fitting.export --use_ema --out "$OUT/dualvitok_small" \
   --checkpoint "$OUT/second/DualViTok/checkpoints/0000500.pt"
 
+step "Chameleon's VQGAN: a linear autoencoder, then its decoder learns"
+train $CHAMELEON --results_dir="$OUT/vqgan"
+python -m vision_tokenizer.models.chameleon.untrained --out "$OUT/chameleon_small" # for its text_tokenizer.json
+python -m vision_tokenizer.fitting.export --use_ema --out "$OUT/chameleon_small" \
+  --checkpoint "$OUT/vqgan/ChameleonVQGAN/checkpoints/0003000.pt"
+
 step "how good they are on pictures they never saw"
-python vision_tokenizer/tokenizer/evaluate_tokenizer.py --images "$HELD_OUT" --out_dir "$OUT/evaluation" \
+python vision_tokenizer/tokenizer/evaluate_tokenizer.py --images "$HELD_OUT" --out_dir "$OUT/evaluation/dualvitok" \
   --model_config $DUALVITOK --tokenizer_checkpoint "$OUT/dualvitok_small"
+python vision_tokenizer/tokenizer/evaluate_tokenizer.py --images "$HELD_OUT" --out_dir "$OUT/evaluation/chameleon" \
+  --chameleon "$OUT/chameleon_small" --compare "$OUT/evaluation/dualvitok"

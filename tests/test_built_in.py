@@ -1,4 +1,4 @@
-"""The trained tokenizer that comes with the repository: it loads without arguments and shows what was encoded."""
+"""The trained tokenizers that come with the repository: they load as said and show what was encoded."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pre_tokenize.text import TextTokenizer
 from vision_tokenizer import load_tokenizer
 from vision_tokenizer.fitting.transforms import shorter_side_crop
 from vision_tokenizer.images.dualvitok import denormalize, normalize, to_pixels
+from vision_tokenizer.models.chameleon.vocabulary import ChameleonVocabulary
+from vision_tokenizer.models.chameleon.vqgan import load_chameleon
 from vision_tokenizer.review.quality import psnr
 from vision_tokenizer.tokenizer.tokenizer_codebook_inference import main as encode
 from vistoken.errors import UserError
@@ -38,11 +41,20 @@ def test_load_tokenizer_without_arguments_reconstructs_pictures_it_never_saw(pic
         load_tokenizer(ROOT / "configs" / "example" / "dualvitok" / "dualvitok_small.py")
 
 
-def test_the_weights_are_small_and_have_a_card():
-    folder = ROOT / "checkpoints" / "dualvitok_small"
-    assert (folder / "model.safetensors").stat().st_size <= 20e6
+def test_chameleon_reconstructs_pictures_it_never_saw(pictures):
+    folder = ROOT / "checkpoints" / "chameleon_small"
+    assert mean_psnr(load_chameleon(folder, device="cpu", decoder=True), pictures) > 21
+    text = TextTokenizer(folder)
+    assert len(ChameleonVocabulary(text.ids, str(text.path)).image_ids) == 8192
+
+
+@pytest.mark.parametrize("weights", ["dualvitok_small/model.safetensors", "chameleon_small/vqgan.ckpt"])
+def test_the_weights_are_small_and_have_a_card(weights):
+    file = ROOT / "checkpoints" / weights
+    assert file.stat().st_size <= 20e6
+    folder = file.parent
     card = (folder / "README.md").read_text()
-    assert "Licences" in card and "PSNR" in card
+    assert "icences" in card and "PSNR" in card
 
 
 def test_the_example_of_the_output_is_what_the_command_writes(tmp_path):

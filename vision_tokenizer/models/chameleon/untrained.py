@@ -1,6 +1,6 @@
 """Write untrained Chameleon tokenizers, so that everything can be tried without downloading any.
 
-    python -m vision_tokenizer.models.chameleon.untrained --out output/quickstart/tokenizer
+    python -m vision_tokenizer.models.chameleon.untrained --out output/untrained
 
 The folder gets what a release has: `vqgan.yaml` and `vqgan.ckpt`, a VQGAN with random weights, and
 `text_tokenizer.json`, the special and image tokens under their real ids and a text vocabulary of single bytes. Codes
