@@ -187,6 +187,7 @@ def measure_evaluation(args: argparse.Namespace) -> dict:
         "job_images_s": round(ours, 2),
         "one_by_one_images_s": round(loop, 2),
         "ratio": round(ours / loop, 2),
+        "job_images_per_s_of_cpu": round(our_cpu, 2),
         "ratio_of_cpu_time": round(our_cpu / loop_cpu, 2),
     }
 
