@@ -192,6 +192,18 @@ def test_what_goes_wrong_on_one_process_ends_all_and_its_reason_is_told(tmp_path
     assert "training/loop.py" not in output  # no traceback of ours
 
 
+@pytest.mark.slow
+def test_a_run_by_tokens_goes_on_to_the_last_bit_and_has_the_steps_of_one_by_samples(tmp_path, model, text):
+    by_samples = train(model, text, tmp_path / "samples", global_batch_size=8, epochs=2)
+    way = {"global_batch_size": 8, "batch_size": False, "batch_tokens": 70, "epochs": 2, "dropout": 0.1}
+    whole = train(model, text, tmp_path / "whole", **way)
+    train(model, text, tmp_path / "parts", **way, max_steps=3)
+    assert train(model, text, tmp_path / "parts", **way) == whole
+    assert [line["tokens"] for line in whole] == [line["tokens"] for line in by_samples]
+    whole = train(model, text, tmp_path / "plain", **way | {"dropout": 0})
+    assert_curve(whole, by_samples, 1e-4)
+
+
 def test_other_changed_settings_are_told_on_resume(tmp_path, model, text, capsys):
     train(model, text, tmp_path, **TEXT, max_steps=3)
     train(model, text, tmp_path, **TEXT, max_steps=4, lr=1e-4)

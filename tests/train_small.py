@@ -75,7 +75,7 @@ def text_samples(count: int, seed: int = 0) -> list[TokenSample]:
     random = np.random.default_rng(seed)
     lengths = random.integers(8, 40, count)
     return [
-        TokenSample(i, random.integers(8900, 10000, length).astype(np.int32), np.arange(length) >= length // 2, ())
+        TokenSample(i, random.integers(8900, 10000, length).astype(np.int32), np.arange(length) >= length // 2, (), ())
         for i, length in enumerate(lengths)
     ]
 
