@@ -73,7 +73,7 @@ class Record:
         """A record whose columns lie in `folder`."""
         return cls(path, {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in COLUMNS}, folder)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return (Record.mapped, (self.path, self.folder)) if self.folder else (Record, (self.path, self._columns))
 
     def __len__(self) -> int:

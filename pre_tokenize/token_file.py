@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, overload
 
 import numpy as np
 import orjson
@@ -105,7 +105,11 @@ class TokenFiles(Sequence[TokenSample]):
                     return self._shard(int(index)).manifest
             raise
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> TokenSample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenSample]: ...
+    def __getitem__(self, index: int | slice) -> TokenSample | list[TokenSample]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         record = self.record
@@ -204,7 +208,7 @@ class CheckedFiles:
             self._descriptor = os.open(self.path, os.O_RDWR)
         return self._descriptor
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return CheckedFiles, (self.path,)
 
 
@@ -352,7 +356,7 @@ def pickle_bytes(sample: TokenSample) -> bytes:
 class _PlainUnpickler(pickle.Unpickler):
     """Containers, numbers and strings only: nothing that a file could have executed."""
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"asks for {module}.{name}, and a token file needs no code")
 
 

@@ -26,7 +26,7 @@ BATCH_SIZE = 4  # samples a process takes at a time, if global_batch_size gives 
 
 def option(
     default: Any, text: str, *, choices: Sequence[str] = (), low: float | None = None, above: float | None = None
-):
+) -> Any:  # as dataclasses.field itself
     """A field with its help; numbers must be at least `low`, or greater than `above`."""
     return field(default=default, metadata={"help": text, "choices": choices, "low": low, "above": above})
 

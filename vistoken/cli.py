@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple, TextIO
 
 from vistoken.errors import DataError, Preempted, UserError, is_out_of_memory
@@ -69,7 +70,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class CommandParser(argparse.ArgumentParser):
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As ever, but for paths that are not UTF-8: manifests and records name them, and JSON cannot spell them."""
         for text in sys.argv[1:] if args is None else args:
             if not is_text(text):
@@ -221,7 +222,9 @@ def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = s
     warnings.filterwarnings("ignore", module="PIL")  # remarks on single images; bad ones are counted
     if leave is not sys.exit:
 
-        def hook(kind, error, trace) -> None:  # torch.distributed hands over a stand-in for sys.stderr
+        def hook(
+            kind: type[BaseException], error: BaseException, trace: TracebackType | None
+        ) -> None:  # torch.distributed hands over a stand-in for sys.stderr
             traceback.print_exception(kind, error, trace, file=sys.__stderr__)
             leave(BAD_DATA)
 

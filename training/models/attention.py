@@ -78,7 +78,7 @@ def _opaque_attention(
 
 
 @_opaque_attention.register_fake
-def _(q, k, v, bounds, causal):
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, causal: bool) -> torch.Tensor:
     return q.new_empty(q.shape)
 
 
@@ -114,16 +114,18 @@ def _backward_of_sample(
 
 
 @_opaque_backward.register_fake
-def _(grad, q, k, v, bounds, causal):
+def _(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     *tensors, ctx.causal = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return *_opaque_backward(grad, *ctx.saved_tensors, ctx.causal), None, None
 
 

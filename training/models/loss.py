@@ -3,9 +3,11 @@
 Legend: N positions with a label, C hidden size, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 CHUNK = 1 << 28  # fp32 logits that exist at once, 1 GiB: 4096 positions at 65,536 words
 
@@ -18,7 +20,9 @@ class _LinearLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, z_weight, masked):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_weight: float, masked: range | None
+    ) -> tuple[Tensor, Tensor]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         sums = hidden.new_zeros(2, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -32,21 +36,21 @@ class _LinearLoss(torch.autograd.Function):
                 logits[:, masked.start : masked.stop] = torch.finfo(logits.dtype).min
             lse = logits.logsumexp(-1, keepdim=True)
             sums += torch.stack(((lse - logits.gather(1, target)).sum(), lse.square().sum()))
-            if not (wants_hidden or wants_weight):
+            if grad_hidden is None and grad_weight is None:
                 continue
             # d/dlogits of (lse - logit[target]) + z * lse^2
             slope = logits.sub_(lse).exp_().mul_(1 + 2 * z_weight * lse)
             slope = slope.scatter_add_(1, target, torch.full_like(lse, -1)).to(h.dtype)
-            if wants_hidden:
+            if grad_hidden is not None:
                 grad_hidden[rows] = slope @ weight
-            if wants_weight:
+            if grad_weight is not None:
                 grad_weight += slope.T @ h
         ctx.grads, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype
         ctx.mark_non_differentiable(sums)
         return sums[0] + z_weight * sums[1], sums
 
     @staticmethod
-    def backward(ctx, grad_total, _):
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (grad_hidden, grad_weight), ctx.grads = ctx.grads, None  # scaled in place, so there is no second backward pass
         if grad_hidden is not None:
             grad_hidden = (grad_hidden.float() * grad_total).to(grad_hidden.dtype)  # 1 / labels is no 16-bit number
@@ -56,8 +60,8 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def linear_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, z_weight: float, masked: range | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_weight: float, masked: range | None = None
+) -> tuple[Tensor, Tensor]:
     """Loss of the words that `hidden @ weight.T` predicts.
 
     hidden is (N, C), weight (V, C), targets (N,) word ids. Returns the sum over positions of
@@ -73,7 +77,9 @@ class Head(nn.Linear):
     Calling it, instead of reading its weight, is what makes its shards come together under FSDP.
     """
 
-    def forward(self, hidden, targets=None, z_weight=0.0, masked=None):
+    def forward(
+        self, input: Tensor, targets: Tensor | None = None, z_weight: float = 0.0, masked: range | None = None
+    ) -> Any:
         if targets is None:
-            return super().forward(hidden)
-        return linear_loss(hidden, self.weight, targets, z_weight, masked)
+            return super().forward(input)
+        return linear_loss(input, self.weight, targets, z_weight, masked)

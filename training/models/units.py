@@ -1,11 +1,18 @@
 """Models by their layers, and what is done to each of these: recomputing its activations, and compiling it."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 ATTENTION = (  # whose results `selective` keeps, by the name of the operation
     "_scaled_dot_product_flash_attention",
@@ -48,7 +55,7 @@ def compile_unit(unit: nn.Module, backend: str = "inductor") -> None:
     """
     compiled = torch.compile(unit.forward, backend=backend)
 
-    def run(*args, **kwargs):
+    def run(*args: Any, **kwargs: Any) -> Any:
         for tensor in tree_leaves([args, kwargs]):
             if isinstance(tensor, torch.Tensor):
                 last = max(tensor.ndim - 1, 1)  # the width, which never changes
@@ -59,16 +66,16 @@ def compile_unit(unit: nn.Module, backend: str = "inductor") -> None:
 
 
 def _checkpointed(forward: Callable, options: dict) -> Callable:
-    def run(*args, **kwargs):
+    def run(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
 
     return run
 
 
-def _selective():
+def _selective() -> tuple[AbstractContextManager, AbstractContextManager]:
     products = {False: 0, True: 0}  # of the forward pass and of the recomputation, where they come in the same order
 
-    def policy(context, operation, *args, **kwargs):
+    def policy(context: SelectiveCheckpointContext, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         keep = operation.__name__.split(".")[0] in ATTENTION
         if operation in PRODUCTS:
             products[context.is_recompute] += 1

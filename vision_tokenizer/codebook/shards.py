@@ -6,7 +6,7 @@ a parquet file has them as columns; its image is `{bytes, path}`, bytes, or a li
 
 import os
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from stat import S_ISREG
 from typing import Any
@@ -104,8 +104,11 @@ class ShardTable:
             item_id = values.get("id", f"{shard_stem(self.path.name)}/{sample.index}") if values else None
             yield self._item(sample, item_id, self._of_row)
 
-    def _item(self, sample: Sample, item_id: Any, make) -> ShardItem:
-        value, raw, attached, error = None, b"", {}, sample.error
+    def _item(
+        self, sample: Sample, item_id: Any, make: Callable[[Sample, Any], tuple[dict[str, Any], dict[str, Attached]]]
+    ) -> ShardItem:
+        value, raw, error = None, b"", sample.error
+        attached: dict[str, Attached] = {}
         if error is None:
             try:
                 value, attached = make(sample, item_id)

@@ -58,7 +58,7 @@ class Block(nn.Module):
 class Lite0(nn.Module):
     """(B, 3, H, W) in [-1, 1] -> features. Frozen; gradients reach the pictures."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._conv_stem, self._bn0 = SameConv(3, 32, 3, 2, bias=False), _norm(32)
         self._blocks = nn.ModuleList()

@@ -79,7 +79,7 @@ class Lecam(nn.Module):
     real: Tensor
     fake: Tensor
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("real", torch.zeros(()))
         self.register_buffer("fake", torch.zeros(()))

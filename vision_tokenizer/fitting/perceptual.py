@@ -39,7 +39,7 @@ class Lpips(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.features = _vgg_features()
         self.linear = nn.ParameterList(torch.zeros(width) for width in WIDTHS)

@@ -108,7 +108,7 @@ def open_data(settings: RunSettings, world: int) -> tuple[Callable, int]:
     data = Photographs([path for path, _ in files], settings.data_args)
     note(f"{len(files):,} pictures, {order.length() * order.batch * world:,} of them in each epoch's batches")
 
-    def batches(step: int):
+    def batches(step: int) -> Iterator[tuple[int, list[Batch]]]:
         return batches_from(data, order, step, settings.gradient_accumulation_steps, settings.num_workers)
 
     return batches, order.length() // settings.gradient_accumulation_steps

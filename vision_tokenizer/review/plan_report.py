@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log2
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
@@ -19,6 +19,9 @@ from vistoken.errors import UserError
 from vistoken.jobs.counts import counts_table, table
 from vistoken.jobs.files import atomic_write
 from vistoken.store import Location
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RELEASED_CODEBOOKS = (32768, 98304)
 VERDICT_THRESHOLDS = (0.1, 0.2, 0.3)
@@ -202,7 +205,7 @@ def _octaves(anchor: tuple[int, int]) -> float:
     return log2(anchor[1] / anchor[0])
 
 
-def _dress(axes, octaves: Sequence[float], choices: Sequence[tuple[int, int]]) -> None:
+def _dress(axes: "Axes", octaves: Sequence[float], choices: Sequence[tuple[int, int]]) -> None:
     for anchor in choices:
         axes.axvline(_octaves(anchor), color="#00000033", linewidth=0.8, zorder=0)
     ticks = range(floor(min(octaves)) - 1, ceil(max(octaves)) + 2)
@@ -210,7 +213,7 @@ def _dress(axes, octaves: Sequence[float], choices: Sequence[tuple[int, int]]) -
     axes.set_xlim(ticks[0], ticks[-1])
     axes.set_xlabel("width : height (lines: the anchors)")
     axes.set_ylabel("images")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="y", integer=True)
     axes.set_title("Aspect ratios, and the anchor (height x width) that images are matched to", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     if axes.containers:

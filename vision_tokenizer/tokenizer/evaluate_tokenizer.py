@@ -19,8 +19,10 @@ from vistoken.cli import add_dtype, add_max_failed, at_least, command_parser, no
 from vistoken.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from vision_tokenizer.models.protocol import ImageTokenizer
-    from vision_tokenizer.review.evaluate import Measures
+    from vision_tokenizer.review.evaluate import Features, Measures
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -138,7 +140,7 @@ def open_measures(args: argparse.Namespace) -> "Measures":
     return Measures(distances, features)
 
 
-def open_inception(weights: Path, device):
+def open_inception(weights: Path, device: "torch.device") -> "Features":
     """torch-fidelity's network with weights from a file."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

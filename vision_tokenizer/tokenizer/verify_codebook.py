@@ -12,6 +12,7 @@ Writes nothing. One process, on a GPU if there is one (`--device cpu` if not).
 """
 
 import argparse
+from typing import TYPE_CHECKING
 
 from vision_tokenizer.codebook.annotations import select_datasets
 from vision_tokenizer.tokenizer.flags import (
@@ -43,6 +44,12 @@ def open_outputs(args: argparse.Namespace) -> list:
         output_dirname=args.output_dirname,
     )
     return [open_output(dataset, where) for dataset in select_datasets(args.data_config, args.datasets)]
+
+
+if TYPE_CHECKING:
+    from vision_tokenizer.codebook.read import Output, Place
+    from vision_tokenizer.models.dualvitok.model import DualViTok
+    from vision_tokenizer.review.issues import Issues, Reservoir
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -81,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if issues.counts else 0
 
 
-def load_tokenizer(args: argparse.Namespace):
+def load_tokenizer(args: argparse.Namespace) -> "DualViTok | None":
     if args.tokenizer_checkpoint is None:
         return None
     from vision_tokenizer.models.dualvitok.model import load_dualvitok
@@ -91,7 +98,9 @@ def load_tokenizer(args: argparse.Namespace):
     )
 
 
-def encode_again(tokenizer, checkpoint: str, outputs: list, sample, issues) -> None:
+def encode_again(
+    tokenizer: "DualViTok", checkpoint: str, outputs: "list[Output]", sample: "Reservoir[Place]", issues: "Issues"
+) -> None:
     from vision_tokenizer.review.reencode import reencode
 
     for output in outputs:

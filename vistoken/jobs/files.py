@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -174,7 +175,7 @@ def run_lock(folder: Location, rank: int = 0, splits: int = 1) -> Iterator[bool]
         yield alone
 
 
-def _open(path: Path):
+def _open(path: Path) -> FileIO:
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("ab+", buffering=0)
@@ -188,7 +189,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot write ({error.strerror}). Make room or fix the permissions.") from error
 
 
-def _flock(file, mode: int) -> bool:
+def _flock(file: FileIO, mode: int) -> bool:
     try:
         fcntl.flock(file, mode)
     except BlockingIOError:

@@ -94,7 +94,7 @@ class Window(io.RawIOBase):
         self._at = max(offset + (0, self._at, self._size)[whence], 0)
         return self._at
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         self._file.seek(self._offset + self._at)
         content = self._file.read(min(len(buffer), max(self._size - self._at, 0)))
         buffer[: len(content)] = content

@@ -9,8 +9,12 @@ codes, but the codes mean nothing and decode to noise. Needs no GPU; the small m
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vistoken.cli import command_parser, run_command
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def untrained_state(shapes: dict[str, tuple[int, ...]]) -> dict:
@@ -26,7 +30,7 @@ def untrained_state(shapes: dict[str, tuple[int, ...]]) -> dict:
     return state
 
 
-def _scaled(name: str, noise):
+def _scaled(name: str, noise: "np.ndarray") -> "np.ndarray":
     if name.endswith("codebook"):
         return 0.5 * noise
     if name.endswith(".bias"):
