@@ -8,6 +8,7 @@
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from vision_tokenizer.images.files import damage_named, read_image
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vision_tokenizer.review.frechet import Moments, frechet_distance
 from vision_tokenizer.review.quality import CodeUse, psnr, ssim, ssim_uniform
+from vistoken.device import default_workers
 from vistoken.errors import ItemError
 from vistoken.jobs.chunks import Item, chunk_table
 from vistoken.jobs.counts import Counts
@@ -115,12 +117,14 @@ class EvaluationChunk(OpenChunk):
         rows: list[dict[str, Any]] = []
         arrays: dict[str, list[np.ndarray]] = {}
         ready: list[tuple[Item, Tensor]] = []
-        for item in self.todo():
-            try:
-                with watch("decode"):
-                    ready.append((item, picture(location(item.value["image"]), side)))
-            except ItemError as error:
-                self.fail(item, error)
+        with ThreadPoolExecutor(default_workers()) as pool:
+            opened = [(item, pool.submit(picture, location(item.value["image"]), side)) for item in self.todo()]
+            for item, decoded in opened:
+                try:
+                    with watch("decode"):
+                        ready.append((item, decoded.result()))
+                except ItemError as error:
+                    self.fail(item, error)
         for start in range(0, len(ready), batch_size):
             batch = ready[start : start + batch_size]
             with watch("tokenizer"):
