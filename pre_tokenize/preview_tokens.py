@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{args.record}: no items in it")
     manifest = files.manifest()
     reader = load_format(manifest, TextTokenizer(args.text_tokenizer or args.tokenizer_dir))
-    tokenizer, original = image_parts(args, manifest)
+    tokenizer, original = image_parts(args, manifest, args.data_config)
     renderer, conversations = Renderer(reader, tokenizer, original), []
     contents = count_contents(files, draw(len(files), COUNTED, args.seed), reader)
     for position in draw(len(files), args.sample, args.seed):
@@ -88,8 +88,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def image_parts(args: argparse.Namespace, manifest: dict[str, Any] | None) -> "tuple[ImageTokenizer | None, Original]":
-    """What decodes the codes (None: nothing), and what reads an original as it was encoded."""
+def image_parts(
+    args: argparse.Namespace, manifest: dict[str, Any] | None, data_config: Location | None = None
+) -> "tuple[ImageTokenizer | None, Original]":
+    """What decodes the codes (None: nothing), and what reads an original as it was encoded.
+
+    `data_config` names the shards where images lie that are no files.
+    """
     name = manifest["image_tokenizer"]["name"] if manifest else "chameleon"
     if name == "chameleon":
         from vision_tokenizer.images.chameleon import prepare
@@ -107,7 +112,7 @@ def image_parts(args: argparse.Namespace, manifest: dict[str, Any] | None) -> "t
     if args.model_config:
         tokenizer = load_dualvitok(args.model_config, args.tokenizer_checkpoint, device=args.device, decoder=True)
         check_fingerprint(manifest, tokenizer, args.tokenizer_checkpoint)
-    find = shard_images(args.data_config) if args.data_config else lambda path: path
+    find = shard_images(data_config) if data_config else lambda path: path
     return tokenizer, lambda path, block: prepare_at(find(path), (block.size,), 0.0)[0]
 
 
