@@ -64,7 +64,7 @@ def write_text_tokenizer(path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (*begin, *special)])
-    write_bytes(path, tokenizer.to_str(pretty=True).encode())
+    write_bytes(path, tokenizer.to_str().encode())
 
 
 if __name__ == "__main__":
