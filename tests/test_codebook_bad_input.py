@@ -249,6 +249,7 @@ def test_other_mistakes_in_the_call(tmp_path, photo, run):
         run(config, "--max_failed", "2")
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_until_told_to_begin_anew(tmp_path, photo, run):
     config = make_dataset(tmp_path, {"good.png": photo}, b'{"images": "good.png"}')
     assert run(config) == 0

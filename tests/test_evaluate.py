@@ -93,6 +93,7 @@ def test_tokenizers_are_compared_on_the_same_pictures(arguments, chameleon_folde
         evaluate(more)
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_read_is_accounted_for(arguments, pictures, tmp_path):
     shutil.copy(GOLDEN / "images" / "broken.jpg", pictures / "broken.jpg")
     assert evaluate(arguments) == 1

@@ -180,6 +180,7 @@ def portrait(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_codebook_inference_turns_pictures_upright(
     portrait, tmp_path, dualvitok_config, dualvitok_checkpoint, monkeypatch, capsys
 ):

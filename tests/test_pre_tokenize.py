@@ -91,6 +91,7 @@ def test_golden_tokens_and_labels(golden, tokenize, tmp_path, crop):
     assert len(found[10].tokens) == (1993 if crop == "variable" else 2125)
 
 
+@pytest.mark.slow
 def test_more_golden_items(golden, tokenize, tmp_path):
     """Transparency, an image that is halved first, `assistant`, one image several times, nothing to predict."""
     data = golden / "chameleon_small" / "more_conversations.json"

@@ -94,6 +94,7 @@ def test_a_browser_finds_every_part_and_shows_both_themes(previewed, tmp_path):
     assert papers[0] > 200 and papers[1] < 60
 
 
+@pytest.mark.slow
 def test_sequences_of_dualvitok_codes(tmp_path, golden, dualvitok_config, dualvitok_checkpoint):
     tokenizer = extended_tokenizer(tmp_path)
     source = write_lines(tmp_path / "data.jsonl", golden_lines("editing/fixed_256/0000"))

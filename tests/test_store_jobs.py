@@ -186,6 +186,7 @@ def test_one_rank_killed_then_all_three_and_the_bytes_are_the_same(server, bucke
     assert final_bytes(bucket / "out", bucket) == final_bytes(tmp_path / "out", tmp_path)
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_in_a_bucket(bucket, encode):
     fill(bucket)
     encode(bucket)

@@ -245,6 +245,7 @@ def test_out_of_memory_names_what_to_lower(tmp_path, model, images, monkeypatch,
         train(model, images, tmp_path / "output", **way)
 
 
+@pytest.mark.slow
 def test_a_refused_resume_leaves_the_runs_configuration(tmp_path, model, text):
     train(model, text, tmp_path, **TEXT, max_steps=3)
     before = (tmp_path / "config.yaml").read_text()
@@ -560,6 +561,7 @@ def held_out_losses(run, *records):
     return {name: pytest.approx(loss / labels, rel=1e-5) for name, (loss, labels) in sums.items()}
 
 
+@pytest.mark.slow
 def test_held_out_samples_are_measured_and_never_trained_on(tmp_path, monkeypatch):
     """By id, so that a run that goes on holds out the same ones."""
     trained_on = set()
