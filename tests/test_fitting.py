@@ -485,6 +485,8 @@ def test_a_linear_start_says_what_is_too_narrow(pictures):
     pixels = torch.rand(2, 3, 64, 64)
     with pytest.raises(UserError, match="embed_dim 8 is more than z_channels"):
         start_linear(small_vqgan(z_channels=4), [pixels])
+    with pytest.raises(UserError, match="linear_start: 12 components do not fit 8 channels"):
+        start_linear(small_vqgan(ch=8, ch_mult=[2, 2, 1, 1, 2]), [pixels])
     with pytest.raises(UserError, match="need 4 channels in each of 16 groups, ch \\* ch_mult gives 2"):
         start_linear(small_vqgan(num_groups=16), [pixels])
 

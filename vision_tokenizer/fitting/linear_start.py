@@ -94,6 +94,8 @@ def _unit(spread: Tensor) -> Tensor:
 
 def _pass_on(conv: nn.Conv2d, count: int) -> None:
     """The first `count` channels leave `conv` as they came."""
+    if count > (room := min(conv.in_channels, conv.out_channels)):
+        raise UserError(f"linear_start: {count} components do not fit {room} channels: raise ch")
     middle = conv.kernel_size[0] // 2
     conv.weight[:count] = 0
     conv.weight[range(count), range(count), middle, middle] = 1
