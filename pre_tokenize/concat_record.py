@@ -30,8 +30,8 @@ import orjson
 from tqdm import tqdm
 
 from pre_tokenize.record import Lengths, companions, entry_line, manifest_id, read_entries
-from pre_tokenize.token_file import MAKE_ANEW, Contents, contents_of
-from vision_tokenizer.images.files import open_image
+from pre_tokenize.token_file import MAKE_ANEW, Contents, contents_of, exif_orientation_of
+from vision_tokenizer.images.files import open_image, upright_size
 from vistoken.cli import command_parser, run_command
 from vistoken.errors import DataError, Failed, UserError
 from vistoken.files import is_there, open_file
@@ -268,18 +268,19 @@ class ImageSizes:
         """None where one cannot be read: training will put another sample in the place of this one."""
         if file is not self._file:
             folder = location((file.manifest or {}).get("image_dir", ""))
+            orientation = exif_orientation_of(file.manifest)
             names = {name for number in range(len(file.ids)) for name in file.images(number)}
             self._file = file
-            self._read = {name: self._pool.submit(_image_size, within(folder, name)) for name in names}
+            self._read = {name: self._pool.submit(_image_size, within(folder, name), orientation) for name in names}
         images = file.images(row)
         sizes = [size for name in images if (size := self._read[name].result())]
         return sizes if len(sizes) == len(images) else None
 
 
-def _image_size(path: Location) -> tuple[int, int] | None:
+def _image_size(path: Location, orientation: str) -> tuple[int, int] | None:
     try:
         with open_image(path) as image:
-            return image.height, image.width
+            return upright_size(image, orientation)
     except Failed:
         return None
 

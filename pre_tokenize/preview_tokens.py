@@ -97,12 +97,13 @@ def image_parts(
     """
     name = manifest["image_tokenizer"]["name"] if manifest else "chameleon"
     if name == "chameleon":
+        from pre_tokenize.token_file import exif_orientation_of
         from vision_tokenizer.images.chameleon import prepare
         from vision_tokenizer.models.chameleon.vqgan import load_chameleon
 
         vqgan = load_chameleon(args.tokenizer_dir, device=args.device, decoder=True)
         check_fingerprint(manifest, vqgan, args.tokenizer_dir)
-        orientation = manifest["settings"].get("exif_orientation", "ignore") if manifest else "ignore"
+        orientation = exif_orientation_of(manifest)
         return vqgan, lambda path, block: prepare(path, [block.size[::-1]], orientation)[0]
 
     from vision_tokenizer.images.dualvitok import prepare as prepare_at

@@ -55,6 +55,11 @@ class TokenSample(NamedTuple):
         return np.where(self.loss_mask, self.tokens, np.int32(IGNORE))
 
 
+def exif_orientation_of(manifest: Mapping[str, Any] | None) -> str:
+    """How images were turned before they were encoded: "ignore", as published, or "apply"."""
+    return str(((manifest or {}).get("settings") or {}).get("exif_orientation", "ignore"))
+
+
 class TokenFiles(Sequence[TokenSample]):
     """The samples of a record, by position; `lengths` tells how long each is without reading it.
 

@@ -12,8 +12,11 @@ import pytest
 from codebook_job import dataset, read_lines, run_here, write_config
 from PIL import Image
 
+from pre_tokenize.concat_record import ImageSizes
+from pre_tokenize.concat_record import main as concat_record
 from pre_tokenize.pre_tokenize import main as pre_tokenize
-from pre_tokenize.token_file import read_shard
+from pre_tokenize.token_file import TokenFiles, contents_of
+from training.data.loading import Batches, ImageReader, SampleRules
 from vision_tokenizer.images.files import (
     FORMATS,
     SUFFIXES,
@@ -216,6 +219,14 @@ def test_pre_tokenization_turns_pictures_upright(portrait, chameleon_folder, tmp
         given = {"in_filename": tmp_path / "data.json", "out_dir": tmp_path / name, "tokenizer_dir": chameleon_folder}
         flags = [str(word) for key, value in given.items() for word in (f"--{key}", value)]
         assert pre_tokenize([*flags, "--target_size", "64", "--device", "cpu", *more]) == 0
-        tokens[name] = read_shard(next((tmp_path / name / "files").iterdir()))
-    phone, upright = (next(iter(samples)).tokens for samples in tokens.values())
-    assert np.array_equal(phone, upright)
+        concat_record(["--sub_record_dir", str(tmp_path / name), "--save_path", str(tmp_path / name / "record.json")])
+        tokens[name] = TokenFiles(tmp_path / name / "record.json")
+    phone, upright = tokens.values()
+    assert np.array_equal(phone[0].tokens, upright[0].tokens)
+    # the trainer's continuous tokens, too, are of the picture that was encoded
+    trained = Batches([phone, upright], SampleRules(10343, 4096, None, ImageReader(56, 4, anyres=True)))
+    seen = [trained.sample(number).tiles[0].astype(int) for number in range(2)]
+    assert seen[0].shape == seen[1].shape and np.abs(seen[0] - seen[1]).max() <= 1
+    # and so are sizes that are read afterwards
+    for files in (phone, upright):
+        assert ImageSizes().of_row(contents_of(files.record.file(0)), 0) == [(96, 48)]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pre_tokenize.record import Record
 from pre_tokenize.sequences import SequenceFormat
-from pre_tokenize.token_file import IGNORE, TokenFiles, TokenSample
+from pre_tokenize.token_file import IGNORE, TokenFiles, TokenSample, exif_orientation_of
 from training.data.anyres import ImageInput, continuous_tokens, image_input
 from training.data.packing import IMAGE_END, Batch, Sample, Skipped, discrete, interleave, pack
 from training.data.sampler import RankBatches, Source, uniform
@@ -128,10 +128,11 @@ class ImageReader:
     anyres: bool
     members: Path | None = None  # folder for the indexes of tar files in which images lie, shared by all processes
 
-    def __call__(self, path: str) -> ImageInput:
-        """Raises `Failed` where the file cannot be read."""
+    def __call__(self, path: str, orientation: str = "ignore") -> ImageInput:
+        """`orientation` as pre-tokenization had it. Raises `Failed` where the file cannot be read."""
         indexes.folder = self.members
-        return image_input(read_image(location(path).absolute()).convert("RGB"), self.side, self.grid, self.anyres)
+        image = read_image(location(path).absolute(), orientation).convert("RGB")
+        return image_input(image, self.side, self.grid, self.anyres)
 
     def tokens(self, record: Record, rows: np.ndarray) -> np.ndarray:
         """How many tokens the images of these samples add, as far as the record knows their sizes."""
@@ -140,8 +141,11 @@ class ImageReader:
         return np.bincount(owners, counts, minlength=len(rows)).astype(np.int64)
 
 
-def build_sample(tokens: TokenSample, name: str, rules: SampleRules) -> Sample:
-    """Raises `Failed` for a sample that cannot be used, `UserError` for one that shows that the data is wrong."""
+def build_sample(tokens: TokenSample, name: str, rules: SampleRules, orientation: str = "ignore") -> Sample:
+    """`orientation` is that in which the images were encoded.
+
+    Raises `Failed` for a sample that cannot be used, `UserError` for one that shows that the data is wrong.
+    """
     if len(tokens.tokens) == 0 or tokens.tokens.min() < 0 or tokens.tokens.max() >= rules.vocab_size:
         raise UserError(f"{name}: token ids must lie in 0..{rules.vocab_size - 1}, the model's vocabulary")
     ids, mask = tokens.tokens[: rules.max_seq_len], tokens.loss_mask[: rules.max_seq_len]
@@ -156,7 +160,7 @@ def build_sample(tokens: TokenSample, name: str, rules: SampleRules) -> Sample:
     blocks = int((tokens.tokens == IMAGE_END).sum())
     if blocks != len(tokens.images):
         raise Failed("images do not match", f"{len(tokens.images)} images for {blocks} blocks of image tokens")
-    images = [rules.continuous(path) for path in tokens.images[: int((ids == IMAGE_END).sum())]]
+    images = [rules.continuous(path, orientation) for path in tokens.images[: int((ids == IMAGE_END).sum())]]
     return interleave(name, ids, labels, images)
 
 
@@ -168,6 +172,7 @@ class Batches(Dataset):
     def __init__(self, sources: Sequence[TokenFiles], rules: SampleRules):
         self.sources, self.rules = sources, rules
         self.starts = np.cumsum([0] + [len(files) for files in sources])
+        self.orientations = [exif_orientation_of(files.manifest() if rules.continuous else None) for files in sources]
         self.reading = torch.zeros(0, 2, dtype=torch.int64)  # of each loader process: its id, and the sample it reads
 
     def __getitem__(self, samples: list[int]) -> Batch | UserError:
@@ -192,7 +197,7 @@ class Batches(Dataset):
                 tokens = self.rules.format.without_condition(tokens)
             except ValueError as error:
                 raise Failed("not a whole sequence", str(error)) from error
-        return build_sample(tokens, name, self.rules)
+        return build_sample(tokens, name, self.rules, self.orientations[source])
 
     def read_by(self, process: int) -> str | None:
         """The place of the sample that a loader process has read last."""
