@@ -74,7 +74,7 @@ def run_generation(
             interpreter.close_image,
             on_tokens=lambda count: progress.count(tokens=count),
         )
-        for task in todo([output.source] if output.source.finished() is None else [], workers, progress):
+        for task in todo([output.source], workers, progress):
             chunk = AnswerChunk(task, output.folder, interpreter, settings)
             chunk.ask(model, samples)
             for start in range(0, len(chunk.asked), batch_size):

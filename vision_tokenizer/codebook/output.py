@@ -69,7 +69,7 @@ class Unread(UserError):
     """An input file was not read to its end."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class CodebookFile(JoinedSource):
     """One annotation file or shard on its way to `output`."""
 

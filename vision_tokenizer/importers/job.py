@@ -53,8 +53,7 @@ def run_import(kind: str, source: Format, root: Path, workers: Workers, overwrit
         output.begin(workers, "any" if overwrite else None),
         Progress(workers, items or None, "importing", rates=()) as progress,
     ):
-        unfinished = [file for file in output.sources if file.finished() is None]
-        for task in todo(unfinished, workers, progress):
+        for task in todo(output.sources, workers, progress):
             chunk = OpenChunk(replace(task, previous=None))  # one that failed in part is imported anew
             lines = []
             for item in chunk.todo():
@@ -89,7 +88,7 @@ class SourceTable:
         return self._source.items(self.path, chunk)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SourceFile(JoinedSource):
     """One file of the source on its way to an annotation file."""
 

@@ -92,9 +92,9 @@ def evaluate(
     metrics = output.folder / "metrics.json"
     with output.begin(workers):
         source = output.source
-        finished = source.finished() is not None and metrics.exists()
+        finished = source.was_finished and metrics.exists()
         with Progress(workers, source.table.items, "pictures") as progress:
-            for task in [] if finished else todo([source], workers, progress):
+            for task in todo([source], workers, progress):
                 chunk = EvaluationChunk(replace(task, previous=None))  # one that failed in part is made anew
                 chunk.write(tokenizer, measures, side, batch_size, progress)
             workers.wait_for_all(meanwhile=progress.refresh)

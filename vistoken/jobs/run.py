@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from vistoken.errors import ItemError, UserError
@@ -58,13 +58,17 @@ class Table(Chunks, Protocol):
     def read(self, chunk: Chunk) -> Iterator[Item]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Source:
     """One input file of a job, by chunks, and where their results go."""
 
     table: Table
     results: Results
-    was_finished = False  # whether nothing was left to do when the run began
+    was_finished: bool = field(default=False, init=False)  # nothing was left to do when the run began
+
+    def finished(self) -> Final | None:
+        """What is known of a final file in which nothing failed, else None: there is work to do."""
+        return None
 
     def is_complete(self) -> bool:
         """Whether every chunk has a result."""
@@ -75,7 +79,7 @@ class Source:
         self.results.write(index, result)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class JoinedSource(Source):
     """A source whose results become one file, `output`; then they go, unless a rerun may retry what failed."""
 
@@ -101,12 +105,7 @@ class JoinedSource(Source):
             )
         return final if whole else None
 
-    @cached_property
-    def was_finished(self) -> bool:  # type: ignore[override]
-        return self.finished() is not None
-
     def finished(self) -> Final | None:
-        """What is known of a final file in which nothing failed, else None: there is work to do."""
         final = self.final()
         return None if final is None or final.counts.failed else final
 
@@ -286,12 +285,10 @@ class Output:
             # every worker has the same manifest, or codes of different kinds would be mixed
             check_manifest(self.folder, self.manifest, other_devices=other_devices)
             marks = self._marks()  # one listing instead of a look for each of perhaps 100,000 files
-            for source in self.sources:
-                if source.results.mark.name not in marks:
-                    vars(source)["was_finished"] = False
-            if isinstance(self.work, Url):  # where there are marks they are read side by side
-                marked = [source for source in self.sources if "was_finished" not in vars(source)]
-                deque(read_ahead(lambda source: source.was_finished, marked), maxlen=0)
+            marked = [source for source in self.sources if source.results.mark.name in marks]
+            read = read_ahead if isinstance(self.folder, Url) else map  # a store is asked for several at a time
+            for source, final in zip(marked, read(lambda source: source.finished(), marked), strict=True):
+                source.was_finished = final is not None
             yield
 
     def _settle(self, workers: Workers, restart: str | None, other_devices: bool, held: ExitStack) -> None:
