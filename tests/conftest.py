@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from vistoken.jobs.members import indexes
+
 GOLDEN = Path(__file__).parent / "golden"
 synthetic_tensor = runpy.run_path(str(GOLDEN / "synthetic_weights.py"))["synthetic_tensor"]
+
+
+@pytest.fixture(autouse=True)
+def index_folder(monkeypatch):
+    """pre_tokenize.py sets where its process keeps indexes of tar files; the next test is another process."""
+    monkeypatch.setattr(indexes, "folder", indexes.folder)
 
 
 def synthetic_state(keys: Path) -> dict[str, torch.Tensor]:
