@@ -8,8 +8,8 @@ Every line is JSON. `expected` is what counting FLOPs and bytes says of one H100
 to look at. Weights are drawn, which changes no timing. Parts:
 
     env         matrix rates of the number formats and the rate of a copy: what bounds everything else
-    speed       images/s at 256 and the anchors, by number format and batch, with peak memory; eager, by CUDA graphs,
-                compiled and both, and whether the codes are the same
+    speed       images/s at 256 and the anchors, by number format and batch, with peak memory; by plain formulas, our
+                kernels and compiled, the two also as CUDA graphs, and whether the codes are the same
     vqgan       the same of Chameleon's, for pre-tokenization at 512
     kernels     the 25 kernels that take most of the time in bf16
     invariance  an image's features beside other neighbours, at another place, again, and in padding: all equal
@@ -28,6 +28,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -54,6 +55,7 @@ from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN, VqganSizes
 from vision_tokenizer.models.compiled import compile_modules
 from vision_tokenizer.models.dualvitok.config import read_config
 from vision_tokenizer.models.dualvitok.model import DualViTok, compile_encoder, place
+from vision_tokenizer.models.fused import plain_formulas, prepare
 from vision_tokenizer.models.layers import ConvSizes
 from vision_tokenizer.models.nearest import NO_CODE, nearest_codes
 from vision_tokenizer.models.protocol import ImageTokenizer
@@ -165,6 +167,7 @@ def vqgan(check: Check) -> None:
         for part in (model.encoder, model.quant_conv):
             part.to(choose_dtype(dtype)).to(memory_format=torch.channels_last)
         model.to(check.device)
+        prepare(check.device, choose_dtype(dtype))
         for figures in ways(check, model, lambda model: compile_modules([model.encoder], check.device), sizes):
             tell("vqgan", dtype=dtype, **figures)
 
@@ -176,31 +179,32 @@ def ways(
     sizes: Mapping[tuple[int, int], Sequence[int]],
 ) -> Iterator[dict[str, object]]:
     """What it takes to encode batches in each way, and whether their codes are those of the first way."""
-    eager: dict[object, tuple[Tensor, ...]] = {}
-    for way in ("eager", "graphs", "compiled", "compiled, graphs"):
+    plain: dict[object, tuple[Tensor, ...]] = {}
+    for way in ("plain", "fused", "fused, graphs", "compiled", "compiled, graphs"):
         if way == "compiled":
             compile(model)
-        if "graphs" in way and not check.on_gpu:
-            continue
+        if way not in ("plain", "compiled") and not check.on_gpu:
+            continue  # a CPU has neither graphs nor kernels of our own
         for size, batches in sizes.items():
-            for batch in batches if way == "eager" else batches[-1:]:
+            for batch in batches if way == "fused" or not check.on_gpu else batches[-1:]:
                 encode = Recordings(model).encode if "graphs" in way else partial(check.encode, model)
                 figures: dict[str, object] = {"way": way, "size": size, "batch": batch}
                 images = check.images(batch, *size)
                 try:
-                    took, launching = check.seconds(encode, images, calls=3)
+                    with plain_formulas() if way == "plain" else nullcontext():
+                        took, launching = check.seconds(encode, images, calls=3)
+                        codes = tuple(grid.clone() for grid in encode(images))
                 except torch.OutOfMemoryError:
                     yield figures | {"out_of_memory": True}
                     continue
-                codes = tuple(grid.clone() for grid in encode(images))
-                first = eager.setdefault((size, batch), codes)
+                first = plain.setdefault((size, batch), codes)
                 yield figures | {
                     "images_s": batch / took,
                     "launch_ms": launching * 1e3,
                     "device_ms": took * 1e3,
                     "peak_gib": check.peak_gib(),
                     "codes": digest(codes),
-                    "codes_as_eager": [float((a == b).double().mean()) for a, b in zip(codes, first, strict=True)],
+                    "codes_as_plain": [float((a == b).double().mean()) for a, b in zip(codes, first, strict=True)],
                 }
                 del encode  # and the memory of its recordings
                 check.free()

@@ -31,6 +31,7 @@ from vision_tokenizer.codebook.encoder import Encoder
 from vision_tokenizer.images.chameleon import crop_sizes, prepare
 from vision_tokenizer.models.chameleon.vocabulary import CODEBOOK_SIZE, PIXELS_PER_TOKEN, ChameleonVocabulary
 from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN, load_chameleon
+from vision_tokenizer.models.fused import kernel_facts
 from vistoken.device import device_facts
 from vistoken.errors import ItemError, UserError
 from vistoken.jobs.chunks import Item
@@ -162,6 +163,6 @@ def make_manifest(settings: Settings, text: TextTokenizer, vqgan: ChameleonVQGAN
         table,
         text,
         {"name": vqgan.name, "fingerprint": vqgan.fingerprint},
-        {"settings": asdict(settings), "device": device_facts(vqgan.device)},
+        {"settings": asdict(settings), "device": device_facts(vqgan.device) | kernel_facts(vqgan.device)},
         packages=("vistoken", "torch", "pillow", "tokenizers"),
     )

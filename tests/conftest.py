@@ -1,6 +1,7 @@
 """What many tests share: the golden folder, and checkpoints of small models made on the spot from names and shapes."""
 
 import json
+import os
 import runpy
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from vistoken.jobs.members import indexes
+
+os.environ["TRITON_INTERPRET"] = "1"  # read with the first import of Triton: its kernels run on a CPU, step by step
 
 GOLDEN = Path(__file__).parent / "golden"
 synthetic_tensor = runpy.run_path(str(GOLDEN / "synthetic_weights.py"))["synthetic_tensor"]

@@ -21,6 +21,7 @@ from vision_tokenizer.codebook.annotations import Dataset
 from vision_tokenizer.codebook.forms import Form, output_form
 from vision_tokenizer.codebook.inputs import input_files, input_stem, input_table, shard_stats
 from vision_tokenizer.images.anchors import job_tag
+from vision_tokenizer.models.fused import kernel_facts
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vistoken.device import device_facts
 from vistoken.errors import UserError
@@ -239,7 +240,7 @@ def make_manifest(tokenizer: ImageTokenizer, settings: Settings, files: Sequence
             "codebook_sizes": list(tokenizer.codebook_sizes),
         },
         "settings": asdict(settings),
-        "device": device_facts(tokenizer.device),
+        "device": device_facts(tokenizer.device) | kernel_facts(tokenizer.device),
         "chunk_items": CHUNK_ITEMS[tokenizer.device.type],
         "inputs": {file.table.path.name: file.table.fingerprint for file in files},
         "versions": {name: version(name) for name in ("vistoken", "torch", "pillow", *more)},

@@ -1,8 +1,8 @@
 """The convolutional autoencoder that both tokenizers vary: VQGAN's (arXiv 2012.09841) residual blocks and attention.
 
 MoVQGAN and Chameleon differ in three places, which are passed in: the norm, the down- and the upsampling.
-Norms are called with (x, zq); a plain one ignores zq. Attribute names are those of the published checkpoints.
-Without gradients, activations are overwritten in place.
+Norms are called with (x, zq) and whether SiLU follows; a plain one ignores zq. Attribute names are those of the
+published checkpoints. Without gradients, activations are overwritten in place.
 
 Legend: B batch, C channels, H W pixels or the level's height and width, N = H * W.
 """
@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Norm = Callable[[int], nn.Module]  # channels -> module called with (x, zq)
+from vision_tokenizer.models import fused
+
+Norm = Callable[[int], nn.Module]  # channels -> module called with (x, zq, silu=...)
 Resample = Callable[[int], nn.Module]  # channels -> module from C channels to C channels
 
 
@@ -37,21 +39,6 @@ class ConvSizes:
         return tuple(self.ch * mult for mult in self.ch_mult)
 
 
-def _mean_square(rows: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, C) in fp32, where squares of 16-bit numbers cannot overflow."""
-    if rows.is_cuda:  # one pass and no copy, but on a CPU this kernel is 20 times slower
-        _, height, width, _ = rows.shape
-        return torch.linalg.vector_norm(rows, dim=(1, 2), dtype=torch.float32).square() / (height * width)
-    return rows.float().square().mean((1, 2))
-
-
-def _scaled(rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """rows * scale + shift, in their place; `scale` and `shift` (B, 1, 1, C) are fp32."""
-    if rows.is_cuda:  # one pass in fp32, where bytes are what it waits for
-        return torch.addcmul(shift, rows, scale, out=rows)
-    return rows.mul_(scale.to(rows.dtype)).add_(shift.to(rows.dtype))
-
-
 class GroupNorm(nn.GroupNorm):
     """Group normalisation in channels-last layout whose statistics hold for flat images too.
 
@@ -63,21 +50,30 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels: int, num_groups: int = 32):
         super().__init__(num_groups, channels, eps=1e-6)
 
-    def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, zq: Tensor | None = None, *, silu: bool = False) -> Tensor:
+        """(B, C, H, W) -> the same, with SiLU after the norm if asked for."""
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return F.group_norm(x.contiguous(), self.num_groups, self.weight, self.bias, self.eps)
+            y = F.group_norm(x.contiguous(), self.num_groups, self.weight, self.bias, self.eps)
+        elif fused.serves(x):
+            return torch.ops.vistoken.group_norm(x, self.weight, self.bias, self.num_groups, self.eps, silu)
+        else:
+            y = self._centred(x)
+        return F.silu(y, inplace=True) if silu else y
+
+    def _centred(self, x: Tensor) -> Tensor:
         rows = x.permute(0, 2, 3, 1)  # (B, H, W, C)
         mean = rows.mean((1, 2), dtype=torch.float32)  # (B, C)
         pivot = mean.to(x.dtype)
         centred = rows - pivot[:, None, None]
         rest = mean - pivot.float()  # what a 16-bit pivot leaves
-        power = _mean_square(centred) - rest.square()
+        power = centred.float().square().mean((1, 2)) - rest.square()  # squares of fp16 could overflow
         groups = mean.unflatten(1, (self.num_groups, -1))  # (B, groups, C / groups)
         offset = groups - groups.mean(2, keepdim=True)
         variance = (power.view_as(groups) + offset.square()).mean(2, keepdim=True)
         scale = (variance + self.eps).rsqrt() * self.weight.float().view(self.num_groups, -1)
         shift = (offset - rest.view_as(groups)) * scale + self.bias.float().view(self.num_groups, -1)
-        return _scaled(centred, scale.flatten(1)[:, None, None], shift.flatten(1)[:, None, None]).permute(0, 3, 1, 2)
+        scale, shift = (term.flatten(1)[:, None, None].to(x.dtype) for term in (scale, shift))
+        return centred.mul_(scale).add_(shift).permute(0, 3, 1, 2)
 
 
 class ResnetBlock(nn.Module):
@@ -92,8 +88,8 @@ class ResnetBlock(nn.Module):
         self.widens = in_channels != out_channels
 
     def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x, zq), inplace=True))
-        h = self.conv2(F.silu(self.norm2(h, zq), inplace=True))
+        h = self.conv1(self.norm1(x, zq, silu=True))
+        h = self.conv2(self.norm2(h, zq, silu=True))
         return h.add_(self.nin_shortcut(x) if self.widens else x)
 
 
@@ -167,7 +163,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in cast("Iterable[Level]", self.down):
             x = level.downsample(level(x))
-        return F.silu(self.norm_out(self.mid(x)), inplace=True)
+        return self.norm_out(self.mid(x), silu=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv_out(self.trunk(x))
@@ -194,7 +190,7 @@ class Decoder(nn.Module):
         x = self.mid(x, zq)
         for level in reversed(cast("Sequence[Level]", self.up)):
             x = level.upsample(level(x, zq))
-        return self.conv_out(F.silu(self.norm_out(x, zq), inplace=True))
+        return self.conv_out(self.norm_out(x, zq, silu=True))
 
     def forward(self, z: Tensor, zq: Tensor | None = None) -> Tensor:
         return self.trunk(self.conv_in(z), zq)

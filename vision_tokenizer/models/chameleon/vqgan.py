@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_tokenizer.models import fused
 from vision_tokenizer.models.compiled import compile_modules
 from vision_tokenizer.models.layers import ConvSizes, Decoder, Encoder, GroupNorm
 from vision_tokenizer.models.nearest import nearest_codes
@@ -207,6 +208,7 @@ def load_chameleon(
     model.fingerprint = fingerprint(encoding, str(sizes))
     model.tf32 = dtype == "tf32"
     model.quantize.prepare()
+    fused.prepare(target, kind)
     for part in model.children():
         if part is model.quantize:
             part.to(target)  # stays fp32

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_tokenizer.models import fused
 from vision_tokenizer.models.compiled import compile_modules
 from vision_tokenizer.models.dualvitok.config import DualViTokSizes, read_config
 from vision_tokenizer.models.dualvitok.pixel import PixelDecoder, PixelEncoder
 from vision_tokenizer.models.dualvitok.semantic import CELL, SemanticDecoder, SemanticEncoder, vit_input, vit_input_size
 from vision_tokenizer.models.dualvitok.simvq import SimVQ
-from vision_tokenizer.models.dualvitok.vit import Mlp
 from vistoken.cli import note
 from vistoken.device import choose_dtype, float32_products, keep_freed_memory, local_device
 from vistoken.errors import UserError
@@ -146,11 +146,9 @@ def load_dualvitok(
 
 
 def place(model: DualViTok, device: torch.device, dtype: str) -> None:
-    """Bring a loaded model to `device` and into `dtype`, pixel parts channels-last; codebooks stay fp32.
-
-    On a GPU the weights are arranged for fewer passes over memory, see `Mlp.fold`: they are no more those of the file.
-    """
+    """Bring a loaded model to `device` and into `dtype`, pixel parts channels-last; codebooks stay fp32."""
     kind, model.tf32 = choose_dtype(dtype), dtype == "tf32"
+    fused.prepare(device, kind)
     for name, part in model.named_children():
         if isinstance(part, SimVQ):
             part.prepare()
@@ -158,12 +156,7 @@ def place(model: DualViTok, device: torch.device, dtype: str) -> None:
         elif name.startswith("pixel"):
             part.to(device, kind).to(memory_format=torch.channels_last)
         else:
-            part.to(device)
-            if device.type == "cuda":
-                for module in part.modules():
-                    if isinstance(module, Mlp) and not module.folded:
-                        module.fold()  # before 16 bits round the factor
-            part.to(kind)
+            part.to(device, kind)
 
 
 def compile_encoder(model: DualViTok) -> None:

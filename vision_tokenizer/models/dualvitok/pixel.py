@@ -55,10 +55,11 @@ class SpatialNorm(nn.Module):
         self.conv_y = nn.Conv2d(zq_channels, channels, 1)
         self.conv_b = nn.Conv2d(zq_channels, channels, 1)
 
-    def forward(self, x: Tensor, zq: Tensor) -> Tensor:
+    def forward(self, x: Tensor, zq: Tensor, *, silu: bool = False) -> Tensor:
         # a 1x1 convolution and nearest resizing commute, and the codes' grid is the cheaper place for the first
         scale, shift = (nearest(conv(zq), x.shape[2:]) for conv in (self.conv_y, self.conv_b))
-        return torch.addcmul(shift, self.norm_layer(x), scale)
+        y = torch.addcmul(shift, self.norm_layer(x), scale)
+        return F.silu(y, inplace=True) if silu else y
 
 
 class PixelEncoder(Encoder):

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_tokenizer.models import fused
 from vistoken.device import at_least_float32
 
 PATCH = 14
 MERGE = 2  # a merged token is MERGE x MERGE patches
 THETA = 1e4
-QUICK = 1.702  # of the quick form of GELU, x sigmoid(1.702 x)
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, (N, D / 2) each, fp32
 
 
@@ -53,26 +53,12 @@ def merge_order(grid: Tensor, height: int, width: int) -> Tensor:
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn the pairs (x[i], x[i + D / 2]) of (B, N, 2, heads, D), in fp32."""
-    if x.is_cuda and not x.requires_grad and not torch.compiler.is_compiling():
-        return rotate_in_few_passes(x, rotary)
+    if fused.serves(x):
+        return torch.ops.vistoken.rotate(x, *rotary)
     cos, sin = (table[:, None, None, :] for table in rotary)
     first, second = at_least_float32(x).chunk(2, dim=-1)
     turned = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
     return torch.cat(turned, dim=-1).to(x.dtype)
-
-
-def rotate_in_few_passes(x: Tensor, rotary: Rotary) -> Tensor:
-    """The same with two kernels a half, which widen what they read and round what they write.
-
-    Bytes are what a GPU waits for here; a CPU would make copies all the same, and takes twice as long in bf16.
-    """
-    cos, sin = (table[:, None, None, :] for table in rotary)
-    first, second = x.chunk(2, dim=-1)
-    both = torch.empty_like(x, memory_format=torch.contiguous_format)
-    left, right = both.chunk(2, dim=-1)
-    torch.addcmul(first * cos, second, sin, value=-1, out=left)
-    torch.addcmul(second * cos, first, sin, out=right)
-    return both
 
 
 class PatchEmbed(nn.Module):
@@ -104,24 +90,12 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
-        self.folded = False
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Let the weights hold the factor of the quick GELU: x sigmoid(a x) is silu(a x) / a, and silu is one kernel.
-
-        For inference on a GPU, where three kernels would wait for memory; the weights are no more those of the file.
-        """
-        for tensor in (self.fc1.weight, self.fc1.bias):
-            tensor.mul_(QUICK)
-        self.fc2.weight.div_(QUICK)
-        self.folded = True
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc1(x)
-        if self.folded:
-            return self.fc2(F.silu(h, inplace=not h.requires_grad))
-        gate = torch.sigmoid_(QUICK * h)
+        if fused.serves(h):
+            return self.fc2(torch.ops.vistoken.quick_gelu(h))
+        gate = torch.sigmoid_(1.702 * h)  # the quick form of GELU
         return self.fc2(gate * h if gate.requires_grad else gate.mul_(h))
 
 
