@@ -19,7 +19,7 @@ from conftest import GOLDEN, TINY_DUALVITOK
 from PIL import Image
 
 from vision_tokenizer.fitting import checkpoint
-from vision_tokenizer.fitting.config import DataSettings, read_settings
+from vision_tokenizer.fitting.config import DataSettings, RunSettings, read_settings
 from vision_tokenizer.fitting.data import BatchOrder, Photographs, Place, batch_order, find_images
 from vision_tokenizer.fitting.linear_start import start_linear
 from vision_tokenizer.fitting.networks import drawn_vqgan, kmeans
@@ -108,16 +108,14 @@ def test_pixels_are_the_published_ones(case):
 @pytest.mark.parametrize("case", DATA["schedule"], ids=lambda case: f"{case['style']}-{case['warmup_steps']}")
 def test_learning_rates_are_the_published_ones(case):
     total = case["total_steps"]
+    settings = RunSettings(
+        lr=case["start_lr"],
+        lr_decay_style=case["style"],
+        warmup=case["warmup_steps"] / total,
+        lr_decay_ratio=case["decay_ratio"],
+    )
     for update, lr in case["lr_of_update"].items():
-        found = learning_rate(
-            int(update),
-            total,
-            lr=case["start_lr"],
-            style=case["style"],
-            warmup=case["warmup_steps"] / total,
-            decay_ratio=case["decay_ratio"],
-        )
-        assert found == pytest.approx(lr, rel=1e-6)
+        assert learning_rate(int(update), total, settings) == pytest.approx(lr, rel=1e-6)
 
 
 def test_a_bucket_keeps_the_orientation_and_enlarges_nothing_much():

@@ -9,11 +9,11 @@ import torch
 from conftest import GOLDEN, synthetic_state, synthetic_tensor
 from PIL import Image
 
-from vision_tokenizer.fitting.config import LossSettings
+from vision_tokenizer.fitting.config import LossSettings, RunSettings
 from vision_tokenizer.fitting.discriminator import PatchDiscriminator
 from vision_tokenizer.fitting.forward import CodeDropping, QuantizerOptions, TrainableDualViTok
 from vision_tokenizer.fitting.perceptual import build_lpips
-from vision_tokenizer.fitting.update import OptimizerSettings, Updater
+from vision_tokenizer.fitting.update import Updater
 from vision_tokenizer.models.dualvitok.config import read_config
 from vision_tokenizer.models.dualvitok.model import DualViTok
 
@@ -61,7 +61,7 @@ def discriminator():
     return model
 
 
-def updater(settings=None, losses=None, model=None):
+def updater(losses=None, model=None, **settings):
     network = DualViTok(read_config(GOLDEN / "codebook" / "dualvitok_small.py"), decoder=True)
     network.load_state_dict({n: t.double() for n, t in synthetic_state(GOLDEN / "dualvitok_small_keys.json").items()})
     model = model or {}
@@ -78,8 +78,7 @@ def updater(settings=None, losses=None, model=None):
     perceptual = lpips() if losses.perceptual_weight else None
     return Updater(
         TrainableDualViTok(network, dropping, *options),
-        losses,
-        settings or OptimizerSettings(),
+        RunSettings(vq_loss=losses, mixed_precision="none", **settings),
         discriminator(),
         perceptual,
     )
@@ -106,7 +105,7 @@ SLOW += ("rotation_trick", "noise_zero", "noise_random")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
 def test_a_step_is_the_published_one(name):
     case, expected = CASES[name], CASES[name]["expected"]
-    fit = updater(OptimizerSettings(max_grad_norm=0), case["loss"], case["model"])
+    fit = updater(case["loss"], case["model"], max_grad_norm=0)
     fit.step = case["step"] - 1
     pixels = crops(case["crops"])
     forward = {}
@@ -171,12 +170,12 @@ def test_a_step_is_the_published_one(name):
 @pytest.mark.slow
 def test_five_updates_are_the_published_ones():
     trajectory = json.loads((FOLDER / "trajectory.json").read_text())
-    settings = OptimizerSettings(lr=trajectory["lr"], max_grad_norm=trajectory["clip"], ema_decay=0.9999)
-    fit = updater(settings, {"disc_start": trajectory["disc_start"]})
+    optimizer = {"lr": trajectory["lr"], "max_grad_norm": trajectory["clip"], "ema": True, "ema_decay": 0.9999}
+    fit = updater({"disc_start": trajectory["disc_start"]}, **optimizer)
     before = {n: t.clone() for n, t in fit.network.model.state_dict().items()}
     disc_before = {n: t.clone() for n, t in fit.discriminator.named_parameters()}
     for boxes, wanted in zip(trajectory["batches"], trajectory["steps"], strict=True):
-        terms, _ = fit.update([crops(boxes)], settings.lr)
+        terms, _ = fit.update([crops(boxes)], trajectory["lr"])
         terms["discriminator_loss"] = terms["discriminator_adv_loss"]
         terms["logits_real_mean"], terms["logits_fake_mean"] = terms["logits_real"], terms["logits_fake"]
         assert fit.step == wanted["step"]

@@ -15,10 +15,11 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from inspect import signature
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 from vistoken.errors import DataError, Preempted, UserError, is_out_of_memory
 from vistoken.files import is_text
@@ -37,6 +38,9 @@ DEVICES = ("auto", "cpu", "cuda")
 BATCH_ON_CPU, BATCH_ON_GPU = 1, 32  # one image fills a core, its activations stay near to it; a GPU wants many
 MAX_WORKERS = 16
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+T = TypeVar("T")
 
 
 class Outcome(NamedTuple):
@@ -210,6 +214,11 @@ def add_sample(flags: Flags, what: str, default: int, low: int = 1) -> None:
     """How much of the data is looked at, and which."""
     flags.add_argument("--sample", type=at_least(low), default=default, help=what)
     flags.add_argument("--seed", type=at_least(0), default=0, help="another one draws others")
+
+
+def settings_of(kind: type[T], args: argparse.Namespace) -> T:
+    """A dataclass of the flags that have its fields' names; the other fields are as they are by default."""
+    return kind(**{name: value for name, value in vars(args).items() if name in signature(kind).parameters})
 
 
 def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = sys.exit, resumes: bool = False) -> None:

@@ -186,20 +186,18 @@ def _dataset(path: Location, name: str, entry: Any) -> Dataset:
     found = location(entry[read].partition("{")[0] if read == "shards" else entry[read])
     here = (found.parent if read == "shards" else found).exists()
     base = Path() if here else path.parent
-    root = _resolve(entry["root"], path.parent)
+    root, shards = _resolve(entry["root"], path.parent), entry.get("shards")
+    if shards is not None and "://" not in shards:
+        shards = str(base / shards)
     return Dataset(
         name=name,
         root=root if isinstance(root, Url) or root.exists() else base / entry["root"],
         image_dir=_resolve(entry.get("image_dir", ""), path.parent),
         annotation_dir=_resolve(entry.get("annotation_dir", ""), path.parent),
         tokenizer_inference=entry["tokenizer_inference"],
-        shards=_shards(base, entry.get("shards")),
+        shards=shards,
         shard_options=options,
     )
-
-
-def _shards(base: Location, pattern: str | None) -> str | None:
-    return pattern if pattern is None or "://" in pattern else str(base / pattern)
 
 
 def _can_be_path(text: str) -> bool:

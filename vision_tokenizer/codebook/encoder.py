@@ -306,8 +306,11 @@ class Encoder(Generic[C]):
             branches = pending.result()
         for row, slot in enumerate(slots):
             codes = tuple(grid[row] for grid in branches)
-            finite = all(grid.min() >= 0 for grid in codes)
-            self._finish(slot.owner, slot.name, Encoded(codes, slot.info) if finite else _not_finite(slot.name))
+            result: Encoded | Failed = Encoded(codes, slot.info)
+            if any(grid.min() < 0 for grid in codes):
+                why = "its features are not finite: a damaged checkpoint, or too much for fp16 (try bf16)"
+                result = Failed("not a number", f"{slot.name}: {why}")
+            self._finish(slot.owner, slot.name, result)
         self._encoded += len(slots)
         rate = self._encoded / max(time.monotonic() - self._began, 1.0)
         self.window = max(self.window, min(int(rate * self._seconds_ahead), MOST_AHEAD))
@@ -315,9 +318,3 @@ class Encoder(Generic[C]):
     def _finish(self, opened: _Open[C], name: Hashable, result: Encoded | ItemError) -> None:
         opened.images[name] = result
         self._on_image(opened.chunk, name, isinstance(result, Encoded))
-
-
-def _not_finite(name: Hashable) -> Failed:
-    return Failed(
-        "not a number", f"{name}: its features are not finite: a damaged checkpoint, or too much for fp16 (try bf16)"
-    )

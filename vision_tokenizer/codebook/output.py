@@ -160,7 +160,16 @@ class CodebookOutput(Output):
         """Write the final files, the statistics and the summary. Returns the counts of the data set."""
         total = Counts()
         files: dict[str, Any] = {}
-        for file, final in each_final(self.sources, self.folder):
+
+        def finish(file: CodebookFile) -> Final | str:
+            try:
+                return file.finish()
+            except Unread as error:  # the others are finished all the same
+                return str(error)
+
+        in_store = isinstance(self.folder, Url)
+        finals = read_ahead(finish, self.sources) if in_store else map(finish, self.sources)
+        for file, final in zip(self.sources, finals, strict=True):
             if isinstance(final, str):
                 self.unreadable.append(final)
             else:
@@ -178,20 +187,6 @@ class CodebookOutput(Output):
             unreadable=self.unreadable,
         )
         return total
-
-
-def each_final(files: Sequence[CodebookFile], folder: Location) -> Iterator[tuple[CodebookFile, Final | str]]:
-    """Write the final files that are not there yet: what is known of each, or why it cannot be. In a store several
-    at a time.
-    """
-
-    def finish(file: CodebookFile) -> tuple[CodebookFile, Final | str]:
-        try:
-            return file, file.finish()
-        except Unread as error:  # the others are finished all the same
-            return file, str(error)
-
-    return read_ahead(finish, files) if isinstance(folder, Url) else map(finish, files)
 
 
 def check_folders(datasets: Sequence[Dataset], settings: Settings) -> None:

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,9 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, fit: Updater) -> tuple[dict[str, float], Image.Image]:
-        """Means over the pictures, with the running means of the weights where there are some; and a sheet."""
+        """Means over the pictures, with the running means of the weights where there are some; and a sheet of
+        originals above their reconstructions.
+        """
         state = {f"model.{name}": tensor for name, tensor in (fit.ema.means.items() if fit.ema else ())}
         use: dict[str, list[Tensor]] = {}
         rows, scores = [], []
@@ -109,20 +111,12 @@ class HeldOut:
             again = denormalize(found.reconstruction[0].float())
             scores.append((psnr(pixels, again), ssim(pixels, again)))
             rows.append((pixels, again))
-        values = {"held_out_psnr": mean([a for a, _ in scores]), "held_out_ssim": mean([b for _, b in scores])}
+        psnrs, ssims = zip(*scores, strict=True)
+        values = {"held_out_psnr": fmean(psnrs), "held_out_ssim": fmean(ssims)}
         for branch, codes in use.items():
             counted = CodeUse(int(torch.cat(codes).max()) + 1)
             counted.add(torch.cat(codes).numpy())
             values[f"held_out_codes_{branch}"] = counted.distinct
             values[f"held_out_perplexity_{branch}"] = counted.perplexity
-        return values, sheet(rows[: self.SHOWN])
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def sheet(rows: Sequence[tuple[Tensor, Tensor]]) -> Image.Image:
-    """Originals above their reconstructions."""
-    columns = [torch.cat(pair, dim=1) for pair in rows]
-    return to_image(torch.cat(columns, dim=2))
+        columns = [torch.cat(pair, dim=1) for pair in rows[: self.SHOWN]]
+        return values, to_image(torch.cat(columns, dim=2))

@@ -19,7 +19,7 @@ from vision_tokenizer.fitting.networks import build, fit_codebooks, load_weights
 from vision_tokenizer.fitting.perceptual import LINEAR_SOURCE, VGG_SOURCE, load_lpips
 from vision_tokenizer.fitting.report import HeldOut, Report
 from vision_tokenizer.fitting.schedule import learning_rate
-from vision_tokenizer.fitting.update import OptimizerSettings, Updater
+from vision_tokenizer.fitting.update import Updater
 from vision_tokenizer.images.dualvitok import normalize
 from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN
 from vistoken.cli import note
@@ -33,7 +33,9 @@ def train(settings: RunSettings) -> Path:
     device = local_device(settings.device)
     if device.type == "cpu":
         keep_freed_memory()
-    rank, world = start_ranks(device)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     batches, per_epoch = open_data(settings, world)
     total = settings.max_steps or settings.epochs * per_epoch
     fit = make_updater(settings, device)
@@ -59,14 +61,7 @@ def train(settings: RunSettings) -> Path:
             failed += sum(len(batch.failed) for batch in micro_batches)
             require_readable(failed, (fit.step + 1) * settings.global_batch_size // world, micro_batches, settings)
             torch.manual_seed(settings.global_seed * 1_000_003 + fit.step * world + rank)  # code dropping draws
-            lr = learning_rate(
-                fit.step + 1,
-                total,
-                lr=settings.lr,
-                style=settings.lr_decay_style,
-                warmup=settings.warmup,
-                decay_ratio=settings.lr_decay_ratio,
-            )
+            lr = learning_rate(fit.step + 1, total, settings)
             pixels = [normalize(batch.pixels.to(device, non_blocking=True)) for batch in micro_batches]
             terms, outputs = fit.update(pixels, lr, names=[name for batch in micro_batches for name in batch.names])
             window.add(terms, outputs.codes, settings.global_batch_size)
@@ -79,20 +74,17 @@ def train(settings: RunSettings) -> Path:
             if fit.step % settings.ckpt_every == 0 or fit.step == total:
                 if report:
                     path = checkpoint.save(folder, fit, settings, {"failed": failed})
-                    tell_held_out(fit, held_out, report)
+                    if held_out:
+                        values, sheet = held_out.measure(fit)
+                        report.line(fit.step, values)
+                        report.pictures(fit.step, sheet)
+                        note(f"update {fit.step}: held-out PSNR {values['held_out_psnr']:.2f} dB")
+                    report.plot()
                 if dist.is_initialized():
                     dist.barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
     return path
-
-
-def start_ranks(device: torch.device) -> tuple[int, int]:
-    """(rank, world) of this process, in torchrun's group if there is one."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return int(os.environ.get("RANK", "0")), world
 
 
 def open_data(settings: RunSettings, world: int) -> tuple[Callable, int]:
@@ -133,15 +125,7 @@ def make_updater(settings: RunSettings, device: torch.device) -> Updater:
     if settings.compile:
         for part in network.convolutional:
             network.model.get_submodule(part).compile()
-    optimizer = OptimizerSettings(
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        max_grad_norm=settings.max_grad_norm,
-        code_transform_lr_scale=settings.code_transform_lr_scale,
-        ema_decay=settings.ema_decay if settings.ema else None,
-        mixed_precision=settings.mixed_precision,
-    )
-    return Updater(network, losses, optimizer, discriminator, perceptual)
+    return Updater(network, settings, discriminator, perceptual)
 
 
 def perceptual_loss(settings: RunSettings) -> torch.nn.Module:
@@ -217,12 +201,3 @@ class Window:
         values["images_per_second"] = self.images / max(time.monotonic() - self.began, 1e-9)
         self._clear()
         return values
-
-
-def tell_held_out(fit: Updater, held_out: HeldOut | None, report: Report) -> None:
-    if held_out is not None:
-        values, sheet = held_out.measure(fit)
-        report.line(fit.step, values)
-        report.pictures(fit.step, sheet)
-        note(f"update {fit.step}: held-out PSNR {values['held_out_psnr']:.2f} dB")
-    report.plot()

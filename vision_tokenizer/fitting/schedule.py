@@ -2,16 +2,18 @@
 
 import math
 
+from vision_tokenizer.fitting.config import RunSettings
 
-def learning_rate(update: int, total: int, *, lr: float, style: str, warmup: float, decay_ratio: float) -> float:
-    """Of update `update`, counted from 1, of `total`; `warmup` is the share of them that the rate rises in."""
-    rising = warmup * total
+
+def learning_rate(update: int, total: int, settings: RunSettings) -> float:
+    """Of update `update`, counted from 1, of `total`."""
+    lr, rising = settings.lr, settings.warmup * total
     if update <= rising:
         return lr * update / rising
     after = update - rising
-    if style == "linear":
+    if settings.lr_decay_style == "linear":
         return lr * (total - after) / total
-    if style == "cosine":
-        fall = (1 + math.cos(math.pi * min(1.0, after / total))) * (1 / decay_ratio - 1) / 2
-        return lr * decay_ratio * (fall + 1)
+    if settings.lr_decay_style == "cosine":
+        fall = (1 + math.cos(math.pi * min(1.0, after / total))) * (1 / settings.lr_decay_ratio - 1) / 2
+        return lr * settings.lr_decay_ratio * (fall + 1)
     return lr

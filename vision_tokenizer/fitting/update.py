@@ -5,22 +5,15 @@ Legend: B batch, H W pixels. G is the tokenizer, D the discriminator.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vision_tokenizer.fitting.config import LossSettings
+from vision_tokenizer.fitting.config import RunSettings
 from vision_tokenizer.fitting.discriminator import PatchDiscriminator
 from vision_tokenizer.fitting.forward import Outputs, Trainable
-from vision_tokenizer.fitting.losses import (
-    Lecam,
-    adaptive_weight,
-    discriminator_loss,
-    generator_terms,
-    weighted_sum,
-)
+from vision_tokenizer.fitting.losses import Lecam, adaptive_weight, discriminator_loss, generator_terms, weighted_sum
 from vistoken.cli import note
 from vistoken.device import at_least_float32
 from vistoken.errors import UserError
@@ -29,18 +22,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GRAD_NORMS = ("grad_norm", "discriminator_grad_norm")  # of the two sides
 
 
-@dataclass(frozen=True)
-class OptimizerSettings:
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0  # 0: gradients are not clipped
-    code_transform_lr_scale: float = 1.0  # for the quantizers' own weights
-    ema_decay: float | None = None
-    mixed_precision: str = "none"
-
-
-def adam(parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> torch.optim.Adam:
+def adam(parameters: Iterable[tuple[str, nn.Parameter]], settings: RunSettings) -> torch.optim.Adam:
     """Adam over what trains; each group keeps its share of the learning rate under `scale`."""
     ordinary: list[nn.Parameter] = []
     codes: list[nn.Parameter] = []
@@ -50,7 +32,7 @@ def adam(parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSett
     groups = [{"params": ordinary, "scale": 1.0}]
     if codes:
         groups.append({"params": codes, "scale": settings.code_transform_lr_scale})
-    return torch.optim.Adam(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    return torch.optim.Adam(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
 
 
 class Ema:
@@ -89,16 +71,15 @@ class Updater:
     def __init__(
         self,
         network: Trainable,
-        losses: LossSettings,
-        settings: OptimizerSettings,
+        settings: RunSettings,
         discriminator: PatchDiscriminator | None = None,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         self.network, self.discriminator, self.perceptual = network, discriminator, perceptual
-        self.losses, self.settings = losses, settings
+        self.losses, self.settings = settings.vq_loss, settings
         self.step = 0  # updates made
         self.lecam = Lecam().to(next(network.parameters()).device)
-        self.ema = Ema(network.model, settings.ema_decay) if settings.ema_decay else None
+        self.ema = Ema(network.model, settings.ema_decay) if settings.ema and settings.ema_decay else None
         self.sides = [_Side(network.named_parameters(), settings, self.device)]
         if discriminator is not None:
             self.sides.append(_Side(discriminator.named_parameters(), settings, self.device))
@@ -173,11 +154,7 @@ class Updater:
             weight = self.losses.adversarial_weight(self.step + 1)
             loss = discriminator_loss(real, fake, weight, self.losses, self.lecam)
         self.sides[1].backward(loss / micro_batches)
-        return {
-            "discriminator_adv_loss": loss,
-            "logits_real": real.mean(),
-            "logits_fake": fake.mean(),
-        }
+        return {"discriminator_adv_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
 
     def _require_finite(self, sums: dict[str, Tensor], step: int, names: Sequence[str]) -> None:
         scaled = self.settings.mixed_precision == "fp16"  # its gradients may overflow: then the step is left out
@@ -197,9 +174,7 @@ class Updater:
 class _Side:
     """G's or D's optimizer, with the scaling of gradients that fp16 needs."""
 
-    def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, device: torch.device
-    ):
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: RunSettings, device: torch.device):
         self.optimizer = adam(parameters, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
 

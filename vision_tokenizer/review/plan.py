@@ -19,7 +19,7 @@ from itertools import islice
 from math import log2
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -192,21 +192,14 @@ def _survey_chunk(rules: Rules, chunk: tuple[Table, int]) -> Survey:
         except ItemError as error:
             survey.counts.reasons[error.kind, error.reason] += 1
             survey.problems.append(Problem.of(error, table.path, item))
-        if breach := _format_error(item.value):
+        if not isinstance(item.value, dict) or not isinstance(item.value.get("images", []), str | list):
+            continue  # told already
+        try:
+            check_conversations(item.value)
+        except Failed as breach:
             survey.format_errors[breach.reason] += 1
             survey.problems.append(Problem.of(breach, table.path, item))
     return survey
-
-
-def _format_error(value: Any) -> Failed | None:
-    """The rule that the conversations of an item break, if any, where its images are in order."""
-    if not isinstance(value, dict) or not isinstance(value.get("images", []), str | list):
-        return None  # told already
-    try:
-        check_conversations(value)
-    except Failed as error:
-        return error
-    return None
 
 
 def _survey_item(rules: Rules, survey: Survey, item: Item, look: Callable[[str], Header | Failed]) -> None:

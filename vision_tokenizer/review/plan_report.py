@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log2
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import orjson
@@ -19,9 +19,6 @@ from vistoken.errors import UserError
 from vistoken.jobs.counts import counts_table, table
 from vistoken.jobs.files import atomic_write
 from vistoken.store import Location
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 RELEASED_CODEBOOKS = (32768, 98304)
 VERDICT_THRESHOLDS = (0.1, 0.2, 0.3)
@@ -196,18 +193,9 @@ def draw_ratios(path: Location, surveys: Sequence[Survey], choices: Sequence[tup
             label = f"{label}   {sum(bins.values()):,}"
             axes.bar(left, list(bins.values()), 0.88 / BINS_PER_OCTAVE, bottom, color=color, label=label)
             below.update(bins)
-    _dress(axes, [*(number / BINS_PER_OCTAVE for number in below), 0.0], choices)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-
-
-def _octaves(anchor: tuple[int, int]) -> float:
-    return log2(anchor[1] / anchor[0])
-
-
-def _dress(axes: "Axes", octaves: Sequence[float], choices: Sequence[tuple[int, int]]) -> None:
     for anchor in choices:
         axes.axvline(_octaves(anchor), color="#00000033", linewidth=0.8, zorder=0)
+    octaves = [0, *(number / BINS_PER_OCTAVE for number in below)]
     ticks = range(floor(min(octaves)) - 1, ceil(max(octaves)) + 2)
     axes.set_xticks(ticks, [f"{2**t}:1" if t >= 0 else f"1:{2**-t}" for t in ticks])
     axes.set_xlim(ticks[0], ticks[-1])
@@ -220,3 +208,9 @@ def _dress(axes: "Axes", octaves: Sequence[float], choices: Sequence[tuple[int, 
         axes.legend(
             frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title="images per anchor", alignment="left"
         )
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def _octaves(anchor: tuple[int, int]) -> float:
+    return log2(anchor[1] / anchor[0])

@@ -5,6 +5,7 @@ overlap, averaged over the channels.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _WINDOW, _SIGMA = 11, 1.5
-_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def psnr(original: Tensor, other: Tensor) -> float:
@@ -29,12 +29,7 @@ def ssim(original: Tensor, other: Tensor) -> float:
     def mean(values: Tensor) -> Tensor:  # (3, H, W) -> (3, 1, H - 10, W - 10)
         return F.conv2d(F.conv2d(values[:, None], line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))
 
-    x, y = original.double(), other.double()
-    mean_x, mean_y = mean(x), mean(y)
-    var_x, var_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
-    covariance = mean(x * y) - mean_x * mean_y
-    alike = (2 * mean_x * mean_y + _C1) * (2 * covariance + _C2)
-    return (alike / ((mean_x**2 + mean_y**2 + _C1) * (var_x + var_y + _C2))).mean().item()
+    return _ssim(original.double(), other.double(), mean, data_range=255)
 
 
 class CodeUse:
@@ -47,11 +42,6 @@ class CodeUse:
         self.counts += np.bincount(codes.ravel(), minlength=len(self.counts))
 
     @property
-    def size(self) -> int:
-        """Codes in the codebook."""
-        return len(self.counts)
-
-    @property
     def total(self) -> int:
         return int(self.counts.sum())
 
@@ -62,7 +52,7 @@ class CodeUse:
     @property
     def dead_share(self) -> float:
         """Of the codebook: codes that do not occur."""
-        return 1 - self.distinct / self.size
+        return 1 - self.distinct / len(self.counts)
 
     @property
     def perplexity(self) -> float:
@@ -82,15 +72,18 @@ def ssim_uniform(original: Tensor, other: Tensor, data_range: float) -> float:
     The published evaluation of DualViTok gives it `data_range=2`, which flatters; 1 is right. uint8 (3, H, W) tensors.
     """
     side = 7
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
 
     def mean(values: Tensor) -> Tensor:
         return F.avg_pool2d(values[None], side, stride=1)[0]
 
-    x, y = original.double() / 255, other.double() / 255
-    sample = side**2 / (side**2 - 1)
+    return _ssim(original.double() / 255, other.double() / 255, mean, data_range, correction=side**2 / (side**2 - 1))
+
+
+def _ssim(x: Tensor, y: Tensor, mean: Callable[[Tensor], Tensor], data_range: float, correction: float = 1.0) -> float:
+    """`mean` is over a window at each place; `correction` is of its variances."""
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     mean_x, mean_y = mean(x), mean(y)
-    var_x, var_y = sample * (mean(x * x) - mean_x**2), sample * (mean(y * y) - mean_y**2)
-    covariance = sample * (mean(x * y) - mean_x * mean_y)
+    var_x, var_y = correction * (mean(x * x) - mean_x**2), correction * (mean(y * y) - mean_y**2)
+    covariance = correction * (mean(x * y) - mean_x * mean_y)
     alike = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     return (alike / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean().item()

@@ -19,35 +19,25 @@ from vistoken.cli import add_dtype, add_max_failed, at_least, command_parser, no
 from vistoken.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from vision_tokenizer.models.protocol import ImageTokenizer
-    from vision_tokenizer.review.evaluate import Features, Measures
+    from vision_tokenizer.review.evaluate import Measures
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    pictures = parser.add_mutually_exclusive_group(required=True)
-    pictures.add_argument(
-        "--images", type=Path, help="folder of pictures, looked through with all its subfolders (default: none)"
-    )
-    pictures.add_argument(
-        "--data_config", type=Path, help="metadata config: the pictures of its data sets (default: none)"
-    )
-    parser.add_argument("--out_dir", type=Path, required=True, help="folder of this evaluation")
-    parser.add_argument("--side", type=at_least(16), default=256, help="of the square pictures, a multiple of 16")
-    parser.add_argument("--batch_size", type=at_least(1), default=4, help="pictures per batch")
-    parser.add_argument(
-        "--compare",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="folders of evaluations of the same pictures (default: none)",
-    )
-    parser.add_argument("--lpips_vgg", type=Path, help="VGG16's weights: measure LPIPS, too (default: none)")
-    parser.add_argument("--lpips_linear", type=Path, help="LPIPS's linear weights (default: none)")
-    parser.add_argument("--inception", type=Path, help="Inception-2015-12-05's weights: measure FID (default: none)")
-    parser.add_argument("--no_lite0", action="store_true", help="leave EfficientNet-Lite0's distances out")
+    pictures = parser.add_mutually_exclusive_group(required=True).add_argument
+    pictures("--images", type=Path, help="folder of pictures, with all its subfolders (default: none)")
+    pictures("--data_config", type=Path, help="metadata config: the pictures of its data sets (default: none)")
+    add = parser.add_argument
+    add("--out_dir", type=Path, required=True, help="folder of this evaluation")
+    add("--side", type=at_least(16), default=256, help="of the square pictures, a multiple of 16")
+    add("--batch_size", type=at_least(1), default=4, help="pictures per batch")
+    others = "folders of evaluations of the same pictures (default: none)"
+    add("--compare", type=Path, nargs="+", default=[], help=others)
+    add("--lpips_vgg", type=Path, help="VGG16's weights: measure LPIPS, too (default: none)")
+    add("--lpips_linear", type=Path, help="LPIPS's linear weights (default: none)")
+    add("--inception", type=Path, help="Inception-2015-12-05's weights: measure FID (default: none)")
+    add("--no_lite0", action="store_true", help="leave EfficientNet-Lite0's distances out")
     add_max_failed(parser, of="pictures")
     model = add_tokenizer(parser, required=False)
     add_dtype(model)
@@ -116,6 +106,7 @@ def open_tokenizer(args: argparse.Namespace) -> "ImageTokenizer":
 
 
 def open_measures(args: argparse.Namespace) -> "Measures":
+    from vision_tokenizer.images.dualvitok import denormalize
     from vision_tokenizer.review.evaluate import Distance, Features, Measures
     from vistoken.device import local_device
 
@@ -127,7 +118,15 @@ def open_measures(args: argparse.Namespace) -> "Measures":
 
         distances["lpips"] = load_lpips(args.lpips_vgg or Path(), args.lpips_linear or Path()).to(device)
     if args.inception:
-        features["inception"] = open_inception(args.inception, device)
+        try:  # torch-fidelity's network with weights from a file
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise UserError("--inception needs torch-fidelity. Please install torch-fidelity") from error
+        inception = FeatureExtractorInceptionV3(
+            "inception", ["2048"], feature_extractor_weights_path=str(args.inception)
+        )
+        inception = inception.to(device).eval()
+        features["inception"] = lambda pixels: inception(denormalize(pixels).to(device))[0]
     if not args.no_lite0:
         from vision_tokenizer.fitting.lite0 import Lite0Distance, load_lite0
 
@@ -138,19 +137,6 @@ def open_measures(args: argparse.Namespace) -> "Measures":
         else:
             distances["lite0_distance"], features["lite0"] = Lite0Distance(network), network.pooled
     return Measures(distances, features)
-
-
-def open_inception(weights: Path, device: "torch.device") -> "Features":
-    """torch-fidelity's network with weights from a file."""
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise UserError("--inception needs torch-fidelity. Please install torch-fidelity") from error
-    from vision_tokenizer.images.dualvitok import denormalize
-
-    network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(weights))
-    network = network.to(device).eval()
-    return lambda pixels: network(denormalize(pixels).to(device))[0]
 
 
 if __name__ == "__main__":

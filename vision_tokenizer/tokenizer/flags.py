@@ -8,27 +8,20 @@ from vistoken.cli import Flags, add_device, at_least, folder_name, note, share
 from vistoken.store import location
 
 ANCHORS_SIDE = 512  # the default, and what the document gives with fixed_anchors, whose area it is
-SIDES = range(
-    64, 1025, 64
-)  # that have a word, see models/dualvitok/vocabulary.py, which is not imported: NumPy is slow
+SIDES = range(64, 1025, 64)  # that have a word in models/dualvitok/vocabulary.py, not imported here: NumPy is slow
 CHECKPOINT = ".bin, .pt, .safetensors, a folder or a hub id"
 
 
-def add_datasets(flags: Flags) -> None:
-    flags.add_argument("--data_config", type=location, required=True, help="metadata config (.json)")
-    flags.add_argument(
-        "--datasets", nargs="+", metavar="NAME", help="only these data sets of the config (default: all)"
-    )
-
-
-def add_resolution(flags: Flags) -> None:
-    flags.add_argument(
-        "--resolution_type",
-        choices=RESOLUTION_TYPES,
-        default="fixed_anchors",
-        help="one size for all images, or the nearest of eleven shapes",
-    )
-    flags.add_argument("--resolution", type=_side, default=ANCHORS_SIDE, help="side in pixels, for `fixed`")
+def add_output(flags: Flags) -> None:
+    """An output of codebook inference, to write or to read: of which data sets, at which size, where."""
+    add = flags.add_argument
+    add("--data_config", type=location, required=True, help="metadata config (.json)")
+    add("--datasets", nargs="+", metavar="NAME", help="only these data sets of the config (default: all)")
+    shapes = "one size for all images, or the nearest of eleven shapes"
+    add("--resolution_type", choices=RESOLUTION_TYPES, default="fixed_anchors", help=shapes)
+    add("--resolution", type=_side, default=ANCHORS_SIDE, help="side in pixels, for `fixed`")
+    add("--tokenizer_version", type=folder_name, default="dualvitok", help="name of the output folder")
+    add("--output_dirname", type=folder_name, default="jsonl_after_tokenizer", help="name of the folder around it")
 
 
 def _side(text: str) -> int:
@@ -50,29 +43,15 @@ def note_resolution(args: argparse.Namespace) -> None:
         )
 
 
-def add_crop_threshold(flags: Flags) -> None:
-    flags.add_argument(
-        "--crop_percent_thresh",
-        type=share,
-        default=0.2,
-        help="reject items with an image that loses a larger share to the crop; 0 keeps all",
-    )
+def add_crop(flags: Flags) -> None:
+    threshold = "reject items with an image that loses a larger share to the crop; 0 keeps all"
+    flags.add_argument("--crop_percent_thresh", type=share, default=0.2, help=threshold)
+    add_exif_orientation(flags)
 
 
 def add_exif_orientation(flags: Flags) -> None:
-    flags.add_argument(
-        "--exif_orientation",
-        choices=ORIENTATIONS,
-        default=ORIENTATIONS[0],
-        help="ignore: as published, phone portraits lie on their side; apply: they are turned upright",
-    )
-
-
-def add_output_names(flags: Flags) -> None:
-    flags.add_argument("--tokenizer_version", type=folder_name, default="dualvitok", help="name of the output folder")
-    flags.add_argument(
-        "--output_dirname", type=folder_name, default="jsonl_after_tokenizer", help="name of the folder around it"
-    )
+    ways = "ignore: as published, phone portraits lie on their side; apply: they are turned upright"
+    flags.add_argument("--exif_orientation", choices=ORIENTATIONS, default=ORIENTATIONS[0], help=ways)
 
 
 def add_tokenizer(parser: argparse.ArgumentParser, *, required: bool) -> Flags:
@@ -86,9 +65,8 @@ def add_tokenizer(parser: argparse.ArgumentParser, *, required: bool) -> Flags:
 
 def add_tokenizer_files(flags: Flags, *, required: bool) -> None:
     needed = "" if required else " (default: none)"
-    flags.add_argument(
-        "--model_config", type=location, required=required, help=f"DualViTok's .py config (code: it is run){needed}"
-    )
+    config = f"DualViTok's .py config (code: it is run){needed}"
+    flags.add_argument("--model_config", type=location, required=required, help=config)
     flags.add_argument("--tokenizer_checkpoint", required=required, help=f"{CHECKPOINT}{needed}")
 
 

@@ -20,15 +20,18 @@ from pathlib import Path
 
 from vision_tokenizer.codebook.annotations import Dataset, needing_codes, note_left_out, read_data_config
 from vision_tokenizer.images.anchors import anchors
-from vision_tokenizer.tokenizer.flags import (
-    add_crop_threshold,
-    add_datasets,
-    add_exif_orientation,
-    add_output_names,
-    add_resolution,
-    note_resolution,
+from vision_tokenizer.tokenizer.flags import add_crop, add_output, note_resolution
+from vistoken.cli import (
+    BAD_CALL,
+    BAD_DATA,
+    MAX_WORKERS,
+    OK,
+    above_zero,
+    at_least,
+    command_parser,
+    run_command,
+    settings_of,
 )
-from vistoken.cli import BAD_CALL, BAD_DATA, MAX_WORKERS, OK, above_zero, at_least, command_parser, run_command
 from vistoken.errors import UserError
 from vistoken.store import location
 
@@ -37,11 +40,8 @@ EXAMPLES = 3  # problems of a kind shown in the terminal
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    add_datasets(parser)
-    add_resolution(parser)
-    add_crop_threshold(parser)
-    add_output_names(parser)
-    add_exif_orientation(parser)
+    add_output(parser)
+    add_crop(parser)
     add = parser.add_argument
     add("--model_config", type=location, help="the tokenizer's .py config (default: codebooks of the released sizes)")
     add("--images_per_second", type=above_zero, help="speed of the whole run, to say how long it takes (default: none)")
@@ -82,12 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     if decoded := decoding(surveys.values()):
         print(decoding_line(decoded))
     try:
-        settings = Settings(
-            resolution_type=args.resolution_type,
-            resolution=args.resolution,
-            tokenizer_version=args.tokenizer_version,
-            output_dirname=args.output_dirname,
-        )
+        settings = settings_of(Settings, args)
         chosen = needing_codes(datasets, args.data_config)
         check_folders(chosen, settings)
         refused += unwritable(chosen, settings)

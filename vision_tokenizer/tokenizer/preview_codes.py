@@ -11,8 +11,8 @@ if there is one (`--device cpu` if not).
 import argparse
 from pathlib import Path
 
-from vision_tokenizer.tokenizer.flags import add_tokenizer
-from vision_tokenizer.tokenizer.verify_codebook import add_output_arguments, open_outputs
+from vision_tokenizer.tokenizer.flags import add_output, add_tokenizer
+from vision_tokenizer.tokenizer.verify_codebook import open_outputs
 from vistoken.cli import add_sample, command_parser, run_command
 from vistoken.errors import UserError
 from vistoken.store import location
@@ -20,7 +20,7 @@ from vistoken.store import location
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    add_output_arguments(parser)
+    add_output(parser.add_argument_group("data"))
     add_tokenizer(parser, required=True)
     add_sample(parser, "images to decode", default=24)
     parser.add_argument("--note", default="", help="a sentence to show on top of the report")

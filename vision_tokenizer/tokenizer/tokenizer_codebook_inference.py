@@ -17,15 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from vision_tokenizer.codebook.annotations import note_left_out, select_datasets
-from vision_tokenizer.tokenizer.flags import (
-    add_crop_threshold,
-    add_datasets,
-    add_exif_orientation,
-    add_output_names,
-    add_resolution,
-    add_tokenizer,
-    note_resolution,
-)
+from vision_tokenizer.tokenizer.flags import add_crop, add_output, add_tokenizer, note_resolution
 from vistoken.cli import (
     BAD_CALL,
     BAD_DATA,
@@ -40,6 +32,7 @@ from vistoken.cli import (
     check_workers,
     command_parser,
     run_command,
+    settings_of,
 )
 
 if TYPE_CHECKING:
@@ -52,11 +45,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_dtype(model)
     add_speed(model)
     data = parser.add_argument_group("data")
-    add_datasets(data)
-    add_resolution(data)
-    add_crop_threshold(data)
-    add_exif_orientation(data)
-    add_output_names(data)
+    add_output(data)
+    add_crop(data)
     data.add_argument(
         "--output_format", choices=("jsonl", "arrow"), default="jsonl", help="arrow: smaller, and read faster"
     )
@@ -99,19 +89,8 @@ def run(args: argparse.Namespace, make_workers: "Callable[[], Workers]") -> Outc
 
     device = local_device(args.device)
     check_graphs(args.cuda_graphs, device)
-    settings = Settings(
-        resolution_type=args.resolution_type,
-        resolution=args.resolution,
-        crop_percent_thresh=args.crop_percent_thresh,
-        exif_orientation=args.exif_orientation,
-        torch_dtype=args.torch_dtype,
-        batch_size=args.batch_size or default_batch_size(device),
-        compile=args.compile,
-        cuda_graphs=args.cuda_graphs,
-        tokenizer_version=args.tokenizer_version,
-        output_dirname=args.output_dirname,
-        output_format=args.output_format,
-    )
+    args.batch_size = args.batch_size or default_batch_size(device)
+    settings = settings_of(Settings, args)
     tokenizer = load_dualvitok(
         args.model_config,
         args.tokenizer_checkpoint,

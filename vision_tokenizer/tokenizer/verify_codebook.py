@@ -15,36 +15,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from vision_tokenizer.codebook.annotations import select_datasets
-from vision_tokenizer.tokenizer.flags import (
-    add_datasets,
-    add_output_names,
-    add_resolution,
-    add_tokenizer,
-    check_tokenizer_files,
-)
-from vistoken.cli import add_sample, command_parser, run_command
-
-
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which output of codebook inference to read; `open_outputs` takes them."""
-    data = parser.add_argument_group("data")
-    add_datasets(data)
-    add_resolution(data)
-    add_output_names(data)
-
-
-def open_outputs(args: argparse.Namespace) -> list:
-    from vision_tokenizer.codebook.output import Settings
-    from vision_tokenizer.codebook.read import open_output
-
-    where = Settings(
-        resolution_type=args.resolution_type,
-        resolution=args.resolution,
-        tokenizer_version=args.tokenizer_version,
-        output_dirname=args.output_dirname,
-    )
-    return [open_output(dataset, where) for dataset in select_datasets(args.data_config, args.datasets)]
-
+from vision_tokenizer.tokenizer.flags import add_output, add_tokenizer, check_tokenizer_files
+from vistoken.cli import add_sample, command_parser, run_command, settings_of
 
 if TYPE_CHECKING:
     from vision_tokenizer.codebook.read import Output, Place
@@ -52,9 +24,18 @@ if TYPE_CHECKING:
     from vision_tokenizer.review.issues import Issues, Reservoir
 
 
+def open_outputs(args: argparse.Namespace) -> "list[Output]":
+    """The output that the flags of `add_output` name, of every data set."""
+    from vision_tokenizer.codebook.output import Settings
+    from vision_tokenizer.codebook.read import open_output
+
+    where = settings_of(Settings, args)
+    return [open_output(dataset, where) for dataset in select_datasets(args.data_config, args.datasets)]
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    add_output_arguments(parser)
+    add_output(parser.add_argument_group("data"))
     add_tokenizer(parser, required=False)
     add_sample(parser, "images to encode again", default=100, low=0)
     args = parser.parse_args(argv)
@@ -67,12 +48,17 @@ def main(argv: list[str] | None = None) -> int:
     outputs = open_outputs(args)
 
     from vision_tokenizer.codebook.read import Place
+    from vision_tokenizer.models.dualvitok.model import load_dualvitok
     from vision_tokenizer.review.issues import Issues, Reservoir
     from vision_tokenizer.review.verify import verify_output
     from vistoken.jobs.counts import counts_table
     from vistoken.jobs.progress import bar
 
-    tokenizer = load_tokenizer(args)  # first: a wrong path should not come to light after millions of lines
+    tokenizer = None
+    if args.tokenizer_checkpoint is not None:  # first: a wrong path should not come to light after millions of lines
+        tokenizer = load_dualvitok(
+            args.model_config, args.tokenizer_checkpoint, device=args.device, use_ema=args.use_ema, decoder=False
+        )
     issues, sample = Issues(), Reservoir[Place](args.sample if tokenizer else 0, args.seed)
     counts = {}
     with bar("reading") as progress:
@@ -86,16 +72,6 @@ def main(argv: list[str] | None = None) -> int:
         print("no image was encoded again: that needs --model_config and --tokenizer_checkpoint")
     print(f"\n{issues}")
     return 1 if issues.counts else 0
-
-
-def load_tokenizer(args: argparse.Namespace) -> "DualViTok | None":
-    if args.tokenizer_checkpoint is None:
-        return None
-    from vision_tokenizer.models.dualvitok.model import load_dualvitok
-
-    return load_dualvitok(
-        args.model_config, args.tokenizer_checkpoint, device=args.device, use_ema=args.use_ema, decoder=False
-    )
 
 
 def encode_again(
