@@ -16,7 +16,6 @@ from torch.optim import AdamW
 
 from pre_tokenize.formats import load_format
 from pre_tokenize.record import Record
-from pre_tokenize.sequences import SequenceFormat
 from pre_tokenize.text import TOKENIZER_FILES, TextTokenizer
 from pre_tokenize.token_file import CheckedFiles, TokenFiles
 from training.config import ALWAYS_FROZEN, TrainConfig
@@ -152,7 +151,10 @@ def open_data(config: TrainConfig, sources: list[Source], folder: ModelFolder, s
                 "--token_cache which local folder may keep copies of them: each is fetched once."
             )
         check_manifest(one.manifest(), one.record.path, vocabulary, folder.llm.vocab_size)
-    format = sequence_format(folder.tokenizer, config) if config.condition_dropout else None
+    format = None
+    if config.condition_dropout:
+        kind = "dualvitok" if config.variant == "lm" else "chameleon"
+        format = load_format({"image_tokenizer": {"name": kind}}, TextTokenizer(folder.tokenizer))
     rules = SampleRules(folder.llm.vocab_size, config.max_seq_len, masked_words(config), reader, format)
     return Data(Batches(files, rules), sampler, identity, Batches(held_out, rules) if held_out else None)
 
@@ -206,12 +208,6 @@ def on_rank_0(action: Callable[[], Result]) -> Result:
     if isinstance(box[0], UserError):
         raise box[0]
     return box[0]
-
-
-def sequence_format(tokenizer: Path, config: TrainConfig) -> SequenceFormat:
-    """Raises `UserError` for a folder without a tokenizer file."""
-    kind = "dualvitok" if config.variant == "lm" else "chameleon"
-    return load_format({"image_tokenizer": {"name": kind}}, TextTokenizer(tokenizer))
 
 
 def check_tokenizer(folder: Path, *, chameleon: bool) -> str | None:

@@ -218,19 +218,15 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 def resolve(arguments: dict[str, Any]) -> TrainConfig:
     """Parsed flags -> the whole configuration. Raises `UserError` naming the field that is wrong."""
-    flags = dict(arguments)
-    from_file = _read_yaml(flags.pop("config")) if "config" in flags else {}
+    flags, from_file = dict(arguments), {}
+    if path := flags.pop("config", None):
+        from_file = read_yaml(path, "configuration")
+        if not isinstance(from_file, dict):
+            raise UserError(f"{path}: expected fields such as `lr: 1.0e-5`, found {type(from_file).__name__}")
+        if unknown := [name for name in from_file if name not in _FIELDS]:
+            raise UserError(f"{path}: unknown field {unknown[0]!r}; the fields are {', '.join(_FIELDS)}")
     chosen = from_file | flags
     stage = chosen.get("stage", _FIELDS["stage"].default)
     variant = LANGUAGE_MODEL if chosen.get("variant") == "lm" else {}
     defaults = STAGES[stage] if isinstance(stage, str) and stage in STAGES else {}
     return TrainConfig(**(defaults | variant | chosen))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    content = read_yaml(path, "configuration")
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected fields such as `lr: 1.0e-5`, found {type(content).__name__}")
-    if unknown := [name for name in content if name not in _FIELDS]:
-        raise UserError(f"{path}: unknown field {unknown[0]!r}; the fields are {', '.join(_FIELDS)}")
-    return content

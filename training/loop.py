@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -67,8 +67,7 @@ class Counts:
     skipped: list[Skipped]
 
 
-@dataclass(frozen=True)
-class Losses:
+class Losses(NamedTuple):
     """Means over the labels of a step, and the norm of its gradient before clipping."""
 
     c_loss: float
@@ -101,9 +100,7 @@ def train(run: Run, progress: Progress, report: Report | None) -> None:
                 "epoch": progress.epoch,
                 "iter": progress.epoch_step * run.accumulation - 1,  # batches in the epoch, from 0
                 "step": progress.step,  # optimizer steps, from 1
-                "c_loss": losses.c_loss,
-                "z_loss": losses.z_loss,
-                "grad_norm": losses.grad_norm,
+                **losses._asdict(),
                 "lr": lr,
                 "vit_lr": lr * config.vit_lr_scale,
                 "tokens": counts.tokens,

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from itertools import zip_longest
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -139,8 +138,3 @@ def _runs(sample: Sample, kind: np.ndarray, tokenizer: Tokenizer | None) -> Iter
             text = " ".join(map(str, ids[:SHOWN])) + " "
         text += f"... {len(ids) - SHOWN} more" if not kind[run[0]] and len(ids) > SHOWN else ""
         yield f"[[{text}]]" if learned[run[0]] else text
-
-
-def device_line(device: torch.device, world: int) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return f"{world} process{'es' if world > 1 else ''} on {name}, PyTorch {torch.__version__}"

@@ -133,7 +133,8 @@ def begin_output(
     if config.whole_gradients == "auto" and device.type == "cuda" and world > 1 and several:
         whole = with_whole.total < ROOM * torch.cuda.get_device_properties(device).total_memory
     memory = with_whole if whole else replace(with_whole, whole_gradients=0)
-    print(preflight.device_line(device, world))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{world} process{'es' if world > 1 else ''} on {name}, PyTorch {torch.__version__}")
     print(preflight.parts_table(model, origins))
     print(preflight.memory_lines(memory, config, folder.vision, world))
     if sheet:

@@ -81,7 +81,13 @@ def feature_layout(width: int, height: int, side: int, grid: int, anyres: bool) 
     y, x = np.mgrid[: rows * grid, : columns * grid]
     tile = 1 + y // grid * columns + x // grid  # the whole image is tile 0
     feature_map = tile * grid * grid + y % grid * grid + x % grid
-    feature_map = _without_border(feature_map, width, height)
+    map_height, map_width = feature_map.shape
+    if width / height > map_width / map_height:  # without the border above and below, or at the sides
+        cut = (map_height - int(height * (map_width / width))) // 2
+        feature_map = feature_map[cut : map_height - cut]
+    else:
+        cut = (map_width - int(width * (map_height / height))) // 2
+        feature_map = feature_map[:, cut : map_width - cut]
     ended = np.pad(feature_map, ((0, 0), (0, 1)), constant_values=NEWLINE)
     return np.concatenate((whole, ended.ravel()))
 
@@ -108,12 +114,3 @@ def continuous_tokens(heights: np.ndarray, widths: np.ndarray, side: int, grid: 
     map_height = np.where(is_wide, map_height - high // 2 * 2, map_height)
     map_width = np.where(is_wide, map_width, map_width - wide // 2 * 2)
     return whole + map_height * (map_width + 1)
-
-
-def _without_border(feature_map: np.ndarray, width: int, height: int) -> np.ndarray:
-    map_height, map_width = feature_map.shape
-    if width / height > map_width / map_height:
-        cut = (map_height - int(height * (map_width / width))) // 2
-        return feature_map[cut : map_height - cut]
-    cut = (map_width - int(width * (map_height / height))) // 2
-    return feature_map[:, cut : map_width - cut]

@@ -5,7 +5,7 @@ Legend: L tokens of a sample, T tokens of a batch, F continuous tokens of a batc
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,18 +67,10 @@ class Batch:
         return self._with(torch.Tensor.pin_memory, self.lengths.pin_memory())
 
     def _with(self, moved: Callable[[torch.Tensor], torch.Tensor], lengths: torch.Tensor) -> "Batch":
-        """All tensors moved, `lengths` as given."""
-        return replace(
-            self,
-            tokens=moved(self.tokens),
-            learned=moved(self.learned),
-            targets=moved(self.targets),
-            positions=moved(self.positions),
-            lengths=lengths,
-            feature_places=moved(self.feature_places),
-            feature_rows=moved(self.feature_rows),
-            tiles=moved(self.tiles),
-        )
+        """All other tensors moved."""
+        others = ((name, value) for name, value in vars(self).items() if name != "lengths")
+        tensors: dict[str, Any] = {name: moved(value) for name, value in others if isinstance(value, torch.Tensor)}
+        return replace(self, lengths=lengths, **tensors)
 
 
 def discrete(name: str, tokens: np.ndarray, labels: np.ndarray) -> Sample:

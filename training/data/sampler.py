@@ -169,6 +169,7 @@ def share_out(lengths: np.ndarray, processes: int, budget: int) -> list[list[lis
     return [by_load[start : start + processes] for start in range(0, len(by_load), processes)]
 
 
+@dataclass(frozen=True)
 class RankBatches:
     """What one process loads: its share of each step, batch by batch, from a position until the last epoch's end.
 
@@ -176,24 +177,15 @@ class RankBatches:
     these take about the same time; with a `budget` of tokens, as many batches as `share_out` makes of it.
     """
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        epochs: int,
-        accumulation: int,
-        rank: int,
-        world: int,
-        position: tuple[int, int],
-        condition_dropout: float = 0.0,
-        budget: int | None = None,
-        limit: int | None = None,
-    ):
-        """`position` is an epoch and a step in it. `condition_dropout` is the share of samples that come as
-        -1 - number: without their condition, see `Batches`. `limit` is where their discrete tokens are cut off.
-        """
-        self.sampler, self.epochs, self.accumulation = sampler, epochs, accumulation
-        self.rank, self.world, self.position = rank, world, position
-        self.condition_dropout, self.budget, self.limit = condition_dropout, budget, limit
+    sampler: Sampler
+    epochs: int
+    accumulation: int
+    rank: int
+    world: int
+    position: tuple[int, int]  # an epoch and a step in it
+    condition_dropout: float = 0.0  # share of samples that come as -1 - number: without their condition, see `Batches`
+    budget: int | None = None
+    limit: int | None = None  # where the samples' discrete tokens are cut off
 
     def __iter__(self) -> Iterator[list[int]]:
         for batches in self.steps():

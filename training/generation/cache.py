@@ -101,7 +101,7 @@ class KVCache:
         self.lengths = [0] * rows
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, room, config.head_dim)
         self._keys, self._values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.layers = [_Layer(self, number) for number in range(config.num_hidden_layers)]
+        self.layers = [partial(self.attend, number) for number in range(config.num_hidden_layers)]
 
     def begin(self, inputs: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
         """Make room for new tokens. Returns their embeddings as one sequence (T, C), and which of them are the rows'
@@ -141,6 +141,7 @@ class KVCache:
             self._keys, self._values = (F.pad(kept, (0, 0, 0, more)) for kept in (self._keys, self._values))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`Attend` of a layer."""
         return self._attend(self._keys[layer], self._values[layer], q, k, v)
 
     def _attend_padded(
@@ -176,16 +177,6 @@ class KVCache:
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=gqa)
-
-
-class _Layer:
-    """One layer of a cache, as its attention sees it."""
-
-    def __init__(self, cache: KVCache, number: int):
-        self._cache, self._number = cache, number
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._cache.attend(self._number, q, k, v)
 
 
 class CachedLM:

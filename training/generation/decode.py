@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from training.data.anyres import ImageInput
-from training.generation.cache import LanguageModel, Session
+from training.generation.cache import LanguageModel
 from training.generation.grammar import Grammar, Kind, Rules
 from training.generation.sampling import Sampling, draw, guide, restrict
 
@@ -124,7 +124,17 @@ class Decoder:
             tokens = self._next(going, logits, places, count)
             feeds = {}
             for row, answer in going.items():
-                self._go_on(session, feeds, answer, tokens[row], row, row + count if guided else None)
+                inside, other = answer.grammar.inside, row + count
+                self._push(answer, tokens[row])
+                if answer.finish:
+                    continue
+                feeds[row] = [tokens[row]]
+                if inside and not answer.grammar.inside and self._close_image:
+                    feeds[row] = self.model.embed(*self._close_image(answer.tokens))
+                if guided and answer.grammar.inside:
+                    if not inside:
+                        session.forget(other)
+                    feeds[other] = [tokens[row]] if inside else list(answer.prompt.unconditional(answer.grammar.head))
             self._on_tokens(len(going))
         return answers
 
@@ -154,29 +164,6 @@ class Decoder:
             mask = self.rules.allowed(kind, images=images)
             self._masks[kind, images] = torch.from_numpy(mask).to(self.model.device)
         return self._masks[kind, images]
-
-    def _go_on(
-        self,
-        session: Session,
-        feeds: dict[int, Tensor | list[int]],
-        answer: Answer,
-        token: int,
-        row: int,
-        other: int | None,
-    ) -> None:
-        """Append a token; unless the answer ends with it, put what its rows need next into `feeds`."""
-        inside = answer.grammar.inside
-        self._push(answer, token)
-        closed = inside and not answer.grammar.inside
-        if answer.finish:
-            return
-        feeds[row] = [token]
-        if closed and self._close_image:
-            feeds[row] = self.model.embed(*self._close_image(answer.tokens))
-        if other is not None and answer.grammar.inside:
-            if not inside:
-                session.forget(other)
-            feeds[other] = [token] if inside else list(answer.prompt.unconditional(answer.grammar.head))
 
     def _push(self, answer: Answer, token: int) -> None:
         inside = answer.grammar.inside

@@ -7,7 +7,7 @@
 {out}/manifest.json, run_summary.json
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -97,16 +97,13 @@ class AnswerChunk(OpenChunk):
         self._lines: dict[int, list[bytes]] = {}
         self.asked: list[tuple[Question, int, Prompt]] = []  # with the number of the sample
         kept = set(self.done_before())
-        for line in self._earlier() if kept else ():
+        for line in self._path.read_bytes().splitlines(keepends=True) if kept else ():
             if (item := orjson.loads(line)["item"]) in kept:
                 self._lines.setdefault(item, []).append(line)
 
     @property
     def _path(self) -> Location:
         return self.source.results.path(self.chunk.index, ".jsonl")
-
-    def _earlier(self) -> Iterator[bytes]:
-        return iter(self._path.read_bytes().splitlines(keepends=True))
 
     def ask(self, model: LanguageModel, samples: int) -> None:
         for item in self.todo():

@@ -145,40 +145,26 @@ def open_sheet(config: TrainConfig, folder: ModelFolder, data: Data) -> Sheet | 
     lm, path = config.variant == "lm", Path(config.prompt_sheet)
     drawing = PUBLISHED[lm] | ({} if config.condition_dropout else {"guidance": 1.0})  # else nothing to compare with
     wishes = Wishes(max_new_tokens=TEXT_TOKENS, max_seq_len=config.max_seq_len, seed=config.seed)
-    open_words = lm_words if lm else unitoken_words
-    interpreter = open_words(config, folder, data, wishes)
+    text, vocab_size, image_dir = TextTokenizer(folder.tokenizer), folder.llm.vocab_size, path.absolute().parent
+    interpreter: UniTokenInterpreter | LMInterpreter
+    if lm:
+        interpreter = LMInterpreter(DualViTokFormat(text), vocab_size, None, wishes, as_it_is, image_dir)
+    else:
+        made = (data.dataset.sources[0].manifest() or {}).get("settings", {})  # input images are cropped as there
+        crops = crop_sizes(made.get("target_size", 512), made.get("crop", "square"))
+        format, reader = ChameleonFormat(text, image_dir=image_dir), data.dataset.rules.continuous
+        interpreter = UniTokenInterpreter(format, vocab_size, None, reader, crops, wishes, as_it_is)
 
     def read() -> list[Question]:
-        add_image_tokenizer(config, interpreter)
+        cpu = torch.device("cpu")  # the device is the training's
+        if isinstance(interpreter, UniTokenInterpreter):
+            interpreter.image_tokenizer = load_vqgan(config.tokenizer_dir, interpreter.format, cpu)
+        elif config.model_config:
+            given = Path(config.model_config), config.tokenizer_checkpoint
+            interpreter.image_tokenizer = load_image_tokenizer(*given, interpreter.format, cpu)
         return read_sheet(path, interpreter)
 
     return Sheet(on_rank_0(read), interpreter, Settings.of(lm=lm, **drawing), compiled=config.compile)
-
-
-def unitoken_words(config: TrainConfig, folder: ModelFolder, data: Data, wishes: Wishes) -> UniTokenInterpreter:
-    """Input images are cropped as those of the first record were."""
-    made = (data.dataset.sources[0].manifest() or {}).get("settings", {})
-    crops = crop_sizes(made.get("target_size", 512), made.get("crop", "square"))
-    format = ChameleonFormat(TextTokenizer(folder.tokenizer), image_dir=Path(config.prompt_sheet).absolute().parent)
-    reader = data.dataset.rules.continuous
-    return UniTokenInterpreter(format, folder.llm.vocab_size, None, reader, crops, wishes, as_it_is)
-
-
-def lm_words(config: TrainConfig, folder: ModelFolder, data: Data, wishes: Wishes) -> LMInterpreter:
-    format, image_dir = DualViTokFormat(TextTokenizer(folder.tokenizer)), Path(config.prompt_sheet).absolute().parent
-    return LMInterpreter(format, folder.llm.vocab_size, None, wishes, as_it_is, image_dir)
-
-
-def add_image_tokenizer(config: TrainConfig, interpreter: UniTokenInterpreter | LMInterpreter) -> None:
-    """On the CPU: the device is the training's."""
-    cpu = torch.device("cpu")
-    if isinstance(interpreter, UniTokenInterpreter):
-        interpreter.image_tokenizer = load_vqgan(config.tokenizer_dir, interpreter.format, cpu)
-    elif config.model_config:
-        config_file = Path(config.model_config)
-        interpreter.image_tokenizer = load_image_tokenizer(
-            config_file, config.tokenizer_checkpoint, interpreter.format, cpu
-        )
 
 
 def read_sheet(path: Path, interpreter: Interpreter) -> list[Question]:

@@ -51,9 +51,10 @@ class ModelFolder:
 
     def companions(self) -> list[Path]:
         """What belongs to the model beside its weights and config.json."""
-        return list(
-            {file.name: file for folder in (self.path, self.tokenizer) for file in _companions(folder)}.values()
-        )
+        files = [file for folder in (self.path, self.tokenizer) for file in sorted(folder.iterdir())]
+        files = [file for file in files if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja")]
+        own = {file.name for file in files if file.name == "config.json" or file.name.endswith(".index.json")}
+        return list({file.name: file for file in files if file.name not in own}.values())
 
 
 @dataclass(frozen=True)
@@ -207,14 +208,3 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterat
         size += tensor.nbytes
     save_file(shard, folder / f"shard-{number:05d}.safetensors", metadata={"format": "pt"})
     yield list(shard)
-
-
-def _companions(folder: Path) -> list[Path]:
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if file.is_file()
-        and file.suffix in (".json", ".txt", ".model", ".jinja")
-        and file.name != "config.json"
-        and not file.name.endswith(".index.json")
-    ]

@@ -6,9 +6,8 @@ attention stays inside each sample.
 Legend: T packed tokens, C hidden size, H heads, K key/value heads, D head size, M MLP size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,9 @@ from torch import nn
 
 from training.models.attention import Spans, packed_attention
 from vistoken.errors import UserError
+
+# `packed_attention` to new tokens, whose keys and values one layer of a cache then keeps, and to those before
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-class LayerCache(Protocol):
-    """Keys and values of the tokens before, of one layer; see `training.generation.cache`."""
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """`packed_attention` to new tokens and to those before, after the new ones' keys and values were kept."""
-        ...
-
-
 class HeadNorm(nn.Module):
     """LayerNorm over each head, one set of weights for all; stored as (model_parallel_size, D) = (1, D)."""
 
@@ -99,11 +93,11 @@ class Attention(nn.Module):
         cos: torch.Tensor,
         sin: torch.Tensor,
         spans: Spans,
-        cache: LayerCache | None = None,
+        attend: Attend | None = None,
     ) -> torch.Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        attended = cache.attend(q, k, v) if cache else packed_attention(q, k, v, spans)
+        attended = attend(q, k, v) if attend else packed_attention(q, k, v, spans)
         return self.o_proj(attended.flatten(-2))
 
 
@@ -135,9 +129,9 @@ class DecoderLayer(nn.Module):
         cos: torch.Tensor,
         sin: torch.Tensor,
         spans: Spans,
-        cache: LayerCache | None = None,
+        attend: Attend | None = None,
     ) -> torch.Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, spans, cache))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, spans, attend))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -156,16 +150,16 @@ class Decoder(nn.Module):
         x: torch.Tensor,
         positions: torch.Tensor,
         lengths: torch.Tensor,
-        caches: Sequence[LayerCache] | None = None,
+        cached: Sequence[Attend] | None = None,
     ) -> torch.Tensor:
         """(T, C) embeddings, (T,) positions inside each sample, (samples,) lengths on CPU -> (T, C) hidden states.
 
-        With `caches`, one a layer, the tokens go on from those that the caches hold.
+        With `cached`, one a layer, the tokens go on from those that a cache holds.
         """
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         spans = Spans.of(lengths.tolist(), x.device)
-        each: Sequence[LayerCache | None] = caches or [None] * len(self.layers)
-        for layer, cache in zip(self.layers, each, strict=True):
-            x = layer(x, cos, sin, spans, cache)
+        each: Sequence[Attend | None] = cached or [None] * len(self.layers)
+        for layer, attend in zip(self.layers, each, strict=True):
+            x = layer(x, cos, sin, spans, attend)
         return self.norm(x)
