@@ -13,13 +13,11 @@ Training shares batches out by their length with the continuous tokens of the im
 With `--image_sizes` those that older or published sub-records lack are read from the images' headers.
 """
 
-import argparse
 import heapq
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -45,45 +43,33 @@ _SHOWN = 10  # ids named in a message
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = _arguments(argv)
-    if args.save_path.suffix not in (".json", ".jsonl"):
-        raise UserError(f"--save_path {args.save_path}: name it .json or .jsonl")
-    if _NAME.fullmatch(f"{args.save_path.stem}.jsonl"):
-        raise UserError(f"--save_path {args.save_path}: that is a rank's name, and what it wrote would be lost")
-    complaints = Complaints(args.allow_partial)
-    sub_records = find_sub_records(args.sub_record_dir, complaints)
-    manifest = read_manifest(args.sub_record_dir)
-    if manifest is not None:
-        check_manifests(sub_records, manifest)
-    lengths = concat(sub_records, args.save_path, manifest, complaints, read_sizes=args.image_sizes)
-    print(f"{args.save_path}: {lengths}")
-
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("--sub_record_dir", type=location, required=True, help="the --out_dir of pre_tokenize.py")
     add("--save_path", type=location, required=True, help="the record to write, .json or .jsonl")
     add("--allow_partial", action="store_true", help="warn of missing ranks and items instead of ending")
     add("--image_sizes", action="store_true", help="read the sizes that sub-records lack from the images")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.save_path.suffix not in (".json", ".jsonl"):
+        raise UserError(f"--save_path {args.save_path}: name it .json or .jsonl")
+    if _NAME.fullmatch(f"{args.save_path.stem}.jsonl"):
+        raise UserError(f"--save_path {args.save_path}: that is a rank's name, and what it wrote would be lost")
+    sub_records = find_sub_records(args.sub_record_dir, args.allow_partial)
+    manifest = read_manifest(args.sub_record_dir)
+    if manifest is not None:
+        check_manifests(sub_records, manifest)
+    lengths = concat(sub_records, args.save_path, manifest, args.allow_partial, read_sizes=args.image_sizes)
+    print(f"{args.save_path}: {lengths}")
 
 
-@dataclass
-class Complaints:
-    """What is wrong with the data: the end, or with `--allow_partial` a warning."""
-
-    allowed: bool
-
-    def of(self, message: str) -> None:
-        if not self.allowed:
-            raise DataError(
-                f"{message}. Run pre_tokenize.py again to finish, or go on regardless with --allow_partial."
-            )
-        print(f"warning: {message}", flush=True)
+def lack(message: str, allow_partial: bool) -> None:
+    """Something is missing: the end, or with `--allow_partial` a warning."""
+    if not allow_partial:
+        raise DataError(f"{message}. Run pre_tokenize.py again to finish, or go on regardless with --allow_partial.")
+    print(f"warning: {message}", flush=True)
 
 
-def find_sub_records(folder: Location, complaints: Complaints) -> list[Location]:
+def find_sub_records(folder: Location, allow_partial: bool) -> list[Location]:
     """The sub-records in `folder`, by rank. Raises `UserError` for none, or for those of several runs."""
     ranks: dict[int, dict[int, Location]] = {}
     for path in folder.glob("*-of-*-record.jsonl"):
@@ -98,7 +84,8 @@ def find_sub_records(folder: Location, complaints: Complaints) -> list[Location]
         raise DataError(f"{folder}: sub-records of several runs, {names}. Delete those that are out of date.")
     splits, found = ranks.popitem()
     if missing := [rank for rank in range(splits) if rank not in found]:
-        complaints.of(f"{folder}: no sub-record of rank {_listed(missing)} of {splits}: not started, or not finished")
+        ranks_named = f"rank {_listed(missing)} of {splits}"
+        lack(f"{folder}: no sub-record of {ranks_named}: not started, or not finished", allow_partial)
     return [found[rank] for rank in sorted(found)]
 
 
@@ -121,7 +108,7 @@ def concat(
     sub_records: Sequence[Location],
     save_path: Location,
     manifest: dict[str, Any] | None,
-    complaints: Complaints,
+    allow_partial: bool,
     *,
     read_sizes: bool = False,
 ) -> Lengths:
@@ -149,7 +136,7 @@ def concat(
                 lengths.add(content["len"])
         out.write(closing if lengths.items else closing.lstrip())
         for problem in order.problems():
-            complaints.of(f"{folder}: {problem}")
+            lack(f"{folder}: {problem}", allow_partial)
     if not rejected_path.stat().st_size:
         rejected_path.unlink()
     write_bytes(summary_path, orjson.dumps(lengths.as_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))

@@ -69,7 +69,13 @@ def turn_values(turns: Any) -> list[str]:
         if turn.get("from") not in roles:
             expected = " or ".join(roles)
             raise Failed("role out of order", f"turn {number}: expected {expected}, found {_short(turn.get('from'))}")
-        values.append(_clean(turn["value"], number))
+        if IMAGE_MARK in turn["value"] or END_MARK in turn["value"]:
+            raise Failed("bad text", f"turn {number}: contains the Unicode noncharacter U+FDD0 or U+FDD1")
+        try:
+            turn["value"].encode()
+        except UnicodeEncodeError as error:
+            raise Failed("bad text", f"turn {number}: not valid Unicode ({error.reason})") from error
+        values.append(turn["value"])
     return values
 
 
@@ -81,16 +87,6 @@ def learned_turns(values: Sequence[str]) -> tuple[bool, ...]:
         if turn % 2 and not value.strip():  # nothing but the mark at its end would be learned
             raise Failed("empty answer", f"turn {turn}: the gpt turn says nothing")
     return tuple(turn % 2 == 1 for turn in range(len(values)))
-
-
-def _clean(text: str, number: int) -> str:
-    if IMAGE_MARK in text or END_MARK in text:
-        raise Failed("bad text", f"turn {number}: contains the Unicode noncharacter U+FDD0 or U+FDD1")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise Failed("bad text", f"turn {number}: not valid Unicode ({error.reason})") from error
-    return text
 
 
 def _short(value: Any) -> str:

@@ -70,18 +70,14 @@ def spell(values: Sequence[str], pictures: Sequence[Picture], *, inputs: bool) -
                 picture, seen = pictures[seen], seen + 1
                 pieces += [picture.words] if inputs or turn % 2 else [picture.tag, IMAGE_SYMBOL]
             elif piece == TAG_SYMBOL:
-                pieces.append(_meant(seen, generated, pictures).tag)
+                if not pictures:
+                    raise Failed("image count", f"{TAG_SYMBOL} in a conversation without images")
+                meant = next((number for number in generated if number >= seen), min(seen, len(pictures) - 1))
+                pieces.append(pictures[meant].tag)
             elif piece:
                 pieces.append(piece)
         turns.append(pieces)
     return turns
-
-
-def _meant(seen: int, generated: list[int], pictures: Sequence[Picture]) -> Picture:
-    """The image that a tag after the first `seen` ones speaks of."""
-    if not pictures:
-        raise Failed("image count", f"{TAG_SYMBOL} in a conversation without images")
-    return pictures[next((number for number in generated if number >= seen), min(seen, len(pictures) - 1))]
 
 
 def read_item(item: dict[str, Any], codebook_sizes: Sequence[int]) -> tuple[list[str], list[Picture]]:

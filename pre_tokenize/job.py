@@ -1,7 +1,7 @@
 """The job of the UniToken document: conversations to token files, chunk by chunk."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from pre_tokenize.output import TokenOutput
@@ -30,10 +30,7 @@ class ImageEncoder(Protocol):
     def flush(self) -> Iterator[tuple["TokenChunk", Images]]: ...
 
 
-class MakeEncoder(Protocol):
-    """What makes the encoder of a run; it is told the progress that its images count in."""
-
-    def __call__(self, progress: Progress) -> AbstractContextManager[ImageEncoder]: ...
+MakeEncoder = Callable[[Progress], AbstractContextManager[ImageEncoder]]  # its images count in the progress
 
 
 class NoImages:
@@ -51,11 +48,6 @@ class NoImages:
             yield self._chunks.pop(), {}
 
     flush = finished
-
-
-def no_images(progress: Progress) -> AbstractContextManager[ImageEncoder]:
-    """`MakeEncoder` of `NoImages`."""
-    return nullcontext(NoImages())
 
 
 def run_pre_tokenization(

@@ -96,7 +96,9 @@ class TokenOutput(Output):
         """What is written for a chunk's samples: its token files, and its lines of the record."""
         places: list[tuple[str, int | None, str | None]]  # of each sample: file, row, and where it is the first, hash
         if self._as_pickles:
-            contents = {f"files/{sample.id}.pkl": self._pickle(sample) for sample in samples}
+            folder = location(self.manifest["image_dir"])  # a pickle knows no manifest: it has whole paths
+            whole = [s._replace(images=tuple(str(within(folder, image)) for image in s.images)) for s in samples]
+            contents = {f"files/{sample.id}.pkl": pickle_bytes(sample) for sample in whole}
             places = [(name, None, hash_of(content)) for name, content in contents.items()]
         else:
             name = _shard(chunk)
@@ -118,13 +120,6 @@ class TokenOutput(Output):
             samples = read_shard(self.folder / _shard(chunk)) if items else []
         wanted = set(items)
         return {s.id: s._replace(image_sizes=sizes.get(s.id)) for s in samples if s.id in wanted}
-
-    def _pickle(self, sample: TokenSample) -> bytes:
-        """A pickle knows no manifest: its images are named by their whole paths."""
-        folder = self.manifest["image_dir"]
-        return pickle_bytes(
-            sample._replace(images=tuple(str(within(location(folder), image)) for image in sample.images))
-        )
 
     def write_record(self, workers: Workers) -> tuple[Location, Counts, Lengths]:
         """List what the chunks of this worker's share, all of them complete, hold; the record is there last."""

@@ -30,6 +30,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -49,6 +50,7 @@ from vistoken.cli import (
     check_workers,
     command_parser,
     run_command,
+    settings_of,
 )
 from vistoken.errors import UserError
 from vistoken.store import location
@@ -92,7 +94,8 @@ class ItemProcessor:
 def load_item_processor(spec: str | None) -> tuple[Any, str]:
     """`FILE.py:Class` (None: the one above) -> an instance, and the hash of its source for the manifest."""
     if spec is None:
-        return ItemProcessor(), _sha256(inspect.getsource(ItemProcessor.process_item))
+        source = inspect.getsource(ItemProcessor.process_item)
+        return ItemProcessor(), hashlib.sha256(source.encode()).hexdigest()
     file, _, name = spec.rpartition(":")
     path = Path(file)
     if path.suffix != ".py" or not path.is_file():
@@ -115,11 +118,7 @@ def load_item_processor(spec: str | None) -> tuple[Any, str]:
         inspect.signature(found).bind()
     except TypeError as error:
         raise UserError(f"--item_processor {spec}: {name} is built without arguments, but {error}") from error
-    return found(), _sha256(path.read_text())
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return found(), hashlib.sha256(path.read_text().encode()).hexdigest()
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -170,11 +169,8 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     check_workers(args, parser)
     if args.target_size < 32 or args.target_size % 32 or args.target_size > 1024:
         parser.error(f"--target_size must be a multiple of 32 from 32 to 1024, not {args.target_size}")
-    if args.image_tokenizer == "dualvitok":
-        _check_dualvitok(args, parser)
-
-
-def _check_dualvitok(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.image_tokenizer != "dualvitok":
+        return
     if args.tokenizer_dir is None:
         parser.error("--image_tokenizer dualvitok needs --tokenizer_dir, the folder that extend_tokenizer.py wrote")
     if args.text_tokenizer is not None:
@@ -193,16 +189,8 @@ def chameleon_parts(args: argparse.Namespace, process_item: "ProcessItem") -> "P
     os.environ.setdefault("RAYON_NUM_THREADS", str(num_workers))  # of the text tokenizer
     device = local_device(args.device)
     check_graphs(args.cuda_graphs, device)
-    settings = Settings(
-        target_size=args.target_size,
-        crop=args.crop,
-        exif_orientation=args.exif_orientation,
-        torch_dtype=args.torch_dtype,
-        batch_size=args.batch_size or default_batch_size(device),
-        items_per_file=args.items_per_file,
-        compile=args.compile,
-        cuda_graphs=args.cuda_graphs,
-    )
+    args.batch_size = args.batch_size or default_batch_size(device)
+    settings = settings_of(Settings, args)
     text, vqgan = load_tokenizers(args.text_tokenizer, args.tokenizer_dir, device, settings)
     sequences = ChameleonFormat(text, process_item, args.image_dir)
     return sequences, partial(make_encoder, vqgan, settings, num_workers), partial(make_manifest, settings, text, vqgan)
@@ -211,7 +199,7 @@ def chameleon_parts(args: argparse.Namespace, process_item: "ProcessItem") -> "P
 def dualvitok_parts(args: argparse.Namespace, process_item: "ProcessItem") -> "Parts":
     """The same for codes that codebook inference has written: there is nothing left to encode."""
     from pre_tokenize.dualvitok import DualViTokFormat, encoded_images, make_manifest
-    from pre_tokenize.job import no_images
+    from pre_tokenize.job import NoImages
     from pre_tokenize.text import TextTokenizer
     from vistoken.device import default_workers
 
@@ -220,7 +208,8 @@ def dualvitok_parts(args: argparse.Namespace, process_item: "ProcessItem") -> "P
         args.image_dir = encoded_images(args.in_filename)
     text = TextTokenizer(args.tokenizer_dir)
     sequences = DualViTokFormat(text, process_item)
-    return sequences, no_images, partial(make_manifest, args.items_per_file, text, sequences)
+    manifest = partial(make_manifest, args.items_per_file, text, sequences)
+    return sequences, lambda progress: nullcontext(NoImages()), manifest
 
 
 def main(argv: list[str] | None = None) -> int:

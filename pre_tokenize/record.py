@@ -151,7 +151,8 @@ def read_entries(path: Location) -> Iterator[dict[str, Any]]:
             first = file.readline()
             listed = first.lstrip().startswith(b"[")
             if listed and first.strip() != b"[":
-                yield from (_checked(entry, path, f"entry {i}") for i, entry in enumerate(_whole(path)))
+                entries = _parsed(read_file(path), path, 1)
+                yield from (_checked(entry, path, f"entry {i}") for i, entry in enumerate(entries))
                 return
             if not listed:
                 file.seek(0)
@@ -179,13 +180,6 @@ def entry_line(
     """An entry as JSON, without a line end. `sha256` belongs to the first entry of a file; sizes are (h, w)."""
     entry = {"file": file, "row": row, "len": length, "id": item, "image_sizes": image_sizes, "sha256": sha256}
     return orjson.dumps({name: value for name, value in entry.items() if value is not None})
-
-
-def _whole(path: Location) -> list[Any]:
-    entries = _parsed(read_file(path), path, 1)
-    if not isinstance(entries, list):
-        raise DataError(f"{path}: not a record: expected a list of entries")
-    return entries
 
 
 def _parsed(content: bytes, path: Location, line: int) -> Any:
