@@ -136,23 +136,14 @@ def _any_file_system(url: str) -> tuple[Any, str]:
     return fs.PyFileSystem(fs.FSSpecHandler(system)), key
 
 
-class Ranges(io.RawIOBase):
-    """An object by range requests."""
+class RangeReader(io.RawIOBase):
+    """A file of `size` bytes of which any range can be read: what a derived class has in `_read_at`."""
 
-    def __init__(self, url: "Url"):
-        self._url, self._at, self._file = url, 0, None
-        self._size = self._with_file(lambda file: file.size())
-
-    def _with_file(self, use: Callable[[Any], T]) -> T:
-        def request(system: Any, key: str) -> T:
-            if self._file is None:
-                self._file = system.open_input_file(key)
-            return use(self._file)
-
-        return ask(self._url, request)
+    def __init__(self, size: int):
+        self._size, self._at = size, 0
 
     def _read_at(self, start: int, length: int) -> bytes:
-        return self._with_file(lambda file: file.read_at(length, start))
+        raise NotImplementedError
 
     def readable(self) -> bool:
         return True
@@ -172,6 +163,25 @@ class Ranges(io.RawIOBase):
         buffer[: len(content)] = content
         self._at += len(content)
         return len(content)
+
+
+class Ranges(RangeReader):
+    """An object by range requests."""
+
+    def __init__(self, url: "Url"):
+        self._url, self._file = url, None
+        super().__init__(self._with_file(lambda file: file.size()))
+
+    def _with_file(self, use: Callable[[Any], T]) -> T:
+        def request(system: Any, key: str) -> T:
+            if self._file is None:
+                self._file = system.open_input_file(key)
+            return use(self._file)
+
+        return ask(self._url, request)
+
+    def _read_at(self, start: int, length: int) -> bytes:
+        return self._with_file(lambda file: file.read_at(length, start))
 
     def readall(self) -> bytes:
         content = self._read_at(self._at, self._size - self._at) if self._at < self._size else b""

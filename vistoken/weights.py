@@ -329,18 +329,15 @@ def _check_tensor(name: object, tensor: Tensor, file: Path) -> None:
 def _tensors_of(payload: object, file: Path, use_ema: bool) -> dict[str, Tensor]:
     """The state dict of a loaded pickle, whether nested or not."""
     entries: Mapping[Any, Any] = payload if isinstance(payload, dict) else {}
-    keys = list(entries)
-    found = _first(list(map(str, keys))) or type(payload).__name__
-    wrappers = ("ema",) if use_ema else WRAPPERS
-    nested = next((entries[key] for key in wrappers if isinstance(entries.get(key), Mapping)), None)
-    if nested is None and use_ema:
-        raise UserError(
-            f"{file}: EMA weights were asked for, but it has no `ema`; it holds {_first(list(map(str, keys)))}"
-        )
-    holder = entries if nested is None else nested
+    found = _first(list(map(str, entries))) or type(payload).__name__
+    nested = (entries.get(key) for key in (("ema",) if use_ema else WRAPPERS))
+    holder = next((value for value in nested if isinstance(value, Mapping)), None)
+    if holder is None and use_ema:
+        raise UserError(f"{file}: EMA weights were asked for, but it has no `ema`; it holds {found}")
+    holder = entries if holder is None else holder
     tensors = {name: value for name, value in holder.items() if isinstance(value, Tensor)}
     if not tensors:
-        only_ema = " (its weights are under `ema`: ask for EMA weights)" if "ema" in keys else ""
+        only_ema = " (its weights are under `ema`: ask for EMA weights)" if "ema" in entries else ""
         raise UserError(f"{file}: no named tensors in it{only_ema}; it holds {found}")
     return tensors
 

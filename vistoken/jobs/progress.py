@@ -41,7 +41,6 @@ class Progress:
         self._workers, self._rates, self._totals = workers, rates, totals
         self._names = ("items", "found", "rejected", "failed", "retries", *rates, *totals)
         self._began = time.monotonic()
-        workers.expect(total)
         self._bar = bar(description, total, disable=not workers.reports, smoothing=0.1)
         self._found = 0
         self._lock = threading.Lock()  # images are counted in one thread, results in another

@@ -44,7 +44,6 @@ class Queue:
         self._alone: set[int] = set()  # actors whose round is for one chunk
         self._steps: dict[int, int | None] = {}  # step -> the actor that does it, None when it is done
         self._totals: Counter[str] = Counter()
-        self._finished = 0
         self._held = ExitStack()
         self._locks: dict[Location, bool] = {}  # folders that are held until the run ends -> whether it was alone there
 
@@ -67,7 +66,7 @@ class Queue:
         return chunk, self._deaths[chunk]
 
     def finish(self, chunk: int) -> None:
-        self._finished += self._open.pop(chunk, None) is not None
+        self._open.pop(chunk, None)
 
     def lost(self, actor: int) -> int:
         """An actor died. Returns the most deaths that one of its chunks has cost."""
@@ -105,33 +104,45 @@ class Queue:
 
     def state(self) -> "State":
         unclaimed = None if self._chunks is None else self._chunks - self._next
-        return State(unclaimed, len(self._again), len(self._open), self._finished, self._totals["expected"])
+        return State(unclaimed, len(self._again), len(self._open))
 
 
 class State(NamedTuple):
     unclaimed: int | None  # None: no actor has looked yet
     again: int
     open: int
-    finished: int
-    items: int
 
     @property
     def complete(self) -> bool:
         return self.unclaimed == self.again == self.open == 0
 
 
-class RayWorker(OneProcess):
-    """An actor's view of the queue. With `joins`, all chunks are done and it writes the final files."""
+class Driver(OneProcess):
+    """The driver's view of the queue: it only looks."""
 
-    reports = False
-
-    def __init__(self, queue: Any, number: int, joins: bool):
+    def __init__(self, queue: Any):
         import ray
 
         super().__init__()
-        self._get, self._queue, self._number, self._joins = ray.get, queue, number, joins
+        self._get, self._queue = ray.get, queue
+
+    def add(self, counts: Mapping[str, int]) -> None:
+        if counts := {name: count for name, count in counts.items() if count}:
+            self._queue.add.remote(counts)
+
+    def totals(self, names: Sequence[str]) -> dict[str, int]:
+        return self._get(self._queue.totals.remote(names))
+
+
+class RayWorker(Driver):
+    """An actor's view of the queue. With `joins`, all chunks are done and it writes the final files."""
+
+    def __init__(self, queue: Any, number: int, joins: bool):
+        super().__init__(queue)
+        self._number, self._joins = number, joins
         self.rank = 0 if joins else 1
         self.reports = joins
+        self._steps = 0
         self._deaths: dict[int, int] = {}
 
     def claim(self, chunks: Sequence[T]) -> Iterator[T]:
@@ -149,7 +160,7 @@ class RayWorker(OneProcess):
         return Failed("worker died", f"{deaths} workers died while they had this chunk") if deaths >= ATTEMPTS else None
 
     def on_first(self, step: Callable[[], None]) -> None:
-        self._steps = getattr(self, "_steps", 0) + 1
+        self._steps += 1
         while (todo := self._get(self._queue.step.remote(self._number, self._steps))) == "wait":
             time.sleep(0.2)
         if todo == "do":
@@ -162,34 +173,6 @@ class RayWorker(OneProcess):
         if isinstance(alone, UserError):
             raise alone
         yield alone
-
-    def expect(self, items: int | None) -> None:
-        if items and not self._joins:
-            self._queue.add.remote({f"expected/{self._number}": items})
-
-    def add(self, counts: Mapping[str, int]) -> None:
-        if counts := {name: count for name, count in counts.items() if count}:
-            self._queue.add.remote(counts)
-
-    def totals(self, names: Sequence[str]) -> dict[str, int]:
-        return self._get(self._queue.totals.remote(names))
-
-
-class Driver(OneProcess):
-    """The driver's view of the queue: it only looks."""
-
-    def __init__(self, queue: Any):
-        import ray
-
-        super().__init__()
-        self._get, self._queue = ray.get, queue
-
-    def add(self, counts: Mapping[str, int]) -> None:
-        if any(counts.values()):
-            self._queue.add.remote(dict(counts))
-
-    def totals(self, names: Sequence[str]) -> dict[str, int]:
-        return self._get(self._queue.totals.remote(names))
 
 
 class Actor:
@@ -244,7 +227,7 @@ class _Run:
     def through(self, description: str, totals: tuple[str, ...]) -> Outcome:
         """All chunks, then the final files."""
         with Progress(Driver(self._queue), None, description, totals=totals) as progress:
-            while not (state := self._state()).complete:
+            while not (state := State(*self._ray.get(self._queue.state.remote()))).complete:
                 self._start_missing(state)
                 self._look(joins=False)
                 progress.refresh()
@@ -256,9 +239,6 @@ class _Run:
                 self._begin(number, joins=True)
             if outcome := self._look(joins=True):
                 return outcome
-
-    def _state(self) -> State:
-        return State(*self._ray.get(self._queue.state.remote()))
 
     def _start_missing(self, state: State) -> None:
         """As many actors as the cluster has room for; the idle ones begin a round where chunks came back."""

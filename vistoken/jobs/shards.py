@@ -20,6 +20,7 @@ import pyarrow
 from pyarrow.parquet import ParquetFile
 
 from vistoken.errors import Failed, UserError
+from vistoken.object_store import RangeReader
 from vistoken.store import BLOCK, Location, stream
 
 TAR, PARQUET = (".tar", ".tar.gz", ".tgz"), (".parquet",)
@@ -75,31 +76,16 @@ class NamedBytes:
         return self._content
 
 
-class Window(io.RawIOBase):
+class Window(RangeReader):
     """Bytes [offset, offset + size) of a file that others read, too."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int):
-        self._file, self._offset, self._size, self._at = file, offset, size, 0
+        super().__init__(size)
+        self._file, self._offset = file, offset
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(offset + (0, self._at, self._size)[whence], 0)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._offset + self._at)
-        content = self._file.read(min(len(buffer), max(self._size - self._at, 0)))
-        buffer[: len(content)] = content
-        self._at += len(content)
-        return len(content)
+    def _read_at(self, start: int, length: int) -> bytes:
+        self._file.seek(self._offset + start)
+        return self._file.read(length)
 
 
 class Member(NamedTuple):

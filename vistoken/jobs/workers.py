@@ -60,9 +60,6 @@ class OneProcess:
         """Why the items of this chunk are not to be tried any more."""
         return None
 
-    def expect(self, items: int | None) -> None:
-        """So many items are to be done by all, if that is known."""
-
     def on_first(self, step: Callable[[], None]) -> None:
         """Run `step` on the first worker while the others wait for it."""
         step()
