@@ -11,7 +11,7 @@ from store_server import s3_server
 
 from vistoken import object_store, store
 from vistoken.errors import UserError
-from vistoken.store import Url, local_copy, location, put, read_range, remove_tree, stream
+from vistoken.store import Url, local_copy, location, read_range, remove_tree, stream
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +69,13 @@ def test_objects_are_read_listed_and_deleted_as_files_are(folder, tmp_path):
 def test_a_large_object_is_put_and_streamed_in_blocks(folder, monkeypatch):
     monkeypatch.setattr(object_store, "BLOCK", 1 << 20)
     content = os.urandom((12 << 20) + 17)  # beyond what one request may hold: several parts
-    put(folder / "large", io.BytesIO(content))
+    (folder / "large").put(io.BytesIO(content))
     with stream(folder / "large") as file:
         assert b"".join(iter(lambda: file.read(300_000), b"")) == content
 
 
 def test_lines_are_read_from_a_store(folder):
-    put(folder / "lines", b"one\ntwo\nthree")
+    (folder / "lines").put(b"one\ntwo\nthree")
     with (folder / "lines").open("rb") as file:
         assert list(file) == [b"one\n", b"two\n", b"three"]
 
@@ -86,7 +86,7 @@ def test_every_third_request_fails_and_is_made_again(server, folder, monkeypatch
     server.every, failed = 3, server.failed
     try:
         for number in range(20):
-            put(folder / f"{number:02d}", bytes([number]))
+            (folder / f"{number:02d}").put(bytes([number]))
         assert [path.read_bytes() for path in folder.iterdir()] == [bytes([number]) for number in range(20)]
     finally:
         server.every = 0
@@ -99,17 +99,17 @@ def test_a_store_that_fails_for_good_is_told_with_the_url(server, folder, monkey
     server.every = 1
     try:
         with pytest.raises(OSError, match="given up after 3 attempts") as caught:
-            put(folder / "x", b"")
+            (folder / "x").put(b"")
     finally:
         server.every = 0
     assert caught.value.filename == str(folder / "x")
     with pytest.raises(OSError, match="bucket does not exist") as caught:
-        put(Url("s3://no-such-bucket/x"), b"")
+        Url("s3://no-such-bucket/x").put(b"")
     assert caught.value.errno == errno.ENOENT
 
 
 def test_without_credentials_nothing_is_tried_twice(server, folder):
-    put(folder / "x", b"")
+    (folder / "x").put(b"")
     store.retries.take()
     server.every, server.status = 1, "403 Forbidden"
     try:

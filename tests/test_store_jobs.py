@@ -19,7 +19,7 @@ from vision_tokenizer.codebook import output as codebook_output
 from vision_tokenizer.models.dualvitok.model import load_dualvitok
 from vision_tokenizer.tokenizer import plan_codebook_inference, preview_codes, verify_codebook
 from vision_tokenizer.tokenizer.tokenizer_codebook_inference import main as codebook_inference
-from vistoken import object_store, store
+from vistoken import object_store
 from vistoken.errors import Failed, UserError
 from vistoken.store import Location, Url, local_copy, remove_tree
 
@@ -134,8 +134,8 @@ def test_killed_at_every_put_and_begun_again(bucket, encode, expected, monkeypat
             return whole(*args)
 
         with monkeypatch.context() as patch:
-            whole = store.put
-            patch.setattr("vistoken.jobs.files.put", put)
+            whole = Url.put
+            patch.setattr(Url, "put", put)
             try:
                 encode(bucket)
                 return False

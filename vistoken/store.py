@@ -32,7 +32,6 @@ __all__ = [
     "folder_stats",
     "local_copy",
     "location",
-    "put",
     "read_ahead",
     "read_range",
     "remove_tree",
@@ -73,11 +72,6 @@ def read_ahead(read: Callable[[A], T], things: Iterable[A], threads: int = 16) -
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
-
-
-def put(url: Url, content: bytes | BinaryIO) -> None:
-    """Put an object whole. For the disk, see `jobs.files.atomic_write`, which takes either kind of place."""
-    url.put(content)
 
 
 def folder_stats(folder: Url) -> dict[str, Stat]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from vistoken.errors import UserError
-from vistoken.store import Location, Url, put, stream
+from vistoken.store import Location, Url, stream
 
 _OWNER = f"{socket.gethostname()}-{os.getpid()}"  # two writers of one file never share a temporary name
 _IN_MEMORY = 64 << 20  # bytes of what is to be put into a store; more waits on the disk
@@ -67,7 +67,7 @@ def atomic_write(path: Location, sync: bool = True, sync_name: bool = True) -> I
 
 def _put(url: Url, content: bytes | BinaryIO) -> None:
     try:
-        put(url, content)
+        url.put(content)
     except OSError as error:
         raise UserError(
             f"{url}: cannot write ({error.strerror or error}). What was finished before is kept: see that the store "
