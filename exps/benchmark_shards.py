@@ -42,7 +42,7 @@ from vistoken.jobs.progress import Progress
 from vistoken.jobs.run import todo
 from vistoken.jobs.shards import NamedBytes
 from vistoken.jobs.workers import OneProcess
-from vistoken.store import Location, Url, put, read_ahead
+from vistoken.store import Location, Url, read_ahead
 
 COMMAND = REPO / "vision_tokenizer/tokenizer/tokenizer_codebook_inference.py"
 SMALL = REPO / "configs/example/dualvitok/dualvitok_small.py"
@@ -172,7 +172,7 @@ def bench_rates(args: argparse.Namespace, scratch: Path, bucket: Url) -> list[di
     sides = {name: partial(job, scratch, name, entry, len(images)) for name, entry in forms.items()}
     for kind in ("tar", "parquet"):
         for path in base.glob(f"*.{kind}"):
-            put(bucket / "in" / path.name, path.read_bytes())
+            (bucket / "in" / path.name).put(path.read_bytes())
         entry = {"shards": f"{bucket}/in/*.{kind}"}
         sides[f"{kind} on S3, output on S3"] = partial(job, bucket, f"out-{kind}", entry, len(images))
     sides["tar, codes as Arrow"] = lambda turn: job(scratch, "arrow", forms["tar"], len(images), turn, "arrow")
@@ -225,7 +225,7 @@ def bench_stored_names(args: argparse.Namespace, scratch: Path, bucket: Url) -> 
     parquet = small.getvalue().to_pybytes()
     found = {}
     for kind, count, content in (("tar", args.stored_names, b""), ("parquet", args.stored_parquets, parquet)):
-        for _ in read_ahead(lambda n, k=kind, c=content: put(bucket / f"many/{n:06}.{k}", c), range(count)):
+        for _ in read_ahead(lambda n, k=kind, c=content: (bucket / f"many/{n:06}.{k}").put(c), range(count)):
             pass
         data = dataset(scratch / f"many-{kind}", {"shards": f"{bucket}/many/{{000000..{count - 1:06}}}.{kind}"})
         found[f"{count} {kind}"] = to_first_chunk(data)

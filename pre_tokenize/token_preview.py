@@ -12,11 +12,10 @@ import torch
 from pre_tokenize.sequences import Block, SequenceFormat
 from pre_tokenize.token_file import TokenFiles, TokenSample
 from vision_tokenizer.models.protocol import ImageTokenizer
-from vision_tokenizer.review.html import render
+from vision_tokenizer.review.html import write_page
 from vision_tokenizer.review.preview import Pair, decode_codes, make_pair, mean_quality, write_contact_sheet
 from vision_tokenizer.review.quality import CodeUse
 from vistoken.errors import ItemError
-from vistoken.jobs.files import write_bytes
 from vistoken.store import Location, location
 
 TEMPLATE = Path(__file__).with_name("tokens.html")
@@ -144,7 +143,8 @@ def write_report(
         subtitle += f" · codes and learned share counted in {contents.sequences:,} of {len(files):,} sequences"
     median = np.quantile(files.lengths, 0.5, method="inverted_cdf")  # as pre_tokenize.py reports it
     lengths = np.bincount(files.lengths)
-    page = render(
+    write_page(
+        folder / "report.html",
         TEMPLATE,
         title="Token files",
         subtitle=subtitle,
@@ -162,6 +162,5 @@ def write_report(
         contents=contents,
         lengths={length: int(lengths[length]) for length in np.flatnonzero(lengths).tolist()},
     )
-    write_bytes(folder / "report.html", page.encode())
     if pairs:
         write_contact_sheet(folder / "contact_sheet.png", str(files.record.path), pairs)

@@ -82,22 +82,20 @@ def data_lines(data: Data) -> str:
 
 def sample_text(data: Data, folder: ModelFolder) -> str:
     """The first sample as the model sees it: images as their token counts, what is learned in [[ ]]."""
-    sample = _first_usable(data)
+    for number in reversed(next(data.sampler.epoch(0))):  # the longest shows most
+        try:
+            sample = data.dataset.sample(number)
+            break
+        except Failed as failure:
+            reason = failure
+    else:
+        raise UserError(f"no sample of the first step can be used; the last one: {reason}")
     file = next((path for name in TOKENIZER_FILES if (path := folder.tokenizer / name).is_file()), None)
     tokenizer = Tokenizer.from_file(str(file)) if file else None
     kind = token_kinds(sample) if folder.vision else _kinds_of_words(sample, tokenizer)
     text = "".join(_runs(sample, kind, tokenizer))
     unchecked = f"{folder.tokenizer}: no tokenizer file, so the tokens' vocabulary is not checked against the model's\n"
     return f"{'' if file else unchecked}{sample.name}, {len(sample)} tokens, learned parts in [[ ]]:\n  {text}"
-
-
-def _first_usable(data: Data) -> Sample:
-    for number in reversed(next(data.sampler.epoch(0))):  # the longest shows most
-        try:
-            return data.dataset.sample(number)
-        except Failed as failure:
-            reason = failure
-    raise UserError(f"no sample of the first step can be used; the last one: {reason}")
 
 
 def token_kinds(sample: Sample) -> np.ndarray:

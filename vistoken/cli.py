@@ -240,7 +240,7 @@ def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = s
         sys.excepthook = hook
     if resumes:
         signal.signal(signal.SIGTERM, _drop_open_work)
-        signal.signal(signal.SIGUSR1, _finish_open_work)
+        signal.signal(signal.SIGUSR1, lambda *_: stopping.set())
     try:
         code = main() or OK
         sys.stdout.flush()  # a pipe that nobody reads any more, or a full disk, shows here at the latest
@@ -278,10 +278,6 @@ def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = s
 def _drop_open_work(*signal_and_frame: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
     raise Preempted("stopped by SIGTERM: chunks that were open are dropped, finished ones are kept")
-
-
-def _finish_open_work(*signal_and_frame: object) -> None:
-    stopping.set()
 
 
 def leave_at_once(code: int) -> None:

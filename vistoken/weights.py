@@ -266,8 +266,12 @@ def _read_pickle(file: Path, use_ema: bool, prefixes: tuple[str, ...]) -> dict[s
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: damaged or not a PyTorch checkpoint: {_summary(error)}") from error
     tensors = _tensors_of(payload, file, use_ema)
-    for name, tensor in tensors.items():
-        _check_tensor(name, tensor, file)
+    for name, tensor in tensors.items():  # what only looks like a named tensor with its numbers
+        if not isinstance(name, str) or not name.isprintable():  # half of a surrogate pair is not, either
+            raise UserError(f"{file}: a tensor's name is {name!r}, which no model has; it is no state dict")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            kind = "quantized" if tensor.is_quantized else "on the meta device" if tensor.is_meta else tensor.layout
+            raise UserError(f"{file}: {name} is {kind}, and weights are plain dense tensors; save it as one")
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
 
 
@@ -315,15 +319,6 @@ def _load_tensors(file: Path, zipped: bool) -> object:
         else:
             note(f"{file}: left out what is no tensor in it: {_first(foreign)}")
             return payload
-
-
-def _check_tensor(name: object, tensor: Tensor, file: Path) -> None:
-    """Raises `UserError` for what only looks like a named tensor with its numbers."""
-    if not isinstance(name, str) or not name.isprintable():  # half of a surrogate pair is not, either
-        raise UserError(f"{file}: a tensor's name is {name!r}, which no model has; it is no state dict")
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        kind = "quantized" if tensor.is_quantized else "on the meta device" if tensor.is_meta else str(tensor.layout)
-        raise UserError(f"{file}: {name} is {kind}, and weights are plain dense tensors; save it as one")
 
 
 def _tensors_of(payload: object, file: Path, use_ema: bool) -> dict[str, Tensor]:

@@ -9,9 +9,8 @@ import orjson
 from PIL import Image
 
 from vision_tokenizer.images.files import read_image
-from vision_tokenizer.review.html import render
+from vision_tokenizer.review.html import write_page
 from vistoken.errors import ItemError
-from vistoken.jobs.files import write_bytes
 
 TEMPLATE = Path(__file__).with_name("answers.html")
 SHOWN = 100  # answers in the report
@@ -24,7 +23,8 @@ def write_report(folder: Path, answers: Path, manifest: Mapping[str, Any]) -> No
         shown = [_card(orjson.loads(line), folder) for line in islice(lines, SHOWN)]
         more = sum(1 for _ in lines)
     settings = " · ".join(f"{name} {value}" for name, value in sorted(manifest["settings"].items()))
-    page = render(
+    write_page(
+        folder / "report.html",
         TEMPLATE,
         title="Answers",
         subtitle=f"{manifest['model']['path']} · {settings}",
@@ -37,7 +37,6 @@ def write_report(folder: Path, answers: Path, manifest: Mapping[str, Any]) -> No
         ],
         cards=shown,
     )
-    write_bytes(folder / "report.html", page.encode())
 
 
 def _card(line: dict[str, Any], folder: Path) -> dict[str, Any]:

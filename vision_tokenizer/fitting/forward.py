@@ -50,17 +50,10 @@ class TrainableDualViTok(nn.Module):
     convolutional = ("pixel_encoder", "pixel_decoder")  # nearly all of the time
     encoding = ("semantic_encoder", "semantic_quantizer", "pixel_encoder", "pixel_quant_conv", "pixel_quantizer")
 
-    def __init__(
-        self,
-        model: DualViTok,
-        dropping: CodeDropping | None = None,
-        semantic: QuantizerOptions | None = None,
-        pixel: QuantizerOptions | None = None,
-    ):
+    def __init__(self, model: DualViTok, dropping: CodeDropping, semantic: QuantizerOptions, pixel: QuantizerOptions):
         super().__init__()
-        self.model = model
-        self.dropping = dropping or CodeDropping()
-        self.options = {"semantic": semantic or QuantizerOptions(), "pixel": pixel or QuantizerOptions()}
+        self.model, self.dropping = model, dropping
+        self.options = {"semantic": semantic, "pixel": pixel}
         model.semantic_encoder.model.requires_grad_(False)
 
     def features(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:

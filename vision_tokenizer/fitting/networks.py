@@ -145,8 +145,9 @@ def fit_codebooks(network: Trainable, batches: Iterable[Tensor], how: str) -> No
         features = torch.cat(parts)
         quantizer = network.quantizer(branch)
         if not isinstance(quantizer, SimVQ):
-            rows = quantizer.embedding.weight
-            rows.copy_(kmeans(features, len(rows)) if how == "kmeans" else _spread(torch.randn_like(rows), features))
+            rows, mean = quantizer.embedding.weight, features.mean(0)
+            spread = _root((features - mean).T @ (features - mean) / len(features))
+            rows.copy_(kmeans(features, len(rows)) if how == "kmeans" else mean + torch.randn_like(rows) @ spread)
             continue
         width = quantizer.code_transform.weight.shape[0]
         if how == "kmeans":
@@ -160,11 +161,6 @@ def fit_codebooks(network: Trainable, batches: Iterable[Tensor], how: str) -> No
 def _root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix.double())
     return (vectors * values.clamp_min(1e-12).sqrt() @ vectors.T).float()
-
-
-def _spread(noise: Tensor, features: Tensor) -> Tensor:
-    mean = features.mean(0)
-    return mean + noise @ _root((features - mean).T @ (features - mean) / len(features))
 
 
 def kmeans(features: Tensor, count: int) -> Tensor:

@@ -72,8 +72,8 @@ class Updater:
         self,
         network: Trainable,
         settings: RunSettings,
-        discriminator: PatchDiscriminator | None = None,
-        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+        discriminator: PatchDiscriminator | None,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None,
     ):
         self.network, self.discriminator, self.perceptual = network, discriminator, perceptual
         self.losses, self.settings = settings.vq_loss, settings

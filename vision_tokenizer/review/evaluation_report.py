@@ -9,9 +9,8 @@ import torch
 from vision_tokenizer.images.dualvitok import to_image
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vision_tokenizer.review.evaluate import per_image, picture, reconstruct
-from vision_tokenizer.review.html import TEMPLATES, data_uri, render
+from vision_tokenizer.review.html import TEMPLATES, data_uri, write_page
 from vistoken.errors import ItemError
-from vistoken.jobs.files import write_bytes
 from vistoken.store import location
 
 SHOWN = 4  # pictures of each group
@@ -63,7 +62,8 @@ def write_report(
         (title, [shown for row in some if (shown := _pair(row, tokenizer, side, batch_size))]) for title, some in chosen
     ]
     first = evaluations[0][1]
-    page = render(
+    write_page(
+        folder / "report.html",
         TEMPLATES / "evaluation.html",
         title="Reconstructions",
         subtitle=f"{first['tokenizer']['name']} {first['tokenizer']['fingerprint'][:12]} · {side} x {side}",
@@ -74,7 +74,6 @@ def write_report(
         definitions=first["definitions"],
         groups=groups,
     )
-    write_bytes(folder / "report.html", page.encode())
 
 
 def _pair(row: dict[str, Any], tokenizer: ImageTokenizer, side: int, batch_size: int) -> tuple[str, str, str] | None:

@@ -1,6 +1,6 @@
 """HTML reports: one file each, no network, no scripts, light or dark as the reader's system is.
 
-`render` fills a jinja2 template. Templates extend `templates/report.html` and draw with the macros of
+`write_page` fills a jinja2 template. Templates extend `templates/report.html` and draw with the macros of
 `templates/parts.html`; everything they show is escaped. This module computes what a template cannot: the geometry of
 charts, and images as data URIs.
 """
@@ -17,13 +17,16 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from vistoken.jobs.files import write_bytes
+from vistoken.store import Location
+
 TEMPLATES = Path(__file__).parent / "templates"
 PLOT_WIDTH, PLOT_HEIGHT = 640, 200  # of the charts' own coordinates; a browser stretches them to the page
 MAX_COLUMNS = 40
 
 
-def render(template: Path, **values: Any) -> str:
-    """The page that `template` makes of `values`."""
+def write_page(path: Location, template: Path, **values: Any) -> None:
+    """Write the page that `template` makes of `values`."""
     environment = Environment(
         loader=FileSystemLoader([template.parent, TEMPLATES]),
         autoescape=True,
@@ -39,7 +42,7 @@ def render(template: Path, **values: Any) -> str:
         "PLOT_WIDTH": PLOT_WIDTH,
         "PLOT_HEIGHT": PLOT_HEIGHT,
     }
-    return environment.get_template(template.name).render(values)
+    write_bytes(path, environment.get_template(template.name).render(values).encode())
 
 
 def data_uri(image: Image.Image) -> str:

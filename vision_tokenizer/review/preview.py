@@ -14,11 +14,11 @@ from vision_tokenizer.codebook.read import Output, Place, parse_line, read_lines
 from vision_tokenizer.images.dualvitok import denormalize, prepare, to_image
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vision_tokenizer.review.contact_sheet import contact_sheet
-from vision_tokenizer.review.html import TEMPLATES, render
+from vision_tokenizer.review.html import TEMPLATES, write_page
 from vision_tokenizer.review.issues import Reservoir
 from vision_tokenizer.review.quality import CodeUse, psnr, ssim
 from vistoken.errors import Failed, ItemError
-from vistoken.jobs.files import atomic_write, write_bytes
+from vistoken.jobs.files import atomic_write
 from vistoken.store import Location
 
 
@@ -104,7 +104,8 @@ def write_report(
     first = outputs[0]
     names = ", ".join(output.dataset.name for output in outputs)
     tokenizer, run = first.manifest["tokenizer"], f"{names} · {first.settings.tag}"
-    page = render(
+    write_page(
+        folder / "report.html",
         TEMPLATES / "codes.html",
         title="Codes of images",
         subtitle=f"{run} · {tokenizer['name']} {tokenizer['fingerprint'][:12]} · {first.settings.torch_dtype}",
@@ -119,7 +120,6 @@ def write_report(
         contents=contents,
         pairs=pairs,
     )
-    write_bytes(folder / "report.html", page.encode())
     write_contact_sheet(folder / "contact_sheet.png", run, pairs)
 
 
