@@ -26,9 +26,9 @@ def export(checkpoint: Path, target: Path) -> None:
     from training.assemble import open_model
     from training.models.folder import TRAINED_WITH, save_folder
     from training.parallel import process_group
-    from training.state import read_config, read_tensors
+    from training.state import read_stored, read_tensors
 
-    config = read_config(checkpoint)
+    _, _, config = read_stored(checkpoint)
     if target.exists():
         raise UserError(f"{target} exists; name a folder that does not")
     model, folder = open_model(config, resumed=True)

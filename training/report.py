@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
@@ -81,7 +82,7 @@ class Report:
         print(
             f"step {metrics['step']}/{self.total_steps} | epoch {metrics['epoch']} | loss {metrics['c_loss']:.4f} | "
             f"z {metrics['z_loss']:.3f} | norm {metrics['grad_norm']:.3f} | lr {metrics['lr']:.2e} | "
-            f"{rate:,.0f} tok/s{mfu} | {memory_used() / 2**30:.1f} GiB | {duration(left)} left",
+            f"{rate:,.0f} tok/s{mfu} | {memory_used() / 2**30:.1f} GiB | {timedelta(seconds=int(left))} left",
             flush=True,
         )
         with _writing(self.output):
@@ -156,11 +157,6 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 def _drop_after(path: Path, step: int) -> None:
     kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
     write_bytes(path, "".join(kept).encode())
-
-
-def duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def memory_used() -> int:

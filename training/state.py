@@ -49,7 +49,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 def read_progress(checkpoint: Path, fixed: dict[str, Any]) -> Progress:
     """Where `checkpoint` stands. `fixed` is what must not have changed since; raises `UserError` naming what has."""
-    progress, stored, _ = _stored(checkpoint)
+    progress, stored, _ = read_stored(checkpoint)
     for name, value in fixed.items():
         if stored.get(name) != value:
             raise UserError(
@@ -59,18 +59,14 @@ def read_progress(checkpoint: Path, fixed: dict[str, Any]) -> Progress:
     return progress
 
 
-def read_config(checkpoint: Path) -> TrainConfig:
-    """The whole configuration of the run that wrote `checkpoint`."""
-    return _stored(checkpoint)[2]
-
-
 def changed(checkpoint: Path, config: TrainConfig) -> str:
     """The settings that are no longer those of the run that wrote `checkpoint`, in words."""
-    before, now = dataclasses.asdict(read_config(checkpoint)), dataclasses.asdict(config)
+    before, now = dataclasses.asdict(read_stored(checkpoint)[2]), dataclasses.asdict(config)
     return ", ".join(f"{name} {value!r} -> {now[name]!r}" for name, value in before.items() if now[name] != value)
 
 
-def _stored(checkpoint: Path) -> tuple[Progress, dict[str, Any], TrainConfig]:
+def read_stored(checkpoint: Path) -> tuple[Progress, dict[str, Any], TrainConfig]:
+    """Where `checkpoint` stands, what must not change, and the whole configuration of the run that wrote it."""
     path = checkpoint / PROGRESS
     try:
         content = json.loads(path.read_text())

@@ -15,7 +15,7 @@ import orjson
 
 from vistoken.errors import Failed, ItemError, UserError
 from vistoken.files import check_regular
-from vistoken.jobs.files import exclusive, write_bytes
+from vistoken.jobs.files import cached
 from vistoken.store import Location, read_range, stream
 
 _BLOCK = 1 << 20
@@ -85,35 +85,20 @@ def chunk_table(path: Location, chunk_items: int, cache: Location) -> ChunkTable
     Processes that ask at the same time wait for the first. Raises `UserError` for a file that is missing,
     empty, or a `.json` that is not a well-formed list.
     """
-    with exclusive(cache.with_suffix(".lock")):
-        try:
-            stat = path.stat()
-            stamp = [path.name, stat.st_size, stat.st_mtime_ns, chunk_items]
-            if table := _cached_table(path, stamp, cache):
-                return table
-            table = _survey(path, chunk_items)
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the input ({error.strerror})") from error
-        stored = {"stamp": stamp, "sha256": table.sha256, "items": table.items, "rows": table.rows}
-        write_bytes(cache, orjson.dumps(stored))
-        return table
-
-
-def _cached_table(path: Location, stamp: list, cache: Location) -> ChunkTable | None:
     try:
-        stored = orjson.loads(cache.read_bytes())
-        if stored["stamp"] == stamp:
-            return ChunkTable(path, stored["sha256"], stored["items"], tuple(map(tuple, stored["rows"])))
-    except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: it is made again
-        pass
-    return None
+        stat = path.stat()
+        stamp = [path.name, stat.st_size, stat.st_mtime_ns, chunk_items]
+        found = cached(cache, stamp, lambda: _survey(path, chunk_items))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the input ({error.strerror})") from error
+    return ChunkTable(path, found["sha256"], found["items"], tuple(map(tuple, found["rows"])))
 
 
 def _is_list(path: Location) -> bool:
     return path.suffix.lower() == ".json"
 
 
-def _survey(path: Location, chunk_items: int) -> ChunkTable:
+def _survey(path: Location, chunk_items: int) -> dict[str, Any]:
     spans = _list_spans if _is_list(path) else _line_spans
     check_regular(path)
     with stream(path) as file:
@@ -122,7 +107,7 @@ def _survey(path: Location, chunk_items: int) -> ChunkTable:
     items = sum(row[1] for row in rows)
     if not items:
         raise UserError(f"{path}: no items in it. Expected one JSON object a line, or a .json list of objects.")
-    return ChunkTable(path, digest.hexdigest(), items, rows)
+    return {"sha256": digest.hexdigest(), "items": items, "rows": rows}
 
 
 def _chunk_rows(spans: Iterator[tuple[int, int, int]], chunk_items: int) -> Iterator[tuple[int, int, int, int, int]]:

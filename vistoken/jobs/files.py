@@ -12,11 +12,13 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
+
+import orjson
 
 from vistoken.errors import UserError
 from vistoken.store import Location, Url, stream
@@ -142,6 +144,18 @@ def exclusive(path: Location) -> Iterator[None]:
     with _open(path) as file:
         _flock(file, fcntl.LOCK_EX)
         yield
+
+
+def cached(path: Location, stamp: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` gives, kept at `path` while `stamp` stays the same. Who asks at the same time waits for the first."""
+    with exclusive(path.with_suffix(".lock")):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: it is made again
+            stored = orjson.loads(path.read_bytes())
+            if stored["stamp"] == stamp:
+                return stored
+        made = make()
+        write_bytes(path, orjson.dumps({"stamp": stamp, **made}))
+        return made
 
 
 @contextmanager

@@ -8,10 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import orjson
-
 from vistoken.errors import Failed
-from vistoken.jobs.files import exclusive, write_bytes
+from vistoken.jobs.files import cached
 from vistoken.jobs.shards import MAX_MEMBER, tar_members
 from vistoken.store import Location, read_range
 
@@ -74,17 +72,8 @@ class MemberIndexes:
             return _survey(tar)
         path = self.folder / f"index-{tar.name}-{hashlib.sha256(str(tar.absolute()).encode()).hexdigest()[:12]}.json"
         stat = tar.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        with exclusive(path.with_suffix(".lock")):
-            try:
-                stored = orjson.loads(path.read_bytes())
-                if stored["stamp"] == stamp:
-                    return {name: (offset, size) for name, (offset, size) in stored["members"].items()}
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent or damaged: it is made again
-                pass
-            members = _survey(tar)
-            write_bytes(path, orjson.dumps({"stamp": stamp, "members": members}))
-        return members
+        found = cached(path, [stat.st_size, stat.st_mtime_ns], lambda: {"members": _survey(tar)})
+        return {name: (offset, size) for name, (offset, size) in found["members"].items()}
 
 
 def _survey(tar: Location) -> dict[str, tuple[int, int]]:
