@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
 from vistoken.object_store import BLOCK, Ranges, absent, ask
@@ -164,7 +164,8 @@ class Url:
         """To read and to seek; a request is for `buffering` bytes or more (0: as many as are read). To write: `put`."""
         if mode != "rb":
             raise ValueError(f"{self}: mode {mode!r}: an object is opened to be read; it is written whole, with `put`")
-        return io.BufferedReader(Ranges(self), buffering) if buffering else Ranges(self)  # type: ignore[return-value]
+        ranges = Ranges(self)
+        return io.BufferedReader(ranges, buffering) if buffering else cast(BinaryIO, ranges)
 
     def put(self, content: bytes | BinaryIO) -> None:
         """Put the object whole; a file as `content` is read from its beginning, again for every attempt."""

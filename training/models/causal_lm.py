@@ -81,14 +81,13 @@ def load_causal_lm(folder: Path) -> "tuple[PreTrainedModel, Path, dict[str, Any]
     path, config = read_config(folder)
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is checked here
     transformers.utils.logging.disable_progress_bar()
-    lm: PreTrainedModel
-    info: dict[str, Any]
+    load = transformers.AutoModelForCausalLM.from_pretrained
     try:
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        # numbers as stored: mapped files are not copied
-        lm, info = load(path, torch_dtype="auto", output_loading_info=True)  # type: ignore[misc]  # it gives a pair
+        # "auto": numbers as stored, so that mapped files are not copied
+        pair: Any = load(path, torch_dtype="auto", output_loading_info=True)  # typed as a model alone
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{path}: no causal language model that transformers can load ({error})") from error
+    lm, info = pair
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise UserError(f"{path}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:4]))}")

@@ -41,8 +41,9 @@ def atomic_write(path: Location, sync: bool = True, sync_name: bool = True) -> I
     """
     if isinstance(path, Url):
         with tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
-            yield spool  # type: ignore[misc]  # what a BinaryIO has and it lacks, nobody uses
-            _put(path, cast(BinaryIO, spool))
+            file = cast(BinaryIO, spool)  # what one has and this lacks, nobody uses
+            yield file
+            _put(path, file)
         return
     temporary = path.with_name(f"{path.name}.{_OWNER}.tmp")
     try:
