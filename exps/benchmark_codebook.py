@@ -127,7 +127,8 @@ def bench_mode(model: DualViTok, config: Path, mode: str, args: argparse.Namespa
     model.encode(warm[:1].to(model.device))
     if model.device.type == "cuda":
         torch.cuda.synchronize()
-    rate, seconds = matrix_rate(model.device, dtype), {}
+    rate = matrix_rate(model.device, dtype)
+    seconds: dict[str, float] = {}
     (job, _), (loop, _), (matrix, _) = best_by_turns(
         args.turns,
         lambda turn: run_job(model, settings, files, scratch, seconds),
@@ -172,12 +173,13 @@ def bench_process(checkpoint: Path, args: argparse.Namespace, scratch: Path) -> 
     names = sorted(path.name for path in images.iterdir())
     common = ["--model_config", str(CONFIGS["small"]), "--tokenizer_checkpoint", str(checkpoint), "--device", "cpu"]
     common += ["--resolution_type", "fixed", "--resolution", "32"]
-    result = {"help_seconds": round(measure_command([str(COMMAND), "--help"])[0], 2), "peak_mib": {}}
+    peaks: dict[int, int] = {}
+    result = {"help_seconds": round(measure_command([str(COMMAND), "--help"])[0], 2), "peak_mib": peaks}
     first = write_dataset(scratch / "first", images, [[names[0]]])
     result["one_image_seconds"] = round(measure_command([str(COMMAND), *common, "--data_config", str(first)])[0], 1)
     for lines in [] if args.skip_memory else args.lines:
         data = write_dataset(scratch / f"lines-{lines}", images, [[names[n % len(names)]] for n in range(lines)])
-        result["peak_mib"][lines] = round(measure_command([str(COMMAND), *common, "--data_config", str(data)])[1])
+        peaks[lines] = round(measure_command([str(COMMAND), *common, "--data_config", str(data)])[1])
     return result
 
 

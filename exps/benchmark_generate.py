@@ -11,15 +11,18 @@ observed rate of a matrix product. With guidance a token is two.
 """
 
 import time
+from typing import cast
 
 import numpy as np
 import torch
 from measure import describe_machine, matrix_rate, print_report
 
-from training.generation.cache import CachedUniToken, Recomputing
+from pre_tokenize.sequences import SequenceFormat
+from training.generation.cache import CachedUniToken, LanguageModel, Recomputing
 from training.generation.decode import Decoder, Prompt, Settings
-from training.generation.grammar import Kind
+from training.generation.grammar import HEAD, Kind
 from training.generation.sampling import Sampling
+from training.generation.sizes import Size
 from training.models.llm import LLMConfig
 from training.models.siglip import VisionConfig
 from training.models.unitoken import UniToken
@@ -46,18 +49,21 @@ class PictureRules:
         start = [RELEASED_MARKS.image_start, 8804 + height // 32, 8804 + width // 32]
         self.block = np.concatenate([start, rows.ravel(), [RELEASED_MARKS.image_end]])
         self.vocab_size, self.turn_end = vocab_size, RELEASED_MARKS.end_of_turn
-        self.format = self  # the decoder asks it for `turn_end`
+        self.format = cast(SequenceFormat, self)  # the decoder asks it for `turn_end` alone
 
-    def follow(self, head, token):
+    def follow(self, head: tuple[int, ...], token: int) -> tuple[int, ...]:
         return (*head, token)
 
-    def expected(self, head):
+    def expected(self, head: tuple[int, ...]) -> Kind:
         return Kind("size")
 
-    def layout(self, head):
+    def layout(self, head: tuple[int, ...]) -> np.ndarray:
         return self.block
 
-    def allowed(self, kind, *, images):
+    def head(self, size: Size) -> tuple[int, ...]:
+        return tuple(self.block[:HEAD].tolist())
+
+    def allowed(self, kind: Kind, *, images: bool) -> np.ndarray:
         mask = np.zeros(self.vocab_size, bool)
         mask[RELEASED_IMAGE_IDS.start : RELEASED_IMAGE_IDS.stop] = True
         return mask
@@ -114,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     return OK
 
 
-def rate(model, rules: PictureRules, batch_size: int, guidance: float, drawn: range) -> float:
+def rate(model: LanguageModel, rules: PictureRules, batch_size: int, guidance: float, drawn: range) -> float:
     """Tokens a second of `batch_size` pictures side by side, at these places of the picture; what is before them goes
     through the model at once, with the prompt.
     """

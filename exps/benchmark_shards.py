@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -38,6 +39,7 @@ from vision_tokenizer.images.dualvitok import prepare
 from vision_tokenizer.models.dualvitok.untrained import main as write_untrained
 from vistoken.cli import command_parser
 from vistoken.device import default_workers
+from vistoken.jobs.files import write_bytes
 from vistoken.jobs.progress import Progress
 from vistoken.jobs.run import todo
 from vistoken.jobs.shards import NamedBytes
@@ -63,8 +65,14 @@ class Nothing:
     name, fingerprint, device = "nothing", "0", torch.device("cpu")
     branches, codebook_sizes = ("semantic", "pixel"), (32768, 98304)
 
+    def grid_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        return (9, 9), (16, 16)
+
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.zeros(len(pixels), side, side, dtype=torch.int64) for side in (9, 16))
+        return tuple(torch.zeros(len(pixels), *size, dtype=torch.int64) for size in self.grid_sizes(256, 256))
+
+    def decode(self, grids: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return torch.zeros(len(grids[0]), 3, 256, 256)
 
 
 def parse_args() -> argparse.Namespace:
@@ -117,6 +125,7 @@ def s3() -> Iterator[Url]:
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
+    assert server.stdout is not None  # a pipe, as asked for
     try:
         address = f"http://127.0.0.1:{server.stdout.readline().strip()}"
         os.environ |= {"AWS_ENDPOINT_URL": address, "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
@@ -169,13 +178,14 @@ def bench_rates(args: argparse.Namespace, scratch: Path, bucket: Url) -> list[di
     base.mkdir()
     forms = make_forms(base, images, args.samples)
     tars = [str(path) for path in sorted(base.glob("*.tar"))]
+    sides: dict[str, Callable[[int], Rates]]
     sides = {name: partial(job, scratch, name, entry, len(images)) for name, entry in forms.items()}
     for kind in ("tar", "parquet"):
         for path in base.glob(f"*.{kind}"):
-            (bucket / "in" / path.name).put(path.read_bytes())
+            write_bytes(bucket / "in" / path.name, path.read_bytes())
         entry = {"shards": f"{bucket}/in/*.{kind}"}
         sides[f"{kind} on S3, output on S3"] = partial(job, bucket, f"out-{kind}", entry, len(images))
-    sides["tar, codes as Arrow"] = lambda turn: job(scratch, "arrow", forms["tar"], len(images), turn, "arrow")
+    sides["tar, codes as Arrow"] = partial(job, scratch, "arrow", forms["tar"], len(images), output_format="arrow")
     sides["webdataset, decoded and resized as ours"] = partial(webdataset_side, tars, len(images), resized)
     sides["webdataset, decoded alone"] = partial(webdataset_side, tars, len(images), None)
     rates = best_by_turns(args.turns, *sides.values())
@@ -188,7 +198,8 @@ def bench_rates(args: argparse.Namespace, scratch: Path, bucket: Url) -> list[di
 
 def bench_memory(args: argparse.Namespace, scratch: Path) -> dict[int, float]:
     """Number of shards -> peak MiB of the command."""
-    checkpoint, peaks = scratch / "small" / "pytorch_model.bin", {}
+    checkpoint = scratch / "small" / "pytorch_model.bin"
+    peaks: dict[int, float] = {}
     write_untrained(["--config", str(SMALL), "--out", str(checkpoint)])
     images = sorted((scratch / "images").glob("*.jpg"))[:20]
     (scratch / "many").mkdir()
@@ -225,8 +236,8 @@ def bench_stored_names(args: argparse.Namespace, scratch: Path, bucket: Url) -> 
     parquet = small.getvalue().to_pybytes()
     found = {}
     for kind, count, content in (("tar", args.stored_names, b""), ("parquet", args.stored_parquets, parquet)):
-        for _ in read_ahead(lambda n, k=kind, c=content: (bucket / f"many/{n:06}.{k}").put(c), range(count)):
-            pass
+        names = (bucket / f"many/{number:06}.{kind}" for number in range(count))
+        deque(read_ahead(partial(write_bytes, content=content), names), maxlen=0)
         data = dataset(scratch / f"many-{kind}", {"shards": f"{bucket}/many/{{000000..{count - 1:06}}}.{kind}"})
         found[f"{count} {kind}"] = to_first_chunk(data)
     return found

@@ -168,7 +168,8 @@ def measure_evaluation(args: argparse.Namespace) -> dict:
             return clock.rates(len(images))
 
         def one_by_one(turn: int) -> Rates:
-            clock, arrays = Clock(), {}
+            clock = Clock()
+            arrays: dict[str, list[np.ndarray]] = {}
             for path in images:
                 pixels = picture(path, command.side)[None]
                 codes, others = reconstruct(tokenizer, pixels, 1)

@@ -16,8 +16,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +94,12 @@ def padded_loss(model: UniToken, batch: tuple[torch.Tensor, torch.Tensor], devic
     return F.cross_entropy(logits, targets) + 1e-5 * z_loss
 
 
-LOOPS = {"trainer": (packed_batches, packed_loss), "padded": (padded_batches, padded_loss)}
+Make = Callable[[list[Sample]], Iterator[Any]]
+Loss = Callable[[UniToken, Any, torch.device], torch.Tensor]
+LOOPS: dict[str, tuple[Make, Loss]] = {
+    "trainer": (packed_batches, packed_loss),
+    "padded": (padded_batches, padded_loss),
+}
 
 
 def measure_loop(name: str) -> dict[str, float]:
@@ -108,13 +115,14 @@ def measure_loop(name: str) -> dict[str, float]:
     make, loss = LOOPS[name]
     items = samples(sizes.vocab_size, 4096 if device.type == "cuda" else 1024)
 
-    def step(batch) -> None:
-        loss(model, batch, device).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def steps(batches: Iterable[Any]) -> None:
+        for batch in batches:
+            loss(model, batch, device).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    step(next(make(items)))
-    seconds = timed(lambda: [step(batch) for batch in make(items)])  # data included
+    steps([next(make(items))])
+    seconds = timed(lambda: steps(make(items)))  # data included
     return {"tokens_per_second": sum(map(len, items)) / seconds, "peak_gib": memory_used() / 2**30}
 
 
@@ -172,7 +180,7 @@ def loader(count: int = 96) -> dict[str, float]:
             rules = SampleRules(65536, 4096, continuous=ImageReader(384, 27, variant == "anyres"))
             for workers in sorted({0, 2, os.cpu_count() or 1}):
                 batches = make_loader(Batches([files], rules), order, workers, pin=False)
-                found[f"{variant}, {workers} processes"] = count / timed(lambda batches=batches: list(batches))
+                found[f"{variant}, {workers} processes"] = count / timed(partial(list, batches))
     return found
 
 
@@ -180,7 +188,7 @@ def utilisation() -> dict[str, float | str]:
     """7B-shaped layers in both stages' settings, compiled and not, against the device's matrix product."""
     if not torch.cuda.is_available():
         return {"skipped": "no GPU"}
-    found = {"matmul_tflops": matrix_rate(torch.device("cuda"), "bf16") / 1e12}
+    found: dict[str, float | str] = {"matmul_tflops": matrix_rate(torch.device("cuda"), "bf16") / 1e12}
     for stage in STAGES:
         for compiled in (False, True):
             with process_group() as device:
@@ -262,7 +270,12 @@ def anonymous_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
-PARTS = {"steps": steps, "startup": startup, "loader": loader, "utilisation": utilisation}
+PARTS: dict[str, Callable[[], Mapping[str, Any]]] = {
+    "steps": steps,
+    "startup": startup,
+    "loader": loader,
+    "utilisation": utilisation,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

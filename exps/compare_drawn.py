@@ -21,6 +21,7 @@ from vision_tokenizer.images.dualvitok import to_image
 from vision_tokenizer.review.contact_sheet import contact_sheet
 from vision_tokenizer.review.preview import decode_codes
 from vistoken.cli import BAD_DATA, OK, command_parser, run_command
+from vistoken.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     files = TokenFiles(args.record)
     format = load_format(files.manifest(), TextTokenizer(args.text_tokenizer or args.tokenizer_dir))
     tokenizer, original = image_parts(args, files.manifest())
+    if tokenizer is None:
+        raise UserError("DualViTok's codes are decoded with --model_config and --tokenizer_checkpoint")
     learned, cells, same = {sample.id: sample for sample in files}, [], 0
     lines = [orjson.loads(line) for line in (args.answers / ANSWERS).read_bytes().splitlines()]
     for line in lines:

@@ -32,6 +32,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -177,7 +178,7 @@ def ways(
     model: ImageTokenizer,
     compile: Callable[..., None],
     sizes: Mapping[tuple[int, int], Sequence[int]],
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, Any]]:
     """What it takes to encode batches in each way, and whether their codes are those of the first way."""
     plain: dict[object, tuple[Tensor, ...]] = {}
     for way in ("plain", "fused", "fused, graphs", "compiled", "compiled, graphs"):
@@ -222,7 +223,7 @@ def kernels(check: Check) -> None:
         model.encode(pixels)
         check.wait()
 
-    def took(row):
+    def took(row: Any) -> float:
         return row.self_device_time_total if check.on_gpu else row.self_cpu_time_total
 
     for row in sorted(profile.key_averages(), key=took, reverse=True)[:25]:

@@ -6,9 +6,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -105,13 +105,13 @@ def best_by_turns(turns: int, *sides: Callable[[int], Rates]) -> list[Rates]:
     return [Rates(max(run.wall for run in side), max(run.cpu for run in side)) for side in zip(*runs, strict=True)]
 
 
-def print_report(report: dict, rows: list[dict], columns: Sequence[str]) -> None:
+def print_report(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """`columns` of all rows as a table, then everything as one line of JSON."""
     print(table([columns, *[[row[column] for column in columns] for row in rows]]))
     print(json.dumps({**report, "runs": rows}))
 
 
-def describe_machine(device: torch.device) -> dict[str, str]:
+def describe_machine(device: torch.device) -> dict[str, Any]:
     """Versions and hardware, for the record."""
     processor = platform.processor() or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores ({processor})"
