@@ -118,7 +118,7 @@ for capability, number in ((80, "*bf16"), (90, "*fp16"), (90, "*fp32")):
         signature = {name: (sums | pointers).get(name, "i32") for name in kernel.arg_names}
         signature |= dict.fromkeys(constants, "constexpr")
         at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=at)
+        source = ASTSource(kernel, signature, at)
         built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **kernels.EXACT})
         assert len(built.asm["cubin"]) > 1000 and "local" not in built.asm["ptx"], kernel
         print(kernel.__name__)

@@ -52,16 +52,17 @@ def _group_moments(
     channel, size = tl.arange(0, WIDTH)[None, :], (pixels * width).to(tl.float32)
     start = image * tiles * groups * width + group * width + channel
 
-    total = tl.zeros((TILES, WIDTH), tl.float32)
-    for first in range(0, tiles, TILES):
+    total, first = tl.zeros((TILES, WIDTH), tl.float32), 0
+    while first < tiles:
         tile = first + tl.arange(0, TILES)[:, None]
         inside = (tile < tiles) & (channel < width)
         count = tl.minimum(pixels - tile * PIXELS, PIXELS).to(tl.float32)
         total += count * tl.load(means + start + tile * groups * width, mask=inside, other=0.0)
+        first += TILES
     middle = tl.sum(tl.sum(total, 0), 0) / size
 
-    squares, rest = tl.zeros((TILES, WIDTH), tl.float32), tl.zeros((TILES, WIDTH), tl.float32)
-    for first in range(0, tiles, TILES):
+    squares, rest, first = tl.zeros((TILES, WIDTH), tl.float32), tl.zeros((TILES, WIDTH), tl.float32), 0
+    while first < tiles:
         tile = first + tl.arange(0, TILES)[:, None]
         inside = (tile < tiles) & (channel < width)
         count = tl.minimum(pixels - tile * PIXELS, PIXELS).to(tl.float32)
@@ -69,6 +70,7 @@ def _group_moments(
         within = tl.load(deviations + start + tile * groups * width, mask=inside, other=0.0)
         squares += within + count * away * away
         rest += count * away
+        first += TILES
     off = tl.sum(tl.sum(rest, 0), 0) / size  # what rounding left between the middle and the mean
     variance = tl.sum(tl.sum(squares, 0), 0) / size - off * off
     place = moments + (image * groups + group) * 2
