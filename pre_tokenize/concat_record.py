@@ -38,7 +38,7 @@ from vistoken.jobs.manifest import read_manifest
 from vistoken.store import Location, location, within
 
 _NAME = re.compile(r"(\d+)-of-(\d+)-record\.jsonl")
-_PIECE = 1 << 18  # entries sorted in memory at a time
+PIECE = 1 << 18  # entries sorted in memory at a time
 _SHOWN = 10  # ids named in a message
 
 
@@ -304,7 +304,7 @@ def _ascending(path: Location, spill: Location) -> list[Iterator[tuple[int, dict
         return [_rows(path)]
     rows = _rows(path)
     pieces: list[Location] = []
-    while piece := sorted(islice(rows, _PIECE), key=itemgetter(0)):
+    while piece := sorted(islice(rows, PIECE), key=itemgetter(0)):
         pieces.append(spill / f"{path.stem}-{len(pieces)}.jsonl")
         pieces[-1].write_bytes(b"".join(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE) for _, entry in piece))
     return [_rows(piece) for piece in pieces]

@@ -50,7 +50,7 @@ def test_a_list_comes_back_element_by_element(tmp_path_factory, values, indent, 
 
 
 def test_a_list_longer_than_the_window(tmp_path, monkeypatch):
-    monkeypatch.setattr(chunks, "_BLOCK", 7)
+    monkeypatch.setattr(chunks, "BLOCK", 7)
     values = [{"n": n, "text": "ß" * n} for n in range(50)]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")

@@ -154,7 +154,7 @@ def test_items_beyond_the_input_are_refused(finished):
 
 
 def test_unsorted_sub_records_are_sorted(finished, monkeypatch):
-    monkeypatch.setattr(concat_record, "_PIECE", 3)
+    monkeypatch.setattr(concat_record, "PIECE", 3)
     expected = run(finished).read_bytes()
     for rank in range(3):
         path = sub_record(finished, rank, 3)

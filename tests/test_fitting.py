@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -375,10 +374,11 @@ def test_an_unreadable_picture_is_replaced_and_too_many_stop_the_run(config, pic
         run(config, pictures, tmp_path / "many", "--max_steps=20")
 
 
-def test_tiny_pictures_are_enlarged():
-    image = Image.new("RGB", (5, 9), "red")
-    data = Photographs([], DataSettings(augment="random_crop"))
-    assert data._cut(image, (32, 32), random.Random(0)).size == (32, 32)
+def test_tiny_pictures_are_enlarged(tmp_path):
+    Image.new("RGB", (5, 9), "red").save(tmp_path / "tiny.png")
+    data = Photographs([tmp_path / "tiny.png"], DataSettings(augment="random_crop"))
+    pixels, _, _ = data[Place(0, (32, 32), "seed")]
+    assert pixels.shape == (3, 32, 32)
 
 
 @pytest.mark.slow

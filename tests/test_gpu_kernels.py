@@ -82,9 +82,9 @@ def cuda_kernels(monkeypatch):
     pytest.importorskip("vision_tokenizer.models.triton_kernels", reason="needs Triton", exc_type=ImportError)
     built = {(torch.device("cuda", 0), dtype): "Triton" for dtype in (torch.float32, torch.bfloat16)}
     monkeypatch.setattr(fused, "KERNELS", built)
-    semantic._clip_statistics.cache_clear()
+    semantic.clip_statistics.cache_clear()
     yield
-    semantic._clip_statistics.cache_clear()
+    semantic.clip_statistics.cache_clear()
 
 
 def tokenizers(dualvitok_config):

@@ -21,7 +21,7 @@ from vision_tokenizer.codebook.job import prepare
 from vision_tokenizer.models.dualvitok.model import load_dualvitok
 from vision_tokenizer.tokenizer.tokenizer_codebook_inference import parse_args
 from vistoken import cli
-from vistoken.jobs.workers import _first_host, adopt_slurm_step
+from vistoken.jobs.workers import adopt_slurm_step, first_host
 
 TINY = ("--resolution_type", "fixed", "--resolution", "32", "--batch_size", "2")
 
@@ -105,7 +105,7 @@ def test_an_array_with_gaps_must_say_its_rank(data, monkeypatch, capsys):
     ("nodes", "host"), [("gpu[004-007,9],x", "gpu004"), ("gpu1", "gpu1"), ("a,b", "a"), ("r1-n[2,5]-ib", "r1-n2-ib")]
 )
 def test_the_first_host_of_a_node_list(nodes, host):
-    assert _first_host(nodes) == host
+    assert first_host(nodes) == host
 
 
 def test_a_batch_step_is_no_srun(monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from traceback import StackSummary
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -532,7 +533,7 @@ def test_a_full_disk_is_said_where_a_checkpoint_or_a_log_cannot_be_written(tmp_p
         raise CheckpointException("save", {0: (failure, StackSummary())})
 
     monkeypatch.setattr(state.dcp, "save", save)
-    monkeypatch.setattr(state.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 1000, 0))
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(
         UserError, match=r"step_00000001\.tmp: cannot write .*the disk is full, 0\.0 MB are left and the"
     ):

@@ -236,8 +236,8 @@ def test_the_order_does_not_depend_on_data_loader_processes(tmp_path, workers):
 
 
 class _Dies(Batches):
-    def _usable(self, number, skipped):
-        sample = super()._usable(number, skipped)
+    def sample(self, number):
+        sample = super().sample(number)
         if number == 7:
             os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory is short
         return sample

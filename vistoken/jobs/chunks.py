@@ -18,7 +18,7 @@ from vistoken.files import check_regular
 from vistoken.jobs.files import cached
 from vistoken.store import Location, read_range, stream
 
-_BLOCK = 1 << 20
+BLOCK = 1 << 20  # bytes of a .json list read at a time
 _MAX_ELEMENT = 1 << 28  # of a .json list, in bytes: a broken one must not make us read the rest of the file
 _DECODER = json.JSONDecoder(parse_int=str)  # only finds where an element of a list ends; orjson reads it
 
@@ -226,7 +226,7 @@ class _TextWindow:
     def _grow(self) -> bool:
         if self._ended:
             return False
-        block = self._file.read(max(_BLOCK, len(self._text)))  # doubling keeps a long element linear
+        block = self._file.read(max(BLOCK, len(self._text)))  # doubling keeps a long element linear
         self._ended = not block
         try:
             self._text = self._text[self._at :] + self._decoder.decode(block, final=self._ended)

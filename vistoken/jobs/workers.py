@@ -169,14 +169,14 @@ def adopt_slurm_step() -> None:
         "WORLD_SIZE": step["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": step["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": tasks.partition("(")[0].partition(",")[0],
-        "MASTER_ADDR": _first_host(nodes),
+        "MASTER_ADDR": first_host(nodes),
         "MASTER_PORT": str(20000 + (7 * int(step["SLURM_JOB_ID"]) + int(step["SLURM_STEP_ID"])) % 10000),
     }
     for name, value in names.items():
         step.setdefault(name, value)
 
 
-def _first_host(nodes: str) -> str:
+def first_host(nodes: str) -> str:
     """`gpu[004-007,9],x` -> `gpu004`."""
     found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
     if found is None:

@@ -70,7 +70,7 @@ def vit_input_size(height: int, width: int) -> tuple[int, int]:
 
 
 @lru_cache  # a copy to a GPU at every batch would wait for it
-def _clip_statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def clip_statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     mean, std = (torch.tensor(values, dtype=dtype).view(3, 1, 1).to(device) for values in (CLIP_MEAN, CLIP_STD))
     return mean, std
 
@@ -80,7 +80,7 @@ def vit_input(pixels: Tensor) -> Tensor:
     size = vit_input_size(*pixels.shape[2:])
     image = (at_least_float32(pixels) + 1) / 2
     image = F.interpolate(image, size, mode="bicubic", align_corners=False, antialias=True)
-    mean, std = _clip_statistics(image.device, image.dtype)
+    mean, std = clip_statistics(image.device, image.dtype)
     return (image.clamp_(0, 1) - mean) / std
 
 
