@@ -73,32 +73,53 @@ def test_the_number_format_can_be_set_after_somebody_used_the_newer_switches():
 DECODE = """
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from pathlib import Path
-from threading import Barrier
-from vision_tokenizer.images.chameleon import crop_sizes
+
+import torch
+
+from vision_tokenizer.codebook.encoder import Encoder
 from vision_tokenizer.images import chameleon, dualvitok
 
-start, image = Barrier(8), Path(sys.argv[1])
-def decode(_):
-    start.wait()  # so that every worker takes one
-    dualvitok.prepare(image, ((512, 512),), 0)
-    chameleon.prepare(image, crop_sizes(512))
+start, image = threading.Barrier(8), Path(sys.argv[1])
 
-before = len(os.listdir("/proc/self/task"))
-with ThreadPoolExecutor(8) as pool:
-    list(pool.map(decode, range(8)))
-    print(len(os.listdir("/proc/self/task")) - before)
+class Tokenizer:
+    device = torch.device("cpu")
+    weight = torch.randn(8, 3, 3, 3)
+
+    def encode(self, pixels):
+        return (torch.conv2d(pixels, self.weight).argmax(1),)
+
+def prepare(sizes):
+    start.wait()  # so that every worker takes one
+    chameleon.prepare(image, chameleon.crop_sizes(512))
+    return dualvitok.prepare(image, sizes, 0)
+
+def others():
+    return len(os.listdir("/proc/self/task")) - threading.active_count()
+
+torch.randn(512, 512) @ torch.randn(512, 512)  # the main thread may have a team
+torch.zeros(1 << 22).add_(1)
+before = others()
+with Encoder(Tokenizer(), prepare, batch_size=2, num_workers=8) as encoder:
+    encoder.add("chunk", ((number, ((512, 512),)) for number in range(16)))
+    ((_, images),) = encoder.flush()
+    names = [thread.name for thread in threading.enumerate()]
+    print(torch.get_num_threads(), len(images), sum(name.startswith("decode") for name in names), others() - before)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+@pytest.mark.skipif(os.cpu_count() == 1, reason="on one core a team is one thread")
 def test_a_decoding_worker_is_one_thread(golden):
-    environment = {**os.environ, "OMP_NUM_THREADS": "4"}  # as on a machine of four cores where it is unset
+    """OpenMP would start a team of its own, as large as the machine has cores, for every thread that computes."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     command = [sys.executable, "-c", DECODE, str(golden / "images" / "photo.jpg")]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "8"
+    cores, images, workers, others = map(int, done.stdout.split())
+    assert cores > 1 and (images, workers) == (16, 8)
+    assert others == 0, "threads that are not Python's"
 
 
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
@@ -123,6 +144,16 @@ def test_other_errors_than_of_memory_pass():
 def test_what_the_cpu_says_when_it_has_too_little_memory_is_recognised():
     with pytest.raises(UserError, match="too little memory"), memory_named(torch.device("cpu"), "--x", 1, "it"):
         torch.empty(2**62, dtype=torch.uint8)
+
+
+def test_a_gpu_is_known_by_its_model_and_by_what_computes_on_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    found = device_facts(torch.device("cuda", 3))  # which of a machine's GPUs makes no difference
+    known = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0", "cuda": "13.0", "cudnn": "91002"}
+    assert found == {"type": "cuda", **known}
 
 
 def test_a_cpu_is_known_by_what_it_computes_with():

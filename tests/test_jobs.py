@@ -94,6 +94,16 @@ def test_a_result_is_replaced_whole_or_done_again(kind, tmp_path, monkeypatch):
     assert results.read(0).problems == [] and not (tmp_path / "a.rejected.jsonl").exists()
 
 
+def test_a_chunk_costs_a_sync_for_each_of_its_files_and_no_more(tmp_path, monkeypatch):
+    """Those of folders are slow on a shared disk, which 64 processes write to. A lost file is found by its size."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    results = Results(tmp_path / "results")
+    for index in range(3):
+        results.write(index, Result(counts(3), [], {results.path(index, ".jsonl"): b"lines"}))
+    assert len(synced) == 3 * 2
+
+
 def test_a_result_whose_files_are_lost_is_none(tmp_path):
     """As after a power cut, or where somebody deleted a damaged file."""
     results = Results(tmp_path / "results")
@@ -191,6 +201,23 @@ def test_a_manifest_binds_once_something_is_done(tmp_path):
         Results(tmp_path / "out" / ".work" / "a").write(0, Result(counts(3)))
     with pytest.raises(UserError, match=r"batch_size = 8, now it is 4"), begin(4):
         pass
+
+
+def test_processes_on_two_kinds_of_gpu_are_not_mixed_unless_that_is_allowed(tmp_path):
+    class Later(OneProcess):
+        """One that finds the output begun by the first."""
+
+        def on_first(self, step):
+            pass
+
+    def begin(name, workers, **allowed):
+        return Output(tmp_path / "out", {"device": {"name": name}}, sources(tmp_path)).begin(workers, **allowed)
+
+    with begin("A100", OneProcess()), begin("A100", Later()):
+        with pytest.raises(UserError, match=r"device.name = 'A100', now it is 'H100'"), begin("H100", Later()):
+            pass
+        with begin("H100", Later(), other_devices=True):
+            pass
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 20])

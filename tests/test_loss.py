@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import training.models.loss
 from training.models.loss import linear_loss
@@ -27,6 +29,26 @@ def test_equals_the_formula_whatever_the_chunk(monkeypatch, masked, count):
     torch.testing.assert_close(sums.double(), torch.stack((c_sum, z_sum)).detach(), rtol=1e-5, atol=1e-6)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_chunks_logits_are_widened_once_and_then_changed_in_place():
+    """At 1 GiB each, copies are what the loss costs."""
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            given = {tensor.data_ptr() for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)}
+            result = function(*args, **(kwargs or {}))
+            for tensor in tree_leaves(result):
+                if tensor.numel() == 64 * 500 and tensor.data_ptr() not in given:
+                    copies.append((function.overloadpacket.__name__, tensor.dtype))
+            return result
+
+    copies = []
+    hidden, weight = (torch.randn(size, 16).bfloat16().requires_grad_() for size in (64, 500))
+    with Copies():
+        total, _ = linear_loss(hidden, weight, torch.arange(64), 1e-5, range(100, 200))
+        total.backward()
+    assert copies == [("mm", torch.bfloat16), ("_to_copy", torch.float32), ("_to_copy", torch.bfloat16)]
 
 
 def test_a_frozen_head_gets_no_gradient():

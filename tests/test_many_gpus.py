@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from training.models.llm import LLMConfig
 from training.models.siglip import VisionConfig
 from training.models.unitoken import UniToken
 from training.models.units import compile_unit, recompute
-from training.parallel import shard, synchronise_gradients
+from training.parallel import process_group, shard, synchronise_gradients
 
 LAYERS = 2
 LLM = LLMConfig(9100, 64, 128, LAYERS, 4, 2)
@@ -70,6 +71,21 @@ def eight_processes():
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_collective_that_nobody_joins_ends_in_minutes(monkeypatch, alone):
+    """NCCL waits for it without a word meanwhile, and gloo would for half an hour."""
+    begun = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, *, timeout, **how: begun.append(timeout))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "1")
+        if alone:
+            monkeypatch.delenv(name)
+    with process_group("cpu"):
+        pass
+    assert timedelta(minutes=5) <= begun[0] <= timedelta(minutes=15)
+
+
 def collectives_of_a_step(model, batches, whole):
     """Operation -> calls in an optimizer step of so many batches."""
     with CommDebugMode() as counted:
@@ -87,9 +103,7 @@ def test_gradients_are_sent_once_a_step_where_whole_ones_fit(eight_processes, st
     model = unitoken(stage)
     shard(model, torch.device("cpu"), "bf16", reshard=True)
     found = collectives_of_a_step(model, 4, whole)
-    assert found["reduce_scatter_tensor_coalesced" if False else "_reduce_scatter_base_"] == trained * (
-        1 if whole else 4
-    )
+    assert found["_reduce_scatter_base_"] == trained * (1 if whole else 4)
 
 
 def test_copies_of_the_model_add_up_once_a_step(eight_processes):
@@ -133,6 +147,22 @@ def test_compiled_layers_are_made_once_for_all_sizes_and_give_the_same(one_proce
     assert found[True] == pytest.approx(found[False], rel=1e-5, abs=1e-6)
     assert not counters["graph_break"]
     assert graphs[0] == graphs[-1] <= 3  # the tower's first layer, whose input is not trained, the others, the decoder
+
+
+def test_selective_recomputation_repeats_half_of_the_products_and_no_attention():
+    """In the backward pass, beside what it computes anyway. A layer's last product is of no use there."""
+    again = {}
+    for way in (None, True, False):
+        model = unitoken("II")
+        for unit in model.units() if way is not None else ():
+            recompute(unit, selective=way)
+        loss, _ = model(batch(20, 2, 1))
+        with Log("cpu") as log:
+            loss.backward()
+        again[way] = [sum(name.startswith(kind) for name in log.kernels) for kind in ("mm", "addmm", "_scaled_dot")]
+    plain, selective, full = (np.array(again[way]) for way in (None, True, False))
+    assert (full - plain)[:2].tolist() == [LAYERS * 6, LAYERS * 5]  # of the decoder, and of the tower, with a bias
+    assert (selective - plain).tolist() == [LAYERS * 3, LAYERS * 3, 0] and full[2] > plain[2]
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what is read of a mapped file")

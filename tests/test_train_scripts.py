@@ -23,10 +23,10 @@ RECIPES = sorted(path.name for path in (ROOT / "exps").glob("UniToken-*.sh"))
 
 
 def recipe_arguments(tmp_path, name, arguments=(), **environment):
-    """What a script gives to torchrun."""
+    """What a script gives to torchrun: how CUDA allocates, its own flags; the trainer's flags."""
     fake = tmp_path / "bin" / "torchrun"
     fake.parent.mkdir(exist_ok=True)
-    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTORCH_CUDA_ALLOC_CONF" "$@"\n')
     fake.chmod(0o755)
     path = f"{fake.parent}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -57,7 +57,7 @@ def test_a_recipe_is_its_stage(tmp_path, name):
     assert (config.global_batch_size, config.max_seq_len, config.z_loss_weight) == (128, 4096, 1e-5)
     assert config.checkpointing and config.unmask_image_logits and config.precision == "bf16"
     assert config.output_dir == f"output/{name.removesuffix('.sh')}"
-    assert launcher[launcher.index("--nnodes") + 1] == "1"
+    assert launcher[0] == "expandable_segments:True" and launcher[launcher.index("--nnodes") + 1] == "1"
     assert config.cache_ann_on_disk and config.num_workers == 8
 
 
