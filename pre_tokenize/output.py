@@ -131,10 +131,7 @@ class TokenOutput(Output):
                 for entry in read_entries(self.source.results.path(index, _ENTRIES)):
                     lengths.add(entry["len"])
             write_summary(
-                summary,
-                manifest=manifest_id(self.manifest),
-                account=joined.counts.as_dict(),
-                lengths=lengths.as_dict(),
+                summary, manifest=manifest_id(self.manifest), account=joined.counts.as_dict(), lengths=lengths.as_dict()
             )
         return record, joined.counts, lengths
 

@@ -106,8 +106,7 @@ class TrainConfig:
     # checkpoints and logs
     save_iteration_interval: int = option(1000, "iterations (batches of a process) between checkpoints", low=1)
     async_save: bool = option(
-        False,
-        "write checkpoints beside the training, from a copy in main memory that all processes share out",
+        False, "write checkpoints beside the training, from a copy in main memory that all processes share out"
     )
     ckpt_max_keep: int = option(2, "newest checkpoints kept", low=1)
     auto_resume: bool = option(True, "go on from the newest checkpoint in output_dir")

@@ -221,11 +221,7 @@ class LMSession:
         seen = self._used.clone()
         seen[:, -1] = 1  # a row without new tokens sees itself: attention to nothing at all is not a number
         out = self._lm.base_model(
-            inputs_embeds=x,
-            attention_mask=seen,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
+            inputs_embeds=x, attention_mask=seen, position_ids=positions, past_key_values=self._cache, use_cache=True
         )
         self._cache = out.past_key_values
         return self._head(out.last_hidden_state[list(inputs), -1]).float()

@@ -88,12 +88,7 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(d)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        spans: Spans,
-        attend: Attend | None = None,
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Spans, attend: Attend | None = None
     ) -> torch.Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
@@ -124,12 +119,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        spans: Spans,
-        attend: Attend | None = None,
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Spans, attend: Attend | None = None
     ) -> torch.Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, spans, attend))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
@@ -146,11 +136,7 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        lengths: torch.Tensor,
-        cached: Sequence[Attend] | None = None,
+        self, x: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor, cached: Sequence[Attend] | None = None
     ) -> torch.Tensor:
         """(T, C) embeddings, (T,) positions inside each sample, (samples,) lengths on CPU -> (T, C) hidden states.
 

@@ -46,12 +46,7 @@ def input_stem(dataset: Dataset, path: Location) -> str:
 
 
 def input_table(
-    dataset: Dataset,
-    path: Location,
-    chunk_items: int,
-    cache: Location,
-    whole: bool = True,
-    known: Stat | None = None,
+    dataset: Dataset, path: Location, chunk_items: int, cache: Location, whole: bool = True, known: Stat | None = None
 ) -> ChunkTable | ShardTable:
     """The chunks of one of `input_files`, cached at `cache` where finding them takes time.
 

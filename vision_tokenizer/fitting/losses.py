@@ -30,10 +30,7 @@ def semantic_loss(found: Tensor, target: Tensor, kind: str) -> Tensor:
 
 
 def generator_terms(
-    outputs: Outputs,
-    pixels: Tensor,
-    settings: LossSettings,
-    perceptual: Callable[[Tensor, Tensor], Tensor] | None,
+    outputs: Outputs, pixels: Tensor, settings: LossSettings, perceptual: Callable[[Tensor, Tensor], Tensor] | None
 ) -> dict[str, Tensor]:
     """Every term but the adversarial one, unweighted, in at least fp32."""
     reconstruction = at_least_float32(outputs.reconstruction)

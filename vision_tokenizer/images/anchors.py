@@ -53,10 +53,7 @@ def ratio_tag(anchor: tuple[int, int]) -> str:
 
 def match_anchor(height: int, width: int, choices: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     """The anchor of nearest width/height ratio; ties go to the nearest size, then to the first listed."""
-    return min(
-        choices,
-        key=lambda a: (abs(a[1] / a[0] - width / height), (height - a[0]) ** 2 + (width - a[1]) ** 2),
-    )
+    return min(choices, key=lambda a: (abs(a[1] / a[0] - width / height), (height - a[0]) ** 2 + (width - a[1]) ** 2))
 
 
 def crop_share(height: int, width: int, anchor: tuple[int, int]) -> float:

@@ -53,11 +53,7 @@ def write_report(
     """`report.html`; the pictures are reconstructed once more."""
     rows = sorted(per_image(folder), key=lambda row: -row["psnr"])
     middle = max(0, len(rows) // 2 - SHOWN // 2)
-    chosen = [
-        ("Best", rows[:SHOWN]),
-        ("Median", rows[middle : middle + SHOWN]),
-        ("Worst", rows[-SHOWN:]),
-    ]
+    chosen = [("Best", rows[:SHOWN]), ("Median", rows[middle : middle + SHOWN]), ("Worst", rows[-SHOWN:])]
     groups = [
         (title, [shown for row in some if (shown := _pair(row, tokenizer, side, batch_size))]) for title, some in chosen
     ]
