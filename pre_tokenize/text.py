@@ -93,15 +93,19 @@ def parse_tokenizer(content: bytes, path: Location) -> Tokenizer:
         raise UserError(f"{path}: not a Hugging Face tokenizers file ({error})") from error
 
 
+def tokenizer_file(folder: Location) -> Location | None:
+    """The one in `folder`, if it has one."""
+    return next((path for name in TOKENIZER_FILES if (path := folder / name).is_file()), None)
+
+
 def find_tokenizer(source: str) -> Location:
     """The tokenizer file that a file name, a folder or a hub id means. Raises `UserError`."""
     path = location(source)
     if path.is_file():
         return path
     if path.is_dir():
-        for name in TOKENIZER_FILES:
-            if (path / name).is_file():
-                return path / name
+        if file := tokenizer_file(path):
+            return file
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         raise UserError(f"{path}: neither {' nor '.join(TOKENIZER_FILES)} in this folder; it holds {found}")
     if not looks_like_hub_id(source):

@@ -16,7 +16,7 @@ from torch.optim import AdamW
 
 from pre_tokenize.formats import load_format
 from pre_tokenize.record import Record
-from pre_tokenize.text import TOKENIZER_FILES, TextTokenizer
+from pre_tokenize.text import TextTokenizer, tokenizer_file
 from pre_tokenize.token_file import CheckedFiles, TokenFiles
 from training.config import ALWAYS_FROZEN, TrainConfig
 from training.data.index import fingerprint, open_indexed
@@ -212,7 +212,7 @@ def on_rank_0(action: Callable[[], Result]) -> Result:
 
 def check_tokenizer(folder: Path, *, chameleon: bool) -> str | None:
     """The fingerprint of a model folder's vocabulary, if it has a tokenizer file. Special ids must be `chameleon`'s."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not tokenizer_file(folder):
         return None
     tokenizer = TextTokenizer(folder)
     for name, expected in zip(MARK_NAMES, RELEASED_MARKS, strict=True) if chameleon else ():

@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from torch import nn
 
-from pre_tokenize.text import TOKENIZER_FILES
+from pre_tokenize.text import tokenizer_file
 from training.assemble import Data
 from training.config import TrainConfig
 from training.data.packing import IMAGE_END, IMAGE_START, NEWLINE_TOKEN, SEPARATOR, Sample
@@ -90,7 +90,7 @@ def sample_text(data: Data, folder: ModelFolder) -> str:
             reason = failure
     else:
         raise UserError(f"no sample of the first step can be used; the last one: {reason}")
-    file = next((path for name in TOKENIZER_FILES if (path := folder.tokenizer / name).is_file()), None)
+    file = tokenizer_file(folder.tokenizer)
     tokenizer = Tokenizer.from_file(str(file)) if file else None
     kind = token_kinds(sample) if folder.vision else _kinds_of_words(sample, tokenizer)
     text = "".join(_runs(sample, kind, tokenizer))

@@ -88,15 +88,12 @@ def interleave(name: str, tokens: np.ndarray, labels: np.ndarray, images: list[I
     start, row = 0, 0
     for end, image in zip(np.flatnonzero(tokens == IMAGE_END), images, strict=True):
         newline = image.layout == NEWLINE
-        pieces.append((tokens[start:end], labels[start:end], np.full(end - start, -1)))
-        pieces.append((separator, separator, np.array([-1])))
-        pieces.append(
-            (
-                np.where(newline, NEWLINE_TOKEN, 0),
-                np.full(len(newline), IGNORE),
-                np.where(newline, -1, image.layout + row),
-            )
-        )
+        rows = np.where(newline, -1, image.layout + row)
+        pieces += [
+            (tokens[start:end], labels[start:end], np.full(end - start, -1)),
+            (separator, separator, np.array([-1])),
+            (np.where(newline, NEWLINE_TOKEN, 0), np.full(len(newline), IGNORE), rows),
+        ]
         start, row = int(end), row + image.feature_count
     pieces.append((tokens[start:], labels[start:], np.full(len(tokens) - start, -1)))
     ids, learned, features = (np.concatenate(column).astype(np.int64) for column in zip(*pieces, strict=True))

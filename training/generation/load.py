@@ -9,7 +9,7 @@ from torch import nn
 
 from pre_tokenize.chameleon import ChameleonFormat
 from pre_tokenize.dualvitok import DualViTokFormat
-from pre_tokenize.text import TOKENIZER_FILES, TextTokenizer
+from pre_tokenize.text import TextTokenizer, tokenizer_file
 from training.generation.cache import CachedLM, CachedUniToken
 from training.models.causal_lm import load_causal_lm
 from training.models.folder import TRAINED_WITH, open_unitoken, read_config
@@ -75,7 +75,7 @@ def check_vocabulary(folder: Path, tokenizer: TextTokenizer, vocab_size: int) ->
             f"{tokenizer.path}: a vocabulary of {tokenizer.size} ids, the model {model} knows {vocab_size}. Name the "
             "tokenizer that it was trained with."
         )
-    if any((model / name).is_file() for name in TOKENIZER_FILES):
+    if tokenizer_file(model):
         own = TextTokenizer(model)
         if own.vocabulary != tokenizer.vocabulary:
             raise UserError(

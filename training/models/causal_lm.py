@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pre_tokenize.text import TOKENIZER_FILES, TextTokenizer
+from pre_tokenize.text import TextTokenizer, tokenizer_file
 from training.config import TrainConfig
 from training.data.packing import Batch
 from training.models.folder import ModelFolder, language_sizes, read_config
@@ -100,7 +100,7 @@ def open_causal_lm(settings: TrainConfig, *, drawn: bool = True) -> tuple[Causal
     """The model, loaded on the CPU, with room for all words of its tokenizer or of `tokenizer_from`."""
     lm, path, config = load_causal_lm(Path(settings.init_from))
     tokenizer = Path(settings.tokenizer_from or path)
-    if settings.tokenizer_from or any((path / name).is_file() for name in TOKENIZER_FILES):
+    if settings.tokenizer_from or tokenizer_file(path):
         grow(lm, TextTokenizer(tokenizer).size, settings.seed, drawn=drawn)
         config["vocab_size"] = lm.config.vocab_size
     origins = dict.fromkeys((name.split(".")[0] for name, _ in lm.named_parameters()), str(path))

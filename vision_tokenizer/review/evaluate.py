@@ -95,8 +95,8 @@ def evaluate(
         finished = source.was_finished and metrics.exists()
         with Progress(workers, source.table.items, "pictures") as progress:
             for task in todo([source], workers, progress):
-                chunk = EvaluationChunk(replace(task, previous=None))  # one that failed in part is made anew
-                chunk.write(tokenizer, measures, side, batch_size, progress)
+                chunk = OpenChunk(replace(task, previous=None))  # one that failed in part is made anew
+                evaluate_chunk(chunk, tokenizer, measures, side, batch_size, progress)
             workers.wait_for_all(meanwhile=progress.refresh)
             progress.refresh()
         if workers.rank:
@@ -107,42 +107,40 @@ def evaluate(
         return source.finish().counts, json.loads(metrics.read_text())
 
 
-class EvaluationChunk(OpenChunk):
-    """Some pictures, what was measured on each, and the codes and features that figures over all of them need."""
-
-    def write(
-        self, tokenizer: ImageTokenizer, measures: Measures, side: int, batch_size: int, progress: Progress
-    ) -> None:
-        watch = Stopwatch()
-        rows: list[dict[str, Any]] = []
-        arrays: dict[str, list[np.ndarray]] = {}
-        ready: list[tuple[Item, Tensor]] = []
-        with ThreadPoolExecutor(default_workers()) as pool:
-            opened = [(item, pool.submit(picture, location(item.value["image"]), side)) for item in self.todo()]
-            for item, decoded in opened:
-                try:
-                    with watch("decode"):
-                        ready.append((item, decoded.result()))
-                except ItemError as error:
-                    self.fail(item, error)
-        for start in range(0, len(ready), batch_size):
-            batch = ready[start : start + batch_size]
-            with watch("tokenizer"):
-                originals = torch.stack([pixels for _, pixels in batch])
-                codes, others = reconstruct(tokenizer, originals, batch_size)
-            with watch("measure"):
-                rows += measured([item.value["image"] for item, _ in batch], originals, others, measures, tokenizer)
-                keep_arrays(arrays, tokenizer, codes, originals, others, measures)
-            progress.count(images=len(batch))
-        stored = io.BytesIO()
-        joined = {name: np.concatenate(parts) for name, parts in arrays.items()}
-        np.savez(stored, **joined)  # type: ignore[arg-type]  # no array is named like its flag allow_pickle
-        results, index = self.source.results, self.chunk.index
-        files = {
-            results.path(index, ".jsonl"): b"".join(orjson.dumps(row) + b"\n" for row in rows),
-            results.path(index, ".npz"): stored.getvalue(),
-        }
-        self.save(files, tallies={}, seconds=watch.take(), progress=progress)
+def evaluate_chunk(
+    chunk: OpenChunk, tokenizer: ImageTokenizer, measures: Measures, side: int, batch_size: int, progress: Progress
+) -> None:
+    """Save what is measured on each picture, and the codes and features that figures over all of them need."""
+    watch = Stopwatch()
+    rows: list[dict[str, Any]] = []
+    arrays: dict[str, list[np.ndarray]] = {}
+    ready: list[tuple[Item, Tensor]] = []
+    with ThreadPoolExecutor(default_workers()) as pool:
+        opened = [(item, pool.submit(picture, location(item.value["image"]), side)) for item in chunk.todo()]
+        for item, decoded in opened:
+            try:
+                with watch("decode"):
+                    ready.append((item, decoded.result()))
+            except ItemError as error:
+                chunk.fail(item, error)
+    for start in range(0, len(ready), batch_size):
+        batch = ready[start : start + batch_size]
+        with watch("tokenizer"):
+            originals = torch.stack([pixels for _, pixels in batch])
+            codes, others = reconstruct(tokenizer, originals, batch_size)
+        with watch("measure"):
+            rows += measured([item.value["image"] for item, _ in batch], originals, others, measures, tokenizer)
+            keep_arrays(arrays, tokenizer, codes, originals, others, measures)
+        progress.count(images=len(batch))
+    stored = io.BytesIO()
+    joined = {name: np.concatenate(parts) for name, parts in arrays.items()}
+    np.savez(stored, **joined)  # type: ignore[arg-type]  # no array is named like its flag allow_pickle
+    results, index = chunk.source.results, chunk.chunk.index
+    files = {
+        results.path(index, ".jsonl"): b"".join(orjson.dumps(row) + b"\n" for row in rows),
+        results.path(index, ".npz"): stored.getvalue(),
+    }
+    chunk.save(files, tallies={}, seconds=watch.take(), progress=progress)
 
 
 def picture(path: Location, side: int) -> Tensor:

@@ -18,14 +18,11 @@ SHOWN = 4  # pictures of each group
 
 def table(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
     """Rows of cells: a figure a row, an evaluation a column."""
-    names: list[str] = []
-    for _, found in evaluations:
-        names += [name for name in found["figures"] if name not in names]
+    names = dict.fromkeys(name for _, found in evaluations for name in found["figures"])
     rows = [["", *(title for title, _ in evaluations)], ["pictures", *(str(e["pictures"]) for _, e in evaluations)]]
     for name in names:
         rows.append([name, *(_shown(found["figures"].get(name)) for _, found in evaluations)])
-    branches = list(dict.fromkeys(branch for _, found in evaluations for branch in found["codes"]))
-    for branch in branches:
+    for branch in dict.fromkeys(branch for _, found in evaluations for branch in found["codes"]):
         for what in ("codebook", "used", "perplexity"):
             cells = [_shown(found["codes"].get(branch, {}).get(what)) for _, found in evaluations]
             rows.append([f"{branch} codes: {what}", *cells])
