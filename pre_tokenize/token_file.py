@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, overload
+from typing import Any, NamedTuple, NoReturn, TypeVar, overload
 
 import numpy as np
 import orjson
@@ -40,6 +40,9 @@ IGNORE = -100  # the label of what is not learned
 MAKE_ANEW = "Run pre_tokenize.py again: it makes token files that are gone anew."
 OPEN_SHARDS = 8192  # kept mapped at a time: a mapping needs no open file, and Linux grants a process 65,530
 _READ_SHARDS = 64  # of a store, which are in memory
+
+
+T = TypeVar("T")
 
 
 class TokenSample(NamedTuple):
@@ -124,8 +127,7 @@ class TokenFiles(Sequence[TokenSample]):
             sample = shard.sample(row)
             folder = shard.image_dir if folder is None else folder
         else:
-            sample = read_pickle(path, sha256 := self._unchecked(index))
-            self._mark(index, sha256)
+            sample = self._read(index, read_pickle)
         if sample.id != record.ids[index] or len(sample.tokens) != record.lengths[index]:
             raise DataError(
                 f"{path}, row {row}: holds item {sample.id} of {len(sample.tokens)} tokens, but the record "
@@ -137,10 +139,8 @@ class TokenFiles(Sequence[TokenSample]):
         """The mapped file of item `index`, from those that are open; the one used longest ago is closed for it."""
         number = int(self.record.file_numbers[index])
         if number not in self._shards:
-            path = self._file(index)
-            self._shards[number] = _Shard(path, sha256 := self._unchecked(index))
-            self._mark(index, sha256)
-            if len(self._shards) > (_READ_SHARDS if isinstance(path, Url) else OPEN_SHARDS):
+            self._shards[number] = shard = self._read(index, _Shard)
+            if len(self._shards) > (_READ_SHARDS if isinstance(shard.path, Url) else OPEN_SHARDS):
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)
         return self._shards[number]
@@ -152,15 +152,15 @@ class TokenFiles(Sequence[TokenSample]):
             kept_copy(path, self._cache, self.record.sha256(index)) if self._cache and isinstance(path, Url) else path
         )
 
-    def _unchecked(self, index: int) -> str | None:
-        """The hash that the file of item `index` is yet to be held against, if it has one."""
-        if self._checked and self._checked.has(int(self.record.file_numbers[index])):
-            return None
-        return self.record.sha256(index)
-
-    def _mark(self, index: int, sha256: str | None) -> None:
+    def _read(self, index: int, read: Callable[[Location, str | None], T]) -> T:
+        """The file of item `index`, held against its hash, if it has one, unless that was done before."""
+        number, sha256 = int(self.record.file_numbers[index]), self.record.sha256(index)
+        if self._checked and self._checked.has(number):
+            sha256 = None
+        found = read(self._file(index), sha256)
         if self._checked and sha256:
-            self._checked.add(int(self.record.file_numbers[index]))
+            self._checked.add(number)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": OrderedDict()}
