@@ -33,7 +33,7 @@ from vision_tokenizer.images.files import open_image, upright_size
 from vistoken.cli import command_parser, run_command
 from vistoken.errors import DataError, Failed, UserError
 from vistoken.files import is_there, open_file
-from vistoken.jobs.files import atomic_write, write_bytes
+from vistoken.jobs.files import atomic_write, write_json
 from vistoken.jobs.manifest import read_manifest
 from vistoken.store import Location, location, within
 
@@ -139,7 +139,7 @@ def concat(
             lack(f"{folder}: {problem}", allow_partial)
     if not rejected_path.stat().st_size:
         rejected_path.unlink()
-    write_bytes(summary_path, orjson.dumps(lengths.as_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    write_json(summary_path, lengths.as_dict())
     return lengths
 
 

@@ -19,7 +19,8 @@ from pre_tokenize.token_file import TokenSample, hash_of, pickle_bytes, read_pic
 from vision_tokenizer.codebook.forms import CodeTable
 from vistoken.errors import UserError
 from vistoken.jobs.chunks import Chunk, chunk_table
-from vistoken.jobs.counts import Counts, write_summary
+from vistoken.jobs.counts import Counts
+from vistoken.jobs.files import write_json
 from vistoken.jobs.manifest import MANIFEST, read_manifest
 from vistoken.jobs.results import Results, joining
 from vistoken.jobs.run import WORK, Output, Source, Table
@@ -130,9 +131,9 @@ class TokenOutput(Output):
             for index in chunks:
                 for entry in read_entries(self.source.results.path(index, _ENTRIES)):
                     lengths.add(entry["len"])
-            write_summary(
-                summary, manifest=manifest_id(self.manifest), account=joined.counts.as_dict(), lengths=lengths.as_dict()
-            )
+            account = joined.counts.as_dict()
+            told = {"manifest": manifest_id(self.manifest), "account": account, "lengths": lengths.as_dict()}
+            write_json(summary, told)
         return record, joined.counts, lengths
 
 

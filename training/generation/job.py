@@ -21,7 +21,8 @@ from training.generation.interpreter import Interpreter, Question, prompts
 from training.generation.report import write_report
 from vistoken.errors import ItemError, UserError, is_out_of_memory
 from vistoken.jobs.chunks import chunk_table
-from vistoken.jobs.counts import SUMMARY, Counts, counts_table, write_summary
+from vistoken.jobs.counts import SUMMARY, Counts, counts_table
+from vistoken.jobs.files import write_json
 from vistoken.jobs.progress import Progress, Stopwatch
 from vistoken.jobs.results import Results
 from vistoken.jobs.run import WORK, JoinedSource, OpenChunk, Output, Task, todo
@@ -46,7 +47,7 @@ class AnswerOutput(Output):
 
     def finish(self) -> Counts:
         counts = self.source.finish().counts
-        write_summary(self.folder / SUMMARY, answers=counts.as_dict())
+        write_json(self.folder / SUMMARY, {"answers": counts.as_dict()})
         write_report(self.folder, self.folder / ANSWERS, self.manifest)
         return counts
 

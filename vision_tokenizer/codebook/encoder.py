@@ -127,7 +127,7 @@ class CpuRunner:
         return self._pool.submit(self._encode, batch)
 
     def _encode(self, batch: torch.Tensor) -> list[np.ndarray]:
-        with _memory_named(self._tokenizer.device, batch):
+        with _memory_named(self._tokenizer.device, len(batch), batch.shape):
             return [grid.int().numpy() for grid in self._tokenizer.encode(normalize(batch))]
 
     def close(self) -> None:
@@ -146,11 +146,10 @@ class GpuRunner:
 
     def start(self, batch: torch.Tensor) -> Pending:
         device = self._tokenizer.device
-        with _memory_named(device, batch):
-            if self._recordings:
-                codes = self._recordings.encode(batch)
-            else:
-                codes = self._tokenizer.encode(normalize(batch.to(device, non_blocking=True)))
+        if self._recordings:
+            codes = self._recordings.encode(batch)
+        else:
+            codes = self._tokenizer.encode(normalize(batch.to(device, non_blocking=True)))
         host = [torch.empty(grid.shape, dtype=torch.int32, pin_memory=True) for grid in codes]
         for kept, computed in zip(host, codes, strict=True):
             kept.copy_(computed, non_blocking=True)
@@ -169,8 +168,8 @@ class _OnItsWay(NamedTuple):
         return [grid.numpy() for grid in self.host]
 
 
-def _memory_named(device: torch.device, batch: torch.Tensor) -> AbstractContextManager[None]:
-    return memory_named(device, "--batch_size", len(batch), f"images of {batch.shape[2]} x {batch.shape[3]}")
+def _memory_named(device: torch.device, size: int, shape: torch.Size) -> AbstractContextManager[None]:
+    return memory_named(device, "--batch_size", size, f"images of {shape[-2]} x {shape[-1]}")
 
 
 class Encoder(Generic[C]):
@@ -284,10 +283,8 @@ class Encoder(Generic[C]):
 
     def _start(self, slots: list[Slot]) -> None:
         """Start a batch; its codes are collected while later ones run."""
-        with self.watch("encode"):
-            size, pixels = self._batcher.batch_size, slots[0].pixels
-            with memory_named(self._device, "--batch_size", size, f"images of {pixels.shape[1]} x {pixels.shape[2]}"):
-                batch = self._batcher.stack(slots, pinned=self._pinned)
+        with self.watch("encode"), _memory_named(self._device, self._batcher.batch_size, slots[0].pixels.shape):
+            batch = self._batcher.stack(slots, pinned=self._pinned)
             self._encoding.append((slots, self._runner.start(batch)))
         while len(self._encoding) > self._runner.streams:
             self._collect()

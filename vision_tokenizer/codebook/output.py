@@ -25,8 +25,8 @@ from vision_tokenizer.models.fused import kernel_facts
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vistoken.device import device_facts
 from vistoken.errors import UserError
-from vistoken.jobs.counts import SUMMARY, Counts, write_summary
-from vistoken.jobs.files import write_bytes
+from vistoken.jobs.counts import SUMMARY, Counts
+from vistoken.jobs.files import write_bytes, write_json
 from vistoken.jobs.manifest import read_manifest
 from vistoken.jobs.results import Final, Result, Results, WholeResult
 from vistoken.jobs.run import WORK, JoinedSource, Output, Table
@@ -178,14 +178,14 @@ class CodebookOutput(Output):
         total.check(f"data set {self.dataset.name}")
         statistics = {name: n for name, n in sorted(total.tallies.items()) if name.startswith(RATIO) and n}
         write_bytes(self.settings.statistics_file(self.dataset), orjson.dumps(statistics, option=orjson.OPT_INDENT_2))
-        write_summary(
-            self.folder / SUMMARY,
-            dataset=self.dataset.name,
-            image_dir=str(self.dataset.image_dir.resolve()),
-            total=total.as_dict(),
-            files=files,
-            unreadable=self.unreadable,
-        )
+        summary = {
+            "dataset": self.dataset.name,
+            "image_dir": str(self.dataset.image_dir.resolve()),
+            "total": total.as_dict(),
+            "files": files,
+            "unreadable": self.unreadable,
+        }
+        write_json(self.folder / SUMMARY, summary)
         return total
 
 

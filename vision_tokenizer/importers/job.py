@@ -20,8 +20,8 @@ from vision_tokenizer.importers.archives import Parquet, WebDataset
 from vision_tokenizer.importers.formats import Coco, Format, Llava, Pairs
 from vistoken.errors import UserError
 from vistoken.jobs.chunks import Chunk, Item
-from vistoken.jobs.counts import SUMMARY, Counts, write_summary
-from vistoken.jobs.files import write_bytes
+from vistoken.jobs.counts import SUMMARY, Counts
+from vistoken.jobs.files import write_bytes, write_json
 from vistoken.jobs.manifest import read_manifest
 from vistoken.jobs.progress import Progress
 from vistoken.jobs.results import Results
@@ -177,7 +177,7 @@ class ImportOutput(Output):
     def finish(self) -> dict[str, Counts]:
         """Write the annotation files and the summary. Returns the counts of each file."""
         counts = {file.output.stem: file.finish().counts for file in self.sources}
-        write_summary(self.folder / SUMMARY, files={name: of_file.as_dict() for name, of_file in counts.items()})
+        write_json(self.folder / SUMMARY, {"files": {name: of_file.as_dict() for name, of_file in counts.items()}})
         return counts
 
 
@@ -205,5 +205,4 @@ def write_entry(config: Path, name: str, entry: dict[str, Any], overwrite: bool)
             f"{config}: has another data set {name!r}. Choose another --name, or replace it by --overwrite."
         )
     if stored.get(name) != entry:
-        content = orjson.dumps({**stored, name: entry}, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-        write_bytes(config, content)
+        write_json(config, {**stored, name: entry})

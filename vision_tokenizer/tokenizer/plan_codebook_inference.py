@@ -57,8 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     note_left_out(datasets)
     surveys, errors, refused = survey(args, datasets)
 
-    import orjson
-
     from vision_tokenizer.codebook.output import Settings, check_folders, unwritable
     from vision_tokenizer.models.dualvitok.config import read_config
     from vision_tokenizer.review.plan_report import (
@@ -71,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         describe,
         draw_ratios,
     )
-    from vistoken.jobs.files import write_bytes
+    from vistoken.jobs.files import write_json
 
     codebooks = RELEASED_CODEBOOKS
     if args.model_config:
@@ -97,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         "decoding": decoded,
         "datasets": {name: as_dict(surveys[name], estimates[name], errors[name]) for name in surveys},
     }
-    write_bytes(args.out_dir / "plan.json", orjson.dumps(plan, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    write_json(args.out_dir / "plan.json", plan)
     picture = args.out_dir / "plan.png"
     try:
         draw_ratios(picture, list(surveys.values()), anchors(args.resolution_type, args.resolution))

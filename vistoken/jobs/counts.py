@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
-
 from vistoken.errors import ItemError
 from vistoken.jobs.chunks import Item
-from vistoken.jobs.files import write_bytes
 from vistoken.store import Location
 
 SUMMARY = "run_summary.json"
@@ -89,10 +86,6 @@ class Counts:
             kind, _, reason = name.partition(": ")
             reasons[kind, reason] = count
         return cls(stored["items"], stored["done"], reasons, Counter(stored["counts"]), Counter(stored["seconds"]))
-
-
-def write_summary(path: Location, **content: Any) -> None:
-    write_bytes(path, orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:

@@ -86,6 +86,11 @@ def write_bytes(path: Location, content: bytes, sync: bool = True, sync_name: bo
         file.write(content)
 
 
+def write_json(path: Location, content: Any) -> None:
+    """For people to read: indented."""
+    write_bytes(path, orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+
+
 def remove_file(path: Location) -> None:
     """Remove `path`, if it is there, before anything that is written from now on."""
     if isinstance(path, Url):

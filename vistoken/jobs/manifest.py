@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from vistoken.errors import UserError
-from vistoken.jobs.files import write_bytes
+from vistoken.jobs.files import write_bytes, write_json
 from vistoken.store import Location, Url
 
 MANIFEST = "manifest.json"
@@ -27,12 +27,12 @@ def check_manifest(
     path = folder / MANIFEST
     stored = read_manifest(folder)
     if stored is None or not binding:
-        write_bytes(path, _dump(manifest))
+        write_json(path, manifest)
         return
     _compare(path, stored, manifest, other_devices)
     joined = {**stored, "inputs": {**stored.get("inputs", {}), **manifest.get("inputs", {})}}
     if joined["inputs"] != stored.get("inputs", {}):
-        write_bytes(path, _dump(joined))
+        write_json(path, joined)
 
 
 def _claim(folder: Url, manifest: Mapping[str, Any], other_devices: bool) -> None:
@@ -88,10 +88,6 @@ def read_manifest(folder: Location) -> dict[str, Any] | None:
         raise UserError(f"{path}: cannot read ({error.strerror})") from error
     except orjson.JSONDecodeError as error:
         raise UserError(f"{path}: not a manifest ({error}). Restore it, or begin anew with --overwrite.") from error
-
-
-def _dump(manifest: Mapping[str, Any]) -> bytes:
-    return orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
