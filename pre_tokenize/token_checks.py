@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import torch
 
 from pre_tokenize.output import open_table
@@ -19,7 +18,7 @@ from pre_tokenize.token_file import TokenFiles, TokenSample
 from vision_tokenizer.codebook.encoder import Encoded
 from vision_tokenizer.images.dualvitok import normalize
 from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN
-from vision_tokenizer.review.issues import Issues, draw
+from vision_tokenizer.review.issues import Issues, draw, rejected_entries
 from vision_tokenizer.review.reencode import Agreement, differences
 from vistoken.errors import ItemError, UserError
 from vistoken.jobs.chunks import Item
@@ -35,7 +34,8 @@ def check_record(record: Record, manifest: dict[str, Any] | None, issues: Issues
     for index in np.flatnonzero(steps <= 0).tolist():
         kind = "item twice" if steps[index] == 0 else "items out of order"
         issues.add(kind, f"{record.path}: item {record.ids[index + 1]} after item {record.ids[index]}")
-    rejected = _rejected(companions(record.path)[0], issues)
+    entries = rejected_entries(companions(record.path)[0], issues)
+    rejected = np.array([entry["item"] for entry in entries], np.int64)
     ids = np.unique(record.ids)
     for item in np.intersect1d(ids, rejected).tolist():
         issues.add("item twice", f"{record.path}: item {item} is in the record and among the rejected")
@@ -43,16 +43,6 @@ def check_record(record: Record, manifest: dict[str, Any] | None, issues: Issues
         missing = np.setdiff1d(np.arange(manifest["input"]["items"]), np.concatenate([ids, rejected]))
         for item in missing.tolist():
             issues.add("item lost", f"{record.path}: item {item} of {manifest['input']['name']}")
-
-
-def _rejected(path: Location, issues: Issues) -> np.ndarray:
-    items = []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
-        try:
-            items.append(int(orjson.loads(line)["item"]))
-        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            issues.add("broken entry", f"{path}, line {number}: {error}")
-    return np.array(items, np.int64)
 
 
 def check_sequences(

@@ -2,8 +2,14 @@
 
 import random
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import orjson
+
+from vision_tokenizer.codebook.read import read_lines
+from vistoken.store import Location
 
 EXAMPLES = 5  # issues of a kind that are told in full
 
@@ -31,6 +37,18 @@ class Issues:
             lines += ["    ..."] if count > len(self.examples[kind]) else []
         total = self.counts.total()
         return "\n".join([*lines, "", f"{total:,} issue{'s' if total > 1 else ''}"])
+
+
+def rejected_entries(path: Location, issues: Issues) -> Iterator[dict[str, Any]]:
+    """What a `*.rejected.jsonl` has of each item, if there is such a file; a line that tells nothing is an issue."""
+    for number, line in enumerate(read_lines(path) if path.exists() else (), start=1):
+        try:
+            entry = orjson.loads(line)
+            read = {"item": int(entry["item"]), "kind": str(entry["kind"]), "reason": str(entry["reason"])}
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            issues.add("broken entry", f"{path}, line {number}: {error}")
+        else:
+            yield read
 
 
 def draw(length: int, count: int, seed: int) -> list[int]:

@@ -18,7 +18,7 @@ from vision_tokenizer.codebook.inputs import input_files, input_stem, input_tabl
 from vision_tokenizer.codebook.output import RATIO
 from vision_tokenizer.codebook.read import Output, Place, parse_line, read_lines
 from vision_tokenizer.images.anchors import crop_share, ratio_tag
-from vision_tokenizer.review.issues import Issues, Reservoir
+from vision_tokenizer.review.issues import Issues, Reservoir, rejected_entries
 from vistoken.errors import Failed, UserError
 from vistoken.jobs.chunks import Item
 from vistoken.jobs.counts import SUMMARY, Counts
@@ -69,9 +69,7 @@ class _Walk:
     on_item: Callable[[], object]
 
     def run(self) -> None:
-        items, rejected = deque[Item](), _Rejected(self.file, self.issues)
-        source = (item for index in range(len(self.table)) for item in self.table.read(self.table[index]))
-        waiting = (item for item in source if not self._is_counted(item, rejected))
+        items, waiting = deque[Item](), self._without_entry()
         for number, line in enumerate(read_lines(self.file), start=1):
             items.extend(islice(waiting, LOOK_AHEAD - len(items)))
             position = next((position for position, item in enumerate(items) if _made_of(line, item)), None)
@@ -84,17 +82,24 @@ class _Walk:
             self._check_line(number, line)
         for item in chain(items, waiting):
             self._lost(item)
-        for entry in rejected.rest():
-            self.issues.add("entry of no item", f"{rejected.path}: item {entry.get('item')!r} is not waiting for it")
 
-    def _is_counted(self, item: Item, rejected: "_Rejected") -> bool:
-        """Count an item. True if a rejected entry says why it has no line."""
-        self.on_item()
-        self.counts.items += 1
-        entry = rejected.take(item.index)
-        if entry:
-            self.counts.reasons[entry["kind"], entry["reason"]] += 1
-        return entry is not None
+    def _without_entry(self) -> Iterator[Item]:
+        """Count the items; give those of which no rejected entry says why they have no line."""
+        path = self.file.with_suffix(".rejected.jsonl")
+        entries = rejected_entries(path, self.issues)
+        entry = next(entries, None)
+        for index in range(len(self.table)):
+            for item in self.table.read(self.table[index]):
+                self.on_item()
+                self.counts.items += 1
+                if entry and entry["item"] == item.index:
+                    self.counts.reasons[entry["kind"], entry["reason"]] += 1
+                    entry = next(entries, None)
+                else:
+                    yield item
+        while entry:
+            self.issues.add("entry of no item", f"{path}: item {entry['item']} is not waiting for it")
+            entry = next(entries, None)
 
     def _lost(self, item: Item) -> None:
         self.issues.add("item lost", f"{self.table.path}, {item.where}: neither in {self.file.name} nor rejected")
@@ -122,35 +127,6 @@ def _made_of(line: bytes, item: Item) -> bool:
     if item.error or not item.raw.endswith(b"}"):
         return False
     return line.startswith(item.raw[:-1].rstrip() + b', "image_sizes":')
-
-
-class _Rejected:
-    """The entries of a `*.rejected.jsonl`, taken in the order of the items."""
-
-    def __init__(self, file: Location, issues: Issues):
-        self.path = file.with_suffix(".rejected.jsonl")
-        self._entries = self._read(issues) if self.path.exists() else iter(())
-        self._next: dict[str, Any] | None = next(self._entries, None)
-
-    def _read(self, issues: Issues) -> Iterator[dict[str, Any]]:
-        for number, line in enumerate(read_lines(self.path), start=1):
-            try:
-                entry = orjson.loads(line)
-                yield {"item": int(entry["item"]), "kind": str(entry["kind"]), "reason": str(entry["reason"])}
-            except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-                issues.add("broken entry", f"{self.path}, line {number}: {error}")
-
-    def take(self, item: int) -> dict[str, Any] | None:
-        entry = self._next
-        if entry is None or entry["item"] != item:
-            return None
-        self._next = next(self._entries, None)
-        return entry
-
-    def rest(self) -> Iterator[dict[str, Any]]:
-        if self._next:
-            yield self._next
-        yield from self._entries
 
 
 def _check_statistics(output: Output, counts: Counts, issues: Issues) -> None:
