@@ -1,6 +1,5 @@
 """Models by their layers, and what is done to each of these: recomputing its activations, and compiling it."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -42,8 +41,13 @@ def recompute(unit: nn.Module, *, selective: bool) -> None:
 
     `selective` keeps the results of attention and of every second matrix product: more memory, half of the extra work.
     """
-    options = {"context_fn": _selective} if selective else {}
-    unit.forward = _checkpointed(unit.forward, options)
+    forward = unit.forward
+    options: dict[str, Any] = {"context_fn": _selective} if selective else {}
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+
+    unit.forward = run
 
 
 def compile_unit(unit: nn.Module, backend: str = "inductor") -> None:
@@ -63,13 +67,6 @@ def compile_unit(unit: nn.Module, backend: str = "inductor") -> None:
         return compiled(*args, **kwargs)
 
     unit.forward = run
-
-
-def _checkpointed(forward: Callable, options: dict) -> Callable:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
-
-    return run
 
 
 def _selective() -> tuple[AbstractContextManager, AbstractContextManager]:

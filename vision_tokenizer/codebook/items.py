@@ -19,7 +19,14 @@ def build_item(images: list[str], text: Any, task: str, item_id: Any = None) -> 
     Raises `Failed` for an empty caption or conversations that break the format's rules.
     """
     if isinstance(text, str):
-        conversations = _captioned(text, task)
+        caption = " ".join(text.split())
+        if not caption:
+            raise Failed("no text", "the caption is empty")
+        human, gpt = "<image>\nDescribe the image.", caption
+        if task == "generation":
+            human = f"Generate an image of {{resolution_tag}}, the content of image is {caption.rstrip('.')}.\n"
+            gpt = "<image>"
+        conversations = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
     elif isinstance(text, list):
         conversations = text
     else:
@@ -28,18 +35,6 @@ def build_item(images: list[str], text: Any, task: str, item_id: Any = None) -> 
     item = {"images": images, "conversations": conversations}
     check_conversations(item)
     return item if item_id is None else {**item, "id": item_id}
-
-
-def _captioned(caption: str, task: str) -> list[dict[str, str]]:
-    caption = " ".join(caption.split())
-    if not caption:
-        raise Failed("no text", "the caption is empty")
-    if task == "understanding":
-        human, gpt = "<image>\nDescribe the image.", caption
-    else:
-        human = f"Generate an image of {{resolution_tag}}, the content of image is {caption.rstrip('.')}.\n"
-        gpt = "<image>"
-    return [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
 
 
 def item_line(item: dict[str, Any]) -> bytes:

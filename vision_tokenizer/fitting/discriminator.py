@@ -3,7 +3,6 @@
 Attribute names are those of the published training checkpoints.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,18 +24,14 @@ class PatchDiscriminator(nn.Module):
             ]
             before = after
         self.main = nn.Sequential(*modules, nn.Conv2d(before, 1, 4, padding=1))
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.main(pictures)
-
-    @torch.no_grad()
-    def draw_weights(self) -> None:
         for module in self.main:
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
-                nn.init.zeros_(module.bias)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.main(pictures)
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:

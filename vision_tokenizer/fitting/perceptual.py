@@ -19,19 +19,6 @@ WIDTHS = (64, 128, 256, 512, 512)
 CONVS_BEFORE_POOL = (2, 2, 3, 3, 3)
 
 
-def _vgg_features() -> nn.Sequential:
-    """VGG16's convolutional part with torchvision's numbering, without the last pool."""
-    modules: list[nn.Module] = []
-    before = 3
-    for stage, (width, convs) in enumerate(zip(WIDTHS, CONVS_BEFORE_POOL, strict=True)):
-        if stage:
-            modules.append(nn.MaxPool2d(2))
-        for _ in range(convs):
-            modules += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
-            before = width
-    return nn.Sequential(*modules)
-
-
 class Lpips(nn.Module):
     """(B, 3, H, W) twice, in [-1, 1] -> (B,) distances. Frozen; gradients reach the pictures."""
 
@@ -41,7 +28,15 @@ class Lpips(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = _vgg_features()
+        modules: list[nn.Module] = []  # VGG16's, with torchvision's numbering, without the last pool
+        before = 3
+        for stage, (width, convs) in enumerate(zip(WIDTHS, CONVS_BEFORE_POOL, strict=True)):
+            if stage:
+                modules.append(nn.MaxPool2d(2))
+            for _ in range(convs):
+                modules += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
+                before = width
+        self.features = nn.Sequential(*modules)
         self.linear = nn.ParameterList(torch.zeros(width) for width in WIDTHS)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)

@@ -117,9 +117,7 @@ def make_updater(settings: RunSettings, device: torch.device) -> Updater:
     losses = settings.vq_loss
     discriminator = None
     if losses.disc_weight:
-        discriminator = PatchDiscriminator(losses.disc_dim, losses.disc_num_layers)
-        discriminator.draw_weights()
-        discriminator.to(device)
+        discriminator = PatchDiscriminator(losses.disc_dim, losses.disc_num_layers).to(device)
     perceptual = perceptual_loss(settings).to(device) if losses.perceptual_weight else None
     network.to(device)
     if settings.compile:

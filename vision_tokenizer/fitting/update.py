@@ -22,19 +22,6 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GRAD_NORMS = ("grad_norm", "discriminator_grad_norm")  # of the two sides
 
 
-def adam(parameters: Iterable[tuple[str, nn.Parameter]], settings: RunSettings) -> torch.optim.Adam:
-    """Adam over what trains; each group keeps its share of the learning rate under `scale`."""
-    ordinary: list[nn.Parameter] = []
-    codes: list[nn.Parameter] = []
-    for name, parameter in parameters:
-        if parameter.requires_grad:
-            (codes if "quantize" in name else ordinary).append(parameter)
-    groups = [{"params": ordinary, "scale": 1.0}]
-    if codes:
-        groups.append({"params": codes, "scale": settings.code_transform_lr_scale})
-    return torch.optim.Adam(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
-
-
 class Ema:
     """Running means of the trained weights, without a warm-up of the decay."""
 
@@ -175,7 +162,15 @@ class _Side:
     """G's or D's optimizer, with the scaling of gradients that fp16 needs."""
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: RunSettings, device: torch.device):
-        self.optimizer = adam(parameters, settings)
+        ordinary: list[nn.Parameter] = []
+        codes: list[nn.Parameter] = []
+        for name, parameter in parameters:
+            if parameter.requires_grad:
+                (codes if "quantize" in name else ordinary).append(parameter)
+        groups = [{"params": ordinary, "scale": 1.0}]  # each group's share of the learning rate
+        if codes:
+            groups.append({"params": codes, "scale": settings.code_transform_lr_scale})
+        self.optimizer = torch.optim.Adam(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
 
     def backward(self, loss: Tensor) -> None:

@@ -134,8 +134,7 @@ class Coco(Format):
     @cached_property
     def _captions(self) -> list[tuple[str, dict[str, Any] | None, dict[str, Any]]]:
         """(where, image, annotation): by image, an image without captions once, then the annotations of no image."""
-        content = _load_json(self.source)
-        images, annotations = (_objects(self.source, content, field) for field in ("images", "annotations"))
+        images, annotations = _read_lists(self.source, ("images", "annotations"))
         for index, image in enumerate(images):
             if "id" not in image or not isinstance(image.get("file_name"), str):
                 raise UserError(f"{self.source}: images[{index}]: expected id and file_name, found {sorted(image)}")
@@ -149,20 +148,18 @@ class Coco(Format):
         return captions + [(where, None, annotation) for rest in of_image.values() for where, annotation in rest]
 
 
-def _load_json(file: Path) -> Any:
+def _read_lists(file: Path, fields: tuple[str, ...]) -> list[list[dict[str, Any]]]:
     try:
-        return orjson.loads(read_file(file))
+        content = orjson.loads(read_file(file))
     except OSError as error:
         raise UserError(f"{file}: cannot read it ({error.strerror})") from error
     except orjson.JSONDecodeError as error:
         raise UserError(f"{file}: not valid JSON: {error}") from error
-
-
-def _objects(file: Path, content: Any, field: str) -> list[dict[str, Any]]:
-    objects = content.get(field) if isinstance(content, dict) else None
-    if not isinstance(objects, list) or not all(isinstance(entry, dict) for entry in objects):
-        raise UserError(f"{file}: not a COCO captions file: expected an object with a list of objects as {field!r}")
-    return objects
+    for field in fields:
+        objects = content.get(field) if isinstance(content, dict) else None
+        if not isinstance(objects, list) or not all(isinstance(entry, dict) for entry in objects):
+            raise UserError(f"{file}: not a COCO captions file: expected an object with a list of objects as {field!r}")
+    return [content[field] for field in fields]
 
 
 class Pairs(Format):

@@ -124,18 +124,12 @@ def remove_leftovers(folder: Location) -> None:
     if isinstance(folder, Url):
         return
     for path in folder.glob(f"*.{socket.gethostname()}-[0-9]*.tmp"):
-        if not _alive(int(path.suffixes[-2].rpartition("-")[2])):
+        try:
+            os.kill(int(path.suffixes[-2].rpartition("-")[2]), 0)  # only looks
+        except ProcessLookupError:
             path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        except PermissionError:  # somebody else's lives
+            pass
 
 
 @contextmanager
