@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -13,11 +12,12 @@ from torch import nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
+from training.assemble import on_rank_0
 from training.config import TrainConfig
 from training.data.loading import Batches
 from training.data.packing import Batch, Skipped
 from training.data.sampler import RankBatches
-from training.generation.sheet import Sheet
+from training.generation.sheet import Sheet, sheet_folder
 from training.models.units import LayeredModel
 from training.parallel import synchronise_gradients, unsharded
 from training.report import Flops, Report
@@ -78,6 +78,8 @@ class Losses(NamedTuple):
 def train(run: Run, progress: Progress, report: Report | None) -> None:
     """Go from `progress` to the last step, with a checkpoint every so many iterations and at the end."""
     config, sampler = run.config, run.order.sampler
+    if run.sheet and progress.step and not on_rank_0(lambda: sheet_folder(config.output_dir, progress.step).exists()):
+        answer_sheet(run, run.sheet, progress.step, report)  # the run before ended between its checkpoint and this
     loader, steps, types = iter(run.loader), run.order.steps(), sampler.order(progress.epoch)
     while progress.step < run.total_steps:
         lr = learning_rate(progress.epoch + progress.epoch_step / run.epoch_steps, config)
@@ -121,11 +123,15 @@ def train(run: Run, progress: Progress, report: Report | None) -> None:
             if report:
                 report.plot()
             if run.sheet:
-                shown = run.sheet.answer(run.model, Path(config.output_dir), progress.step)
-                if report:
-                    report.answers(shown, progress.step)
+                answer_sheet(run, run.sheet, progress.step, report)
         run.saver.poll()
     run.saver.finish()
+
+
+def answer_sheet(run: Run, sheet: Sheet, step: int, report: Report | None) -> None:
+    shown = sheet.answer(run.model, run.config.output_dir, step)
+    if report:
+        report.answers(shown, step)
 
 
 def next_batches(run: Run, loader: Iterator[Batch | UserError], count: int) -> tuple[list[Batch], Counts]:

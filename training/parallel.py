@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from training.models.units import LayeredModel
@@ -85,6 +85,7 @@ def shard(
                 parameter.data = torch.empty_like(parameter, dtype=torch.float32, device=device)
         unit.to(device).to(torch.float32)  # what is no parameter
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+    register_fsdp_forward_method(model, "ends")  # `ends_whole` may come before the first batch: this finds the root
     part = mesh.get_local_rank("shard")
     with torch.no_grad():
         for name, parameter in model.named_parameters() if filled else ():

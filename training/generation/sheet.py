@@ -47,9 +47,13 @@ from vision_tokenizer.images.chameleon import crop_sizes
 from vistoken.errors import Failed, ItemError, UserError, is_out_of_memory
 from vistoken.jobs.chunks import Item
 
-FOLDER = "samples"
 MOST = 64  # prompts: all are answered as one batch
 TEXT_TOKENS = 256  # of an answer in text
+
+
+def sheet_folder(output_dir: str, step: int) -> Path:
+    """Where the answers of a step are, once they are all there."""
+    return Path(output_dir) / "samples" / f"step_{step:08d}"
 
 
 class Sheet:
@@ -66,7 +70,7 @@ class Sheet:
         rows = len(self.questions) * (1 if self._settings.guidance == 1 else 2)
         return 2 * layers * width * number_bytes * rows * longest
 
-    def answer(self, model: LayeredModel, output: Path, step: int) -> list[tuple[str, Said]]:
+    def answer(self, model: LayeredModel, output_dir: str, step: int) -> list[tuple[str, Said]]:
         """Every process calls this; rank 0 writes `samples/step_*/` and gets the prompts' names and answers, the others
         nothing.
 
@@ -85,7 +89,7 @@ class Sheet:
         if dist.get_rank() > 0:
             return []
         said = [say(answer, self._interpreter) for answer in answers]
-        self._write(output / FOLDER / f"step_{step:08d}", output, answers, said)
+        self._write(sheet_folder(output_dir, step), answers, said)
         names = [
             str(question.item.index if question.item.id is None else question.item.id) for question in self.questions
         ]
@@ -113,7 +117,7 @@ class Sheet:
         model.train()
         return answers
 
-    def _write(self, folder: Path, output: Path, answers: Sequence[Answer], said: Sequence[Said]) -> None:
+    def _write(self, folder: Path, answers: Sequence[Answer], said: Sequence[Said]) -> None:
         """Whole or not at all, in the form of generate.py's output."""
         settings = {"seed": self._interpreter.wishes.seed, **asdict(self._settings)}
         temporary = folder.with_suffix(".tmp")
@@ -126,7 +130,7 @@ class Sheet:
                 for name, picture in zip(picture_files(question.item.index, 0, one), one.pictures, strict=True):
                     (temporary / name).write_bytes(png(picture))
             (temporary / ANSWERS).write_bytes(b"".join(lines))
-            manifest = {"model": {"path": f"{output}, {folder.name}"}, "settings": settings}
+            manifest = {"model": {"path": f"{folder.parents[1]}, {folder.name}"}, "settings": settings}
             write_report(temporary, temporary / ANSWERS, manifest)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
