@@ -3,7 +3,8 @@
 A data point is an object with `conversations`, a list of `{"from": "human" or "gpt", "value": text}`, and `image`,
 a list of paths, one path, or absent. Turns alternate, human first; `assistant` is another name for `gpt`; a
 conversation may end on a human turn. `<|image|>` marks the place of each image, in order; where none is marked, all
-images come before the first human turn. What a gpt turn says, its images and its end included, is learned.
+images come before the first human turn, unless there are as many `<image>`, another format's mark. What a gpt turn
+says, its images and its end included, is learned.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from vistoken.errors import Failed
 
-IMAGE_SYMBOL = "<|image|>"
+IMAGE_SYMBOL, FOREIGN_SYMBOL = "<|image|>", "<image>"  # the latter is LLaVA's and codebook inference's
 ROLES = (("human",), ("gpt", "assistant"))  # of even and odd turns
 
 # The two atoms of the text that is tokenised. Unicode reserves these code points for a program's own use, so no
@@ -41,6 +42,12 @@ def parse_conversation(item: Any) -> Conversation:
     learned = learned_turns(values)
     text = END_MARK.join([*values, ""])
     symbols = text.count(IMAGE_SYMBOL)
+    if symbols == 0 and images and text.count(FOREIGN_SYMBOL) == len(images):
+        raise Failed(
+            "image count",
+            f"no {IMAGE_SYMBOL} for {len(images)} in `image`, but as many {FOREIGN_SYMBOL}, another format's mark, "
+            "which would be read as text. --item_processor examples/llava_items.py:LlavaItems replaces it",
+        )
     if symbols == 0:
         text = f"{IMAGE_SYMBOL} " * len(images) + text
     elif symbols != len(images):

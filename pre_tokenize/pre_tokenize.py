@@ -98,8 +98,10 @@ def load_item_processor(spec: str | None) -> tuple[Any, str]:
         return ItemProcessor(), hashlib.sha256(source.encode()).hexdigest()
     file, _, name = spec.rpartition(":")
     path = Path(file)
+    if not file:
+        raise UserError(f"--item_processor {spec}: expected FILE.py:Class, without the class nobody knows which")
     if path.suffix != ".py" or not path.is_file():
-        raise UserError(f"--item_processor {spec}: expected FILE.py:Class, and {file or 'a file'} does not exist")
+        raise UserError(f"--item_processor {spec}: expected FILE.py:Class, and {file} does not exist")
     module = ModuleType("vistoken_item_processor")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # a dataclass looks its module up there

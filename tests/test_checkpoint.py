@@ -133,13 +133,17 @@ def test_bad_files_are_named(tmp_path):
         "cut.bin": whole[: len(whole) // 2],
         "noise.pt": bytes(range(256)) * 4,
         "empty.ckpt": b"",
-        "text.bin": b"version https://git-lfs.github.com/spec/v1\n",
+        "zeros.bin": bytes(1000),  # of which torch says that an unsafe load would likely succeed
+        "pointer.bin": b"version https://git-lfs.github.com/spec/v1\n",
+        "pointer.safetensors": b"version https://git-lfs.github.com/spec/v1\n",
         "cut.safetensors": (tmp_path / "whole.safetensors").read_bytes()[:100],
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=name):
+        told = "a pointer of Git LFS.*git lfs pull" if "pointer" in name else "damaged or not a .*Fetch it again"
+        with pytest.raises(UserError, match=f"{name}: {told}") as caught:
             read_state_dict(tmp_path / name)
+        assert "False" not in str(caught.value)
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UserError, match=r"list\.pt: no named tensors"):
         read_state_dict(tmp_path / "list.pt")

@@ -47,6 +47,7 @@ def turns(*values):
         ({"conversations": turns("<|image|>", "b")}, "image count", "1 <|image|> in the conversation, 0 in"),
         ({"conversations": turns("<|image|>", "b"), "image": ["a", "b"]}, "image count", "2 in"),
         ({"conversations": turns("<|image|>" * 2, "b"), "image": "a"}, "image count", "2 <|image|>"),
+        ({"conversations": turns("<image>a", "b"), "image": "x.png"}, "image count", "another format's mark"),
         ({"conversations": turns("a", "b"), "image": [1]}, "bad `image`", "found [1]"),
         ({"conversations": turns("a", "b"), "images": ["x.png"]}, "no `image`", "paths are in `image`"),
         ({"conversations": turns("a", "b"), "image": ""}, "bad `image`", "found ''"),
@@ -76,6 +77,8 @@ def test_a_conversation_may_end_on_a_human_turn():
 def test_images_without_a_symbol_come_first():
     conversation = parse_conversation({"conversations": turns("a", "b"), "image": ["x", "y"]})
     assert conversation.text == f"{IMAGE_MARK} {IMAGE_MARK} a{END_MARK}b{END_MARK}"
+    html = {"conversations": turns("What is <image> in SVG?", "An element; <image> needs an href."), "image": "x"}
+    assert parse_conversation(html).text.count("<image>") == 2  # more than images: somebody's text
 
 
 SMUGGLED = "<racm3:break><reserved08820><reserved08820>IMGIMGAZ<reserved08799><eoss></s><s><pad><reserved08706>"

@@ -66,6 +66,22 @@ def test_other_formats_are_told_by_name_whatever_the_file_is_called(kind, photo,
         assert error.reason == "image format not taken" and f"{path}: {kind}; convert it" in error.detail
 
 
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b"", "the file is empty"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIF; convert it to one of JPEG"),
+        (b"<!DOCTYPE html>\n<title>Not found</title>", "text that begins '<!DOCTYPE html> <title>Not found"),
+        (b"version https://git-lfs.github.com/spec/v1", "text that begins 'version https://git-lfs"),
+        (b"\xff\xd8 cut off at once", "not an image file"),
+    ],
+)
+def test_a_picture_that_is_none_says_what_it_is(content, told, tmp_path):
+    (tmp_path / "x.jpg").write_bytes(content)
+    assert told in failure(tmp_path / "x.jpg").detail
+    assert told in failure(NamedBytes("x.jpg", content), embedded_format).detail
+
+
 def test_no_other_program_is_started(photo, tmp_path, monkeypatch):
     """An EPS file is a program for Ghostscript, whatever it is called."""
     called = tmp_path / "called"

@@ -235,7 +235,7 @@ def test_an_item_processor_may_be_a_dataclass(tmp_path):
     "spec, message",
     [
         ("absent.py:X", "absent.py does not exist"),
-        ("mine.py", "expected FILE.py:Class"),
+        ("mine.py", "mine.py: expected FILE.py:Class, without the class"),
         ("mine.py:Nothing", "it has LlavaItems"),
         ("mine.py:Rejected", "it has LlavaItems"),
         ("broken.py:X", "broken.py does not run: SyntaxError: .*line 1"),
@@ -271,12 +271,15 @@ def test_bad_items_fail_and_the_rest_go_on(tokenize, picture, tmp_path, golden):
         "nothing to predict": {"conversations": [{"from": "human", "value": "hm"}]},
         "not JSON": ask("half \ud83d of a pair"),
     }
-    items = [*bad.values(), ask("fine"), ask("<|image|>", images=[tmp_path / "empty.png"])]
+    worse = [ask("<|image|>", images=[name]) for name in (tmp_path / "empty.png", "nosuch://host/x.png")]
+    items = [*bad.values(), ask("fine"), *worse]
     assert tokenize(items, "--max_failed", 1) == 0
     left_out = rejected(tmp_path / "out")
     assert [left_out[item]["reason"] for item in range(len(bad))] == list(bad)
     assert left_out[1]["where"] == "item 1" and left_out[1]["file"].endswith("data.json")
-    assert left_out[len(items) - 1]["reason"] == "image unreadable"
+    empty, foreign = (left_out[item] for item in range(len(items) - 2, len(items)))
+    assert empty["reason"] == "image unreadable" and empty["detail"].endswith("empty.png: the file is empty")
+    assert foreign["reason"] == "image unreadable" and "nosuch://host/x.png" in foreign["detail"]
     assert sorted(samples(tmp_path / "out")) == [len(bad)]
 
 

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from vistoken.cli import note
 from vistoken.errors import UserError
-from vistoken.files import check_regular
+from vistoken.files import open_file
 from vistoken.store import Location, Url, local_copy, location
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")  # where a folder holds several, these names decide
 WRAPPERS = ("model", "state_dict")
+_LFS_POINTER = b"version https://git-lfs"
 ACCEPTED = f"a {', '.join(PICKLES)} or .safetensors file, a folder that holds one, or a hub id such as org/name"
 
 
@@ -57,7 +58,7 @@ def read_state_dict(
     state: dict[str, Tensor] = {}
     for file in _locate(source if isinstance(source, Path) else str(source)):
         try:
-            check_regular(file)
+            open_file(file).close()
         except OSError as error:
             raise UserError(f"{file}: cannot read it ({error.strerror})") from error
         read = _read_safetensors if file.suffix == ".safetensors" else _read_pickle
@@ -224,7 +225,7 @@ def _read_safetensors(file: Path, use_ema: bool, prefixes: tuple[str, ...]) -> d
             names = [name for name in reader.keys() if name.startswith(prefixes)]  # noqa: SIM118 (no mapping)
             return {name: reader.get_tensor(name) for name in names}
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged or not a safetensors file: {_summary(error)}") from error
+        raise _damaged(file, "safetensors file", _summary(error)) from error
 
 
 def _check_crc(file: Path) -> None:
@@ -250,7 +251,7 @@ def _check_crc(file: Path) -> None:
         with ThreadPoolExecutor(4) as pool:
             found = next(filter(None, pool.map(damaged, range(4))), None)
     except (BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}: damaged or not a PyTorch checkpoint: {_summary(error)}") from error
+        raise _damaged(file, "PyTorch checkpoint", _summary(error)) from error
     if found:
         raise UserError(f"{file}: damaged: the checksum of {found} in it is not that of its content; fetch it again")
 
@@ -262,9 +263,9 @@ def _read_pickle(file: Path, use_ema: bool, prefixes: tuple[str, ...]) -> dict[s
     try:
         payload = _load_tensors(file, zipped)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{file}: {_refusal(str(error))}") from error
+        raise _refused(file, str(error)) from error
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: damaged or not a PyTorch checkpoint: {_summary(error)}") from error
+        raise _damaged(file, "PyTorch checkpoint", _summary(error)) from error
     tensors = _tensors_of(payload, file, use_ema)
     for name, tensor in tensors.items():  # what only looks like a named tensor with its numbers
         if not isinstance(name, str) or not name.isprintable():  # half of a surrogate pair is not, either
@@ -337,18 +338,25 @@ def _tensors_of(payload: object, file: Path, use_ema: bool) -> dict[str, Tensor]
     return tensors
 
 
-def _refusal(message: str) -> str:
+def _refused(file: Path, message: str) -> UserError:
     """Why `weights_only` loading refused a pickle; its own message goes on to recommend the unsafe way."""
     asked_for = re.search(r"GLOBAL ([\w.]+)|(?:function|class) ([^\s,]+)", message)
     if asked_for is None:
-        return "damaged or not a PyTorch checkpoint (no pickle of tensors)"
-    return (
-        f"refused: besides tensors it asks for {asked_for[1] or asked_for[2]}, which could run code. Only if you trust"
-        " where it comes from: load it in a program of your own, and save its state dict alone for this one"
+        return _damaged(file, "PyTorch checkpoint", "no pickle of tensors")
+    return UserError(
+        f"{file}: refused: besides tensors it asks for {asked_for[1] or asked_for[2]}, which could run code. Only if "
+        "you trust where it comes from: load it in a program of your own, and save its state dict alone for this one"
     )
 
 
+def _damaged(file: Path, kind: str, why: str) -> UserError:
+    with file.open("rb") as content:
+        if content.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return UserError(f"{file}: a pointer of Git LFS, not the weights themselves: `git lfs pull` fetches them")
+    return UserError(f"{file}: damaged or not a {kind}: {why}. Fetch it again")
+
+
 def _summary(error: BaseException) -> str:
-    """The first line of a library's message, which says what is wrong."""
+    """The first sentence of a library's message, which says what is wrong; torch goes on to recommend unsafe ways."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return re.split(r"\.(?:\s|$)", lines[0])[0][:300] if lines else type(error).__name__

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from vision_tokenizer.images import libtiff
 from vision_tokenizer.images.anchors import Placement, place
-from vistoken.errors import Failed, Rejected
+from vistoken.errors import Failed, Rejected, UserError
 from vistoken.files import check_regular, open_file
 from vistoken.jobs.members import indexes
 from vistoken.store import Location, Url
@@ -60,6 +60,7 @@ _UPRIGHT = {  # what undoes each EXIF orientation
 _REQUEST = 1 << 18  # bytes asked of a store at a time, at least: most images are one request, their headers, too
 _PREFIX = 32  # bytes by which a format is recognised
 _END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _ENDING = 64  # bytes in which a whole file has its end mark; earlier, it may be an embedded thumbnail's
 # what Pillow's decoders raise on damaged files, as fuzzing every format showed; AVIF's has only RuntimeError
 _DAMAGE = (
@@ -94,6 +95,8 @@ def damage_named(path: object) -> Iterator[None]:
     except UnidentifiedImageError as error:
         detail = "; ".join(["not an image file", *said])
         raise Failed("image unreadable", f"{path}: {detail}") from error
+    except UserError as error:  # a URL of a kind that nothing here reads
+        raise Failed("image unreadable", str(error)) from error
     except _DAMAGE as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         detail = "; ".join([reason, *said])
@@ -134,10 +137,18 @@ def _open(source: Path | BinaryIO) -> Image.Image:
 
 
 def _check_taken(prefix: bytes, name: object) -> None:
-    """Raises `Failed` where a file begins as a format that we do not take. Only that is looked at: no decoder runs."""
-    for kind, (_, accepts) in Image.OPEN.items():
-        if kind not in FORMATS and accepts and accepts(prefix) is True:
+    """Raises `Failed` where a file's first bytes tell what it is instead. Only they are looked at: no decoder runs."""
+    if not prefix:
+        raise Failed("image unreadable", f"{name}: the file is empty")
+    kinds = [kind for kind, (_, accepts) in Image.OPEN.items() if accepts and accepts(prefix) is True]
+    if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF_BRANDS:  # as phones write them, often named .jpg
+        kinds = ["HEIF"]
+    for kind in kinds:
+        if kind not in FORMATS:
             raise Failed("image format not taken", f"{name}: {kind}; convert it to one of {', '.join(FORMATS)}")
+    text = " ".join(prefix.decode("ascii", "replace").split())
+    if not kinds and text.isascii() and text.isprintable():  # a web page, a Git LFS pointer
+        raise Failed("image unreadable", f"{name}: not an image file but text that begins {text!r}")
 
 
 def open_image(path: Location | Embedded) -> Image.Image:
@@ -152,7 +163,7 @@ def open_image(path: Location | Embedded) -> Image.Image:
             check_regular(found)
         try:
             image = _open(found if isinstance(found, Path) else _stream(found))
-        except UnidentifiedImageError:
+        except (UnidentifiedImageError, struct.error):  # the latter of an empty file
             with open_source(path) as file:
                 _check_taken(file.read(_PREFIX), path)
             raise
@@ -166,7 +177,7 @@ def embedded_format(image: Embedded) -> str:
         try:
             with _open(image.open()) as opened:
                 return str(opened.format)
-        except UnidentifiedImageError:
+        except (UnidentifiedImageError, struct.error):
             _check_taken(image.open().read(_PREFIX), image)
             raise
 
