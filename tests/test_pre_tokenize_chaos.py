@@ -22,8 +22,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # Forks a process for each "splits rank deaths" line and lets SIGKILL strike at its n-th fsync, where a write is
 # complete but not yet under its name, or has its name and is not yet safe. The parent computes nothing with torch.
 MORTAL = """
-import os, signal, socket, sys
-import pre_tokenize.chameleon, pre_tokenize.job, vistoken.jobs.files
+import os, signal, sys
+import pre_tokenize.chameleon, pre_tokenize.job
 from pre_tokenize.pre_tokenize import main
 
 def mortal_fsync(descriptor, left=[0]):
@@ -37,7 +37,6 @@ for line in sys.stdin:
     if not child:
         mortal_fsync.__defaults__[0][0] = int(moment)
         os.fsync = mortal_fsync
-        vistoken.jobs.files._OWNER = f"{socket.gethostname()}-{os.getpid()}"  # it was imported before the fork
         os._exit(main([*sys.argv[1:], "--splits", splits, "--rank", rank]))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """

@@ -23,7 +23,6 @@ import orjson
 from vistoken.errors import UserError
 from vistoken.store import Location, Url, stream
 
-_OWNER = f"{socket.gethostname()}-{os.getpid()}"  # two writers of one file never share a temporary name
 _IN_MEMORY = 64 << 20  # bytes of what is to be put into a store; more waits on the disk
 # a file system without locks (some Lustre mounts): the job stays correct, only the warning is lost
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -45,7 +44,8 @@ def atomic_write(path: Location, sync: bool = True, sync_name: bool = True) -> I
             yield file
             _put(path, file)
         return
-    temporary = path.with_name(f"{path.name}.{_OWNER}.tmp")
+    # two writers of one file never share a temporary name; nor does a fork with its parent
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
