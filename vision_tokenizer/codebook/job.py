@@ -87,21 +87,23 @@ def run_codebook_inference(
         writer.flush()
         workers.wait_for_all(meanwhile=progress.refresh)
         progress.refresh()
-        counts = {}
-        for output in readable:
-            if joins(output, workers):
-                with exclusive(output.work / "join.lock"):
-                    counts[output.dataset.name] = output.finish()
+        counts = join(readable, workers)
     return counts, {output.dataset.name: output.unreadable for output in outputs if output.unreadable}
 
 
-def joins(output: CodebookOutput, workers: Workers) -> bool:
-    """Whether this worker writes the final files: the first of those that wait for each other, of ranges the last."""
-    if workers.waits:
-        return workers.rank == 0
-    if not (complete := output.complete()):
-        note(f"data set {output.dataset.name}: others are not through; who ends last writes the final files")
-    return complete
+def join(outputs: Sequence[CodebookOutput], workers: Workers) -> dict[str, Counts]:
+    """Write the final files, on the first worker of those that wait for each other, of ranges on the last.
+
+    Returns the counts of each data set that this worker wrote.
+    """
+    counts = {}
+    for output in outputs:
+        if not workers.waits and not output.complete():
+            note(f"data set {output.dataset.name}: others are not through; who ends last writes the final files")
+        elif not workers.waits or workers.rank == 0:
+            with exclusive(output.work / "join.lock"):
+                counts[output.dataset.name] = output.finish()
+    return counts
 
 
 class CodebookChunk(OpenChunk):

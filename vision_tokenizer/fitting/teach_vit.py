@@ -10,7 +10,6 @@ parts of each 28 x 28 patch. On a CPU; needs vistoken[lite0].
 
 import argparse
 import json
-import random
 import time
 from pathlib import Path
 
@@ -38,44 +37,23 @@ def main(argv: list[str] | None = None) -> int:
     from safetensors.torch import save_file
     from torch import nn
 
-    from vision_tokenizer.fitting.config import DataSettings
-    from vision_tokenizer.fitting.data import Photographs, Place, join, list_images
-    from vision_tokenizer.fitting.lite0 import load_lite0
-    from vision_tokenizer.images.dualvitok import normalize
+    from vision_tokenizer.fitting.lessons import Lessons
     from vision_tokenizer.models.dualvitok.config import read_config
-    from vision_tokenizer.models.dualvitok.semantic import vit_input
     from vision_tokenizer.models.dualvitok.vit import VisionTransformer
     from vistoken.device import keep_freed_memory
 
     keep_freed_memory()
     torch.manual_seed(args.seed)
     sizes = read_config(args.config).semantic_encoder.vit
-    vit, teacher = VisionTransformer(sizes), load_lite0()
-    files = list_images(args.data_path)
-    data = Photographs(files, DataSettings(augment="random_crop", crop_share=(0.5, 1.0), cache=True))
-    side = 256  # the ViT sees 252: 9 x 9 tokens; the teacher 288: 9 x 9 cells
-
-    def lesson(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ViT's input and what it is to say of every token, (B, 81, T)."""
-        draw = random.Random(f"{args.seed} {step}")
-        places = [Place(draw.randrange(len(files)), (side, side), f"{args.seed} {step} {i}") for i in range(args.batch)]
-        pixels = normalize(join([data[place] for place in places]).pixels)
-        with torch.no_grad():
-            shown = F.interpolate(pixels, (288, 288), mode="bilinear", antialias=True)
-            *_, middle, _, last = teacher.stages(shown)
-            colours = F.interpolate(pixels, (36, 36), mode="area")
-            maps = [last, F.avg_pool2d(middle, 2), F.pixel_unshuffle(colours, 4)]
-            return vit_input(pixels), torch.cat([m.flatten(2).mT for m in maps], dim=2)
-
-    first = torch.cat([lesson(-1 - i)[1] for i in range(8)]).flatten(0, 1)
-    mean, std = first.mean(0), first.std(0) + 1e-3
+    vit, lessons = VisionTransformer(sizes), Lessons(args.data_path, args.batch, args.seed)
+    mean, std = lessons.spread()
     head = nn.Linear(sizes.hidden_size, len(mean))
     parameters = [*vit.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
     began, running = time.time(), None
     for step in range(args.steps):
-        image, wanted = lesson(step)
+        image, wanted = lessons(step)
         with torch.autocast("cpu", torch.bfloat16):
             merged = vit(image)
             found = head(F.layer_norm(merged, merged.shape[-1:], eps=1e-6))

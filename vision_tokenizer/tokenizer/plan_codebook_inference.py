@@ -17,6 +17,7 @@ would reject. Truncated files are found; other damage to the pixels shows only i
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vision_tokenizer.codebook.annotations import Dataset, needing_codes, note_left_out, read_data_config
 from vision_tokenizer.images.anchors import anchors
@@ -34,6 +35,10 @@ from vistoken.cli import (
 )
 from vistoken.errors import UserError
 from vistoken.store import location
+
+if TYPE_CHECKING:
+    from vision_tokenizer.review.plan import Survey
+    from vision_tokenizer.review.plan_report import Estimate
 
 EXAMPLES = 3  # problems of a kind shown in the terminal
 
@@ -62,14 +67,11 @@ def main(argv: list[str] | None = None) -> int:
     from vision_tokenizer.review.plan_report import (
         RELEASED_CODEBOOKS,
         Estimate,
-        as_dict,
         crop_verdict,
         decoding,
         decoding_line,
         describe,
-        draw_ratios,
     )
-    from vistoken.jobs.files import write_json
 
     codebooks = RELEASED_CODEBOOKS
     if args.model_config:
@@ -86,6 +88,30 @@ def main(argv: list[str] | None = None) -> int:
         refused += unwritable(chosen, settings)
     except UserError as error:
         refused.append(str(error))
+    write_plan(args, surveys, estimates, errors, decoded)
+    print(f"written: {args.out_dir}/plan.json, plan.png, problems.jsonl")
+    unread = [message for each in errors.values() for message in each]
+    for message in dict.fromkeys([*unread, *refused]):
+        print(f"error: {message}", file=sys.stderr)
+    clean = all(each.clean for each in surveys.values()) and not unread
+    code = BAD_CALL if refused else OK if clean else BAD_DATA
+    if verdict := crop_verdict(surveys.values(), args.crop_percent_thresh):
+        print(verdict)
+    print("The run would not be clean; see above and problems.jsonl." if code else "The run would be clean.")
+    return code
+
+
+def write_plan(
+    args: argparse.Namespace,
+    surveys: "dict[str, Survey]",
+    estimates: "dict[str, Estimate]",
+    errors: dict[str, list[str]],
+    decoded: dict[str, float] | None,
+) -> None:
+    """plan.json, and plan.png where matplotlib is there."""
+    from vision_tokenizer.review.plan_report import as_dict, draw_ratios
+    from vistoken.jobs.files import write_json
+
     plan = {
         "data_config": str(args.data_config),
         "resolution_type": args.resolution_type,
@@ -101,19 +127,11 @@ def main(argv: list[str] | None = None) -> int:
         draw_ratios(picture, list(surveys.values()), anchors(args.resolution_type, args.resolution))
     except UserError as error:
         print(f"no {picture}: {error}", file=sys.stderr)
-    print(f"written: {args.out_dir}/plan.json, plan.png, problems.jsonl")
-    unread = [message for each in errors.values() for message in each]
-    for message in dict.fromkeys([*unread, *refused]):
-        print(f"error: {message}", file=sys.stderr)
-    clean = all(each.clean for each in surveys.values()) and not unread
-    code = BAD_CALL if refused else OK if clean else BAD_DATA
-    if verdict := crop_verdict(surveys.values(), args.crop_percent_thresh):
-        print(verdict)
-    print("The run would not be clean; see above and problems.jsonl." if code else "The run would be clean.")
-    return code
 
 
-def survey(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[dict, dict, list[str]]:
+def survey(
+    args: argparse.Namespace, datasets: list[Dataset]
+) -> "tuple[dict[str, Survey], dict[str, list[str]], list[str]]":
     """Data set name -> its survey, and -> why files of it cannot be read; and what is wrong with the config.
 
     Problems go to a file as they are found.
