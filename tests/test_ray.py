@@ -101,6 +101,26 @@ def test_two_actors_one_of_them_killed_write_the_bytes_of_one_process(job, tmp_p
 
 
 @pytest.mark.slow
+def test_the_same_command_goes_on_after_its_driver_was_killed(job, tmp_path, tiny_dualvitok):
+    assert job("alone") == 0
+    config = write_config(
+        tmp_path / "ray.json", birds=dataset(tmp_path / "ray", tmp_path / "images", tmp_path / "annotations")
+    )
+    driver = launch(*tiny_dualvitok, config, *TINY, "--ray", "--ray_cpus", "1")
+    results = tmp_path / "ray/jsonl_after_tokenizer/dualvitok/fixed_32/.work"
+    while not any(results.glob("[ab]/0*.json")):
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.01)
+    driver.kill()
+    driver.communicate()
+    while actors():  # they end with their driver
+        time.sleep(0.1)
+    assert not (results.parent / "run_summary.json").exists()
+    assert job("ray", "--ray", "--ray_cpus", "1") == 0
+    assert output_bytes(tmp_path / "ray") == output_bytes(tmp_path / "alone")
+
+
+@pytest.mark.slow
 def test_a_node_joins_in_mid_run_and_a_node_is_lost(tmp_path, tiny_dualvitok, monkeypatch):
     """Who joins gets tar files; the one that it had when its node went is read by another actor."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
