@@ -9,12 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pre_tokenize import pre_tokenize
+from vision_tokenizer.codebook import job, output
+from vision_tokenizer.codebook.annotations import read_data_config
+from vision_tokenizer.codebook.encoder import Encoder, GpuRunner
 from vision_tokenizer.codebook.graphs import Recordings
 from vision_tokenizer.images.dualvitok import normalize
 from vision_tokenizer.models.chameleon.vqgan import load_chameleon
 from vision_tokenizer.models.dualvitok.model import load_dualvitok
 from vision_tokenizer.tokenizer import tokenizer_codebook_inference
 from vistoken.errors import UserError
+from vistoken.jobs.workers import OneProcess
 
 
 class Tape(TorchDispatchMode):
@@ -92,6 +96,42 @@ def test_replayed_kernels_give_the_codes_of_each_batch(name, captures, tiny_dual
     assert encoded == [(2, 3, 64, 64)] * 2 + [(2, 3, 64, 96)] * 2, "once before it is recorded, once recorded"
     assert len(captures) == 2 and captures[0] == captures[1], "one memory and one stream for all"
     assert captures[0][2] == "thread_local", "decoding threads may allocate"
+
+
+class OnGpu:
+    """A tokenizer that says it is on a GPU."""
+
+    name, fingerprint, branches, codebook_sizes = "x", "0" * 64, ("semantic", "pixel"), (8, 8)
+    device = torch.device("cuda", 0)
+
+
+def test_codes_on_a_gpu_are_made_as_its_flags_say_from_images_that_wait_in_large_chunks(monkeypatch, tmp_path):
+    class Begun(Exception):
+        pass
+
+    def encoder(tokenizer, prepare, **given):
+        raise Begun(given)
+
+    monkeypatch.setattr(job, "Encoder", encoder)
+    monkeypatch.setattr(output, "device_facts", lambda device: {})
+    (tmp_path / "a.jsonl").write_text('{"id": 0, "images": ["x.png"]}\n')
+    folder = str(tmp_path)
+    entry = {"root": f"{folder}/out", "image_dir": folder, "annotation_dir": folder, "tokenizer_inference": True}
+    (tmp_path / "data.json").write_text(json.dumps({"set": entry}))
+    data = read_data_config(tmp_path / "data.json")
+    with pytest.raises(Begun) as begun:
+        job.run_codebook_inference(data, OnGpu(), output.Settings(cuda_graphs=True), OneProcess(), num_workers=1)
+    (given,) = begun.value.args
+    assert given["cuda_graphs"] and given["seconds_ahead"] >= 1
+    (manifest,) = tmp_path.rglob("manifest.json")
+    assert json.loads(manifest.read_text())["chunk_items"] == 512
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_batches_on_a_gpu_are_recorded_where_that_is_asked_for(captures, graphs):
+    with Encoder(OnGpu(), None, batch_size=2, num_workers=1, cuda_graphs=graphs) as encoder:
+        assert isinstance(encoder._runner, GpuRunner)
+        assert isinstance(encoder._runner._recordings, Recordings if graphs else type(None))
 
 
 @pytest.mark.parametrize("command", ["codes", "tokens"])

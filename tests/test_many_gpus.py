@@ -121,10 +121,39 @@ def test_weights_come_layer_by_layer_and_never_all_at_once(eight_processes):
     assert found["_allgather_base_"] == 2 * 2 * LAYERS + 3  # layers twice; embeddings, head and rest stay
 
 
+@torch.library.custom_op("test_many_gpus::varlen", mutates_args=())
+def mixed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest_q: int, longest_k: int
+) -> torch.Tensor:
+    """For attention by a kernel that a CPU lacks, in one call for all samples: what it is given counts here."""
+    assert bounds.diff().max() == longest_q == longest_k
+    return q * k + v
+
+
+mixed.register_fake(lambda q, k, v, bounds, longest_q, longest_k: torch.empty_like(q))
+
+
+def mixed_backward(ctx, grad):
+    q, k = ctx.saved_tensors
+    return grad * k, grad * q, grad, None, None, None
+
+
+mixed.register_autograd(mixed_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "selective"), [("I", False), ("II", False), ("II", True)])
-def test_compiled_layers_are_made_once_for_all_sizes_and_give_the_same(one_process, stage, selective):
-    """Tiles, samples and lengths of any number, among them one, and the hidden size: a graph a kind of layer."""
+@pytest.mark.parametrize(("stage", "selective", "kernel"), [("I", False, 0), ("II", False, 1), ("II", True, 0)])
+def test_compiled_layers_are_made_once_for_all_sizes_and_give_the_same(
+    one_process, monkeypatch, stage, selective, kernel
+):
+    """Tiles, samples and lengths of any number, among them one, and the hidden size: a graph a kind of layer. Also
+    where a kernel is told how long the longest sample is.
+    """
+    if kernel:
+        monkeypatch.setattr(attention, "varlen_takes", lambda q: True)
+        monkeypatch.setattr(
+            attention, "varlen_attn", lambda q, k, v, bounds, *rest, **_: mixed(q, k, v, bounds, *rest[1:])
+        )
     torch._dynamo.reset()
     counters.clear()
     sizes = [(40, 4, 1), (50, 3, 2), (64, 1, 1), (33, 1, 5), (90, 1, 1), (20, 6, 1), (64, 2, 0)]

@@ -31,23 +31,29 @@ class Spans(NamedTuple):
 
     bounds: torch.Tensor  # (samples + 1,) int32 on CPU
     on_device: torch.Tensor  # the same beside the tokens
-    longest: int
+    ruler: torch.Tensor  # as long as the longest sample, one number in memory: compiled layers take a size that
+    # changes from batch to batch, while for another number they would be compiled again
 
     @classmethod
     def of(cls, sizes: Sequence[int], device: torch.device) -> "Spans":
         """For samples of these sizes. Nothing here waits for the device."""
         bounds = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
-        return cls(bounds, bounds.to(device, non_blocking=True), max(sizes))
+        ruler = torch.zeros(1, dtype=torch.int32).expand(max(sizes))
+        return cls(bounds, bounds.to(device, non_blocking=True), ruler)
+
+
+def varlen_takes(q: torch.Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def packed_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, *, causal: bool = True
 ) -> torch.Tensor:
     """q is (T, H, D), k and v are (T, K, D). Returns (T, H, D)."""
-    if varlen_attn and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if varlen_attn and varlen_takes(q):
         if q.shape[1] != k.shape[1]:  # the flag for fewer key/value heads is younger than the function
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        bounds, longest = spans.on_device, spans.longest
+        bounds, longest = spans.on_device, spans.ruler.shape[0]
         return varlen_attn(q, k, v, bounds, bounds, longest, longest, **(CAUSAL if causal else {}))
     if torch.compiler.is_compiling():  # the number of samples changes with every batch: the loop stays out of the graph
         return _opaque_attention(q, k, v, spans.bounds, causal)
