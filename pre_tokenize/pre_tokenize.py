@@ -216,15 +216,10 @@ def dualvitok_parts(args: argparse.Namespace, process_item: "ProcessItem") -> "P
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if args.ray is not None:
-        from vistoken.jobs.ray_workers import run_on_ray
 
-        return run_on_ray("pre_tokenize.pre_tokenize", args, "tokens", totals=("tokens",))
+    from vistoken.jobs.workers import run_job
 
-    from vistoken.jobs.workers import adopt_slurm_step, launched_workers
-
-    adopt_slurm_step()
-    return run(args, partial(launched_workers, args.rank, args.splits)).tell()
+    return run_job(run, "pre_tokenize.pre_tokenize", args, "tokens", totals=("tokens",))
 
 
 def run(args: argparse.Namespace, make_workers: "Callable[[], Workers]") -> Outcome:

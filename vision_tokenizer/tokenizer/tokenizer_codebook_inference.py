@@ -13,7 +13,6 @@ every annotation file was read and at most `--max_failed` of a data set's items 
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 from vision_tokenizer.codebook.annotations import note_left_out, select_datasets
@@ -64,15 +63,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if args.ray is not None:
-        from vistoken.jobs.ray_workers import run_on_ray
 
-        return run_on_ray("vision_tokenizer.tokenizer.tokenizer_codebook_inference", args, "codes")
+    from vistoken.jobs.workers import run_job
 
-    from vistoken.jobs.workers import adopt_slurm_step, launched_workers
-
-    adopt_slurm_step()
-    return run(args, partial(launched_workers, args.rank, args.splits)).tell()
+    return run_job(run, "vision_tokenizer.tokenizer.tokenizer_codebook_inference", args, "codes")
 
 
 def run(args: argparse.Namespace, make_workers: "Callable[[], Workers]") -> Outcome:

@@ -11,13 +11,14 @@
 import os
 import re
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from vistoken.cli import stopping
+from vistoken.cli import Outcome, stopping
 from vistoken.errors import Failed, Preempted, UserError
 from vistoken.jobs.files import run_lock
 from vistoken.store import Location
@@ -190,3 +191,13 @@ def launched_workers(rank: int = 0, splits: int = 1) -> Workers:
     if splits > 1:
         return FixedRange(rank, splits)
     return SharedQueue() if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() else OneProcess()
+
+
+def run_job(run: Callable[..., Outcome], module: str, args: Namespace, description: str, **options: Any) -> int:
+    """`run`, which is `module`'s, as the worker that a launcher made this process; or on Ray, which has the options."""
+    if args.ray is not None:
+        from vistoken.jobs.ray_workers import run_on_ray
+
+        return run_on_ray(module, args, description, **options)
+    adopt_slurm_step()
+    return run(args, lambda: launched_workers(args.rank, args.splits)).tell()
