@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from train_small import golden_samples, text_samples, write_data_config, write_record
 from unitoken_small import IMAGES
 
@@ -250,3 +251,5 @@ def test_a_dying_loader_process_names_what_it_was_reading(tmp_path):
     died = r"(killed by signal: Killed|exited unexpectedly).* It was reading .*0\.arrow, row 7, item 7"
     with pytest.raises(DataError, match=died), loader_deaths_named(dataset):
         list(make_loader(dataset, order, 1, pin=False))
+    dataset.reading = torch.tensor([[1, 7], [2, -1 - 7]])  # the second reads it without its condition
+    assert dataset.read_by(1) == dataset.read_by(2)

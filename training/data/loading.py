@@ -187,9 +187,8 @@ class Batches(Dataset):
         """Raises `Failed` for a sample that cannot be used."""
         if worker := get_worker_info():
             self.reading[worker.id] = torch.tensor([os.getpid(), number])
-        number, dropped = (-1 - number, True) if number < 0 else (number, False)
-        source = self._source(number)
-        tokens = self.sources[source][number - int(self.starts[source])]
+        source, row, dropped = self._place(number)
+        tokens = self.sources[source][row]
         name = f"{self.sources[source].record.path}, id {tokens.id}"
         if dropped:
             assert self.rules.format is not None  # whoever drops conditions gives it
@@ -203,20 +202,22 @@ class Batches(Dataset):
         """The place of the sample that a loader process has read last."""
         for pid, number in self.reading.tolist():
             if pid == process:
-                source = self._source(number)
-                return self.sources[source].record.where(number - int(self.starts[source]))
+                source, row, _ = self._place(number)
+                return self.sources[source].record.where(row)
         return None
 
-    def _source(self, number: int) -> int:
-        return int(np.searchsorted(self.starts, number, side="right")) - 1
+    def _place(self, number: int) -> tuple[int, int, bool]:
+        """The source of a sample, its row there, and whether its condition is dropped."""
+        number, dropped = (-1 - number, True) if number < 0 else (number, False)
+        source = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return source, number - int(self.starts[source]), dropped
 
     def _usable(self, number: int, skipped: list[Skipped]) -> Sample:
         """The sample, or the first of those that follow at fixed steps in its record that can be used."""
-        number, dropped = (-1 - number, True) if number < 0 else (number, False)
-        source, failures = self._source(number), []
+        (source, first, dropped), failures = self._place(number), []
         path, start, size = self.sources[source].record.path, int(self.starts[source]), len(self.sources[source])
         for attempt in range(REPLACEMENTS):
-            row = (number - start + attempt * STRIDE) % size
+            row = (first + attempt * STRIDE) % size
             try:
                 sample = self.sample(-1 - start - row if dropped else start + row)
             except Failed as failure:
