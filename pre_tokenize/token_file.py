@@ -181,7 +181,7 @@ def kept_copy(url: Url, cache: Path, sha256: str | None) -> Path:
             check_hash(url, content, sha256)
             write_bytes(copy, content)  # whole or absent, however many processes fetch it at once
     except FileNotFoundError as error:
-        raise DataError(f"{url}: the record names this token file, but it does not exist. {MAKE_ANEW}") from error
+        raise _damaged(url, error) from error
     except OSError as error:
         raise DataError(f"{url}: cannot read this token file ({error.strerror})") from error
     return copy
@@ -240,8 +240,6 @@ class _Shard:
                 raise ValueError("null values in it")
             self.manifest = _manifest((schema.metadata or {}).get(b"manifest", b"{}"))
             self.image_dir: str = self.manifest.get("image_dir", "")
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: the record names this token file, but it does not exist. {MAKE_ANEW}") from error
         except (pa.ArrowException, OSError, ValueError, AttributeError, SystemError) as error:
             raise _damaged(path, error) from error
         batch = batches[0]
@@ -289,6 +287,8 @@ def check_hash(path: Location, content: Any, sha256: str | None) -> None:
 
 
 def _damaged(path: Location, error: Exception | str) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path}: the record names this token file, but it does not exist. {MAKE_ANEW}")
     return DataError(f"{path}: not a token file, or a damaged one ({error}). Delete it. {MAKE_ANEW}")
 
 
@@ -378,8 +378,6 @@ def read_pickle(path: Location, sha256: str | None = None) -> TokenSample:
         tokens, labels = np.array(content["token"], np.int32), np.array(content["label"], np.int32)
         images = content.get("raw_image") or ()
         item = int(content["id"])
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: the record names this token file, but it does not exist. {MAKE_ANEW}") from error
     except (OSError, MemoryError, *_DAMAGE) as error:  # MemoryError: a damaged size asks for more than there is
         raise _damaged(path, error) from error
     loss_mask = labels != IGNORE
