@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from vistoken.errors import DataError, UserError
-from vistoken.files import open_file, read_file
+from vistoken.errors import DataError
+from vistoken.files import open_file, read_file, reading
 from vistoken.store import Location, within
 
 _HASH = re.compile("[0-9a-f]{16}")
@@ -146,27 +146,24 @@ def column_blocks(path: Location) -> Iterator[dict[str, np.ndarray]]:
 
 def read_entries(path: Location) -> Iterator[dict[str, Any]]:
     """Checked entries of a record, one at a time. Only a list that is written on one line is held as a whole."""
-    try:
-        with open_file(path) as file:
-            first = file.readline()
-            listed = first.lstrip().startswith(b"[")
-            if listed and first.strip() != b"[":
-                entries = _parsed(read_file(path), path, 1)
-                yield from (_checked(entry, path, f"entry {i}") for i, entry in enumerate(entries))
-                return
-            if not listed:
-                file.seek(0)
-            closed = not listed
-            for number, line in enumerate(file, start=2 if listed else 1):
-                content = line.strip().removesuffix(b",") if listed else line.strip()
-                if listed and content == b"]":
-                    closed = True
-                elif content:
-                    yield _checked(_parsed(content, path, number), path, f"line {number}")
-            if not closed:
-                raise DataError(f"{path}: the list is not closed: the file was cut off. Run concat_record.py again.")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the record ({error.strerror})") from error
+    with reading(path, "the record"), open_file(path) as file:
+        first = file.readline()
+        listed = first.lstrip().startswith(b"[")
+        if listed and first.strip() != b"[":
+            entries = _parsed(read_file(path), path, 1)
+            yield from (_checked(entry, path, f"entry {i}") for i, entry in enumerate(entries))
+            return
+        if not listed:
+            file.seek(0)
+        closed = not listed
+        for number, line in enumerate(file, start=2 if listed else 1):
+            content = line.strip().removesuffix(b",") if listed else line.strip()
+            if listed and content == b"]":
+                closed = True
+            elif content:
+                yield _checked(_parsed(content, path, number), path, f"line {number}")
+        if not closed:
+            raise DataError(f"{path}: the list is not closed: the file was cut off. Run concat_record.py again.")
 
 
 def entry_line(

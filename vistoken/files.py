@@ -6,6 +6,8 @@ An object in a store is a file, or absent.
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -73,6 +75,15 @@ def read_yaml(path: Location, what: str) -> Any:
         raise UserError(f"{path}: cannot read this {what} ({error})") from error
     except RecursionError as error:
         raise UserError(f"{path}: brackets of this {what} are nested too deeply") from error
+
+
+@contextmanager
+def reading(where: object, what: object = "it") -> Iterator[None]:
+    """Turn an `OSError` of the block into a `UserError`: `what` cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{where}: cannot read {what} ({error.strerror})") from error
 
 
 def read_file(path: str | Location) -> bytes:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from vistoken.cli import note
 from vistoken.errors import UserError
-from vistoken.files import open_file
+from vistoken.files import open_file, reading
 from vistoken.store import Location, Url, local_copy, location
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -57,10 +57,8 @@ def read_state_dict(
     prefixes = ("",) if keep is None else tuple(keep)
     state: dict[str, Tensor] = {}
     for file in _locate(source if isinstance(source, Path) else str(source)):
-        try:
+        with reading(file):
             open_file(file).close()
-        except OSError as error:
-            raise UserError(f"{file}: cannot read it ({error.strerror})") from error
         read = _read_safetensors if file.suffix == ".safetensors" else _read_pickle
         state.update(read(file, use_ema, prefixes))
     if not state and keep is not None:

@@ -15,16 +15,15 @@ import numpy as np
 
 from pre_tokenize.record import COLUMNS, Record, column_blocks
 from vistoken.errors import UserError
+from vistoken.files import reading
 from vistoken.jobs.files import sha256_of
 from vistoken.store import Location
 
 
 def fingerprint(record: Location) -> str:
     """Of a record's content: a gigabyte takes about a second."""
-    try:
+    with reading(record, "this record"):
         return sha256_of(record)[:16]
-    except OSError as error:
-        raise UserError(f"{record}: cannot read this record ({error.strerror})") from error
 
 
 def open_indexed(record: Location, digest: str, parent: Path) -> Record:

@@ -45,6 +45,7 @@ from training.models.units import LayeredModel
 from training.parallel import ends_whole
 from vision_tokenizer.images.chameleon import crop_sizes
 from vistoken.errors import Failed, ItemError, UserError, is_out_of_memory
+from vistoken.files import reading
 from vistoken.jobs.chunks import Item
 
 MOST = 64  # prompts: all are answered as one batch
@@ -173,10 +174,8 @@ def open_sheet(config: TrainConfig, folder: ModelFolder, data: Data) -> Sheet | 
 
 def read_sheet(path: Path, interpreter: Interpreter) -> list[Question]:
     """Raises `UserError` that names the line of a prompt that cannot be answered."""
-    try:
+    with reading(f"--prompt_sheet {path}"):
         lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"--prompt_sheet {path}: cannot read it ({error.strerror})") from error
     questions: list[Question] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

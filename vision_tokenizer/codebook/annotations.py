@@ -18,7 +18,7 @@ from typing import Any
 
 from vistoken.cli import note
 from vistoken.errors import Failed, UserError
-from vistoken.files import is_text, read_file
+from vistoken.files import is_text, read_file, reading
 from vistoken.store import Location, Url, location
 
 _FIELDS = {"root": str, "image_dir": str, "annotation_dir": str, "tokenizer_inference": bool}
@@ -53,10 +53,8 @@ class Dataset:
                 raise UserError(
                     f"data set {self.name}: {field} {folder} is not a folder. Correct it in the data config."
                 )
-        try:
+        with reading(f"data set {self.name}", self.annotation_dir):
             files = sorted(path for path in self.annotation_dir.iterdir() if _is_annotations(path.name))
-        except OSError as error:
-            raise UserError(f"data set {self.name}: cannot read {self.annotation_dir} ({error.strerror})") from error
         if not files:
             raise UserError(f"data set {self.name}: no .jsonl or .json file in annotation_dir {self.annotation_dir}")
         self.check_outputs([(path.stem, path) for path in files])

@@ -13,7 +13,7 @@ from vision_tokenizer.codebook.output import Settings
 from vision_tokenizer.images.anchors import anchors, match_anchor, model_size
 from vision_tokenizer.models.dualvitok.model import grid_sizes
 from vistoken.errors import Failed, UserError
-from vistoken.files import open_file
+from vistoken.files import open_file, reading
 from vistoken.jobs.manifest import MANIFEST, read_manifest
 from vistoken.store import Location
 
@@ -100,12 +100,9 @@ def read_lines(path: Location) -> Iterator[bytes]:
     if path.suffix == ".arrow":
         yield from (row.line().rstrip(b"\n") for row in read_rows(path))
         return
-    try:
-        with open_file(path) as file:
-            for line in file:
-                yield line.rstrip(b"\r\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from error
+    with reading(path), open_file(path) as file:
+        for line in file:
+            yield line.rstrip(b"\r\n")
 
 
 def parse_line(line: bytes, output: Output) -> tuple[dict[str, Any], list[StoredImage]]:

@@ -16,7 +16,7 @@ import orjson
 from vision_tokenizer.codebook.items import IMAGE_SUFFIXES, TEXT_FIELDS, build_item, item_line
 from vision_tokenizer.images.files import SUFFIXES, embedded_format
 from vistoken.errors import Failed, UserError
-from vistoken.files import check_regular
+from vistoken.files import check_regular, reading
 from vistoken.jobs.chunks import Chunk, Item
 from vistoken.jobs.members import StoredMember, indexes
 from vistoken.jobs.shards import (
@@ -157,12 +157,10 @@ def shard_table(
     """
     if not path.name.lower().endswith((*TAR, *PARQUET)):
         raise UserError(f"{path}: not a shard. They end in {', '.join((*TAR, *PARQUET))}.")
-    try:
+    with reading(path, "the shard"):
         stat = known or path.stat()
         if isinstance(stat, os.stat_result) and not S_ISREG(stat.st_mode):
             check_regular(path)  # says what it is
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the shard ({error.strerror})") from error
     fingerprint = f"{stat.st_size} bytes, {stat.st_mtime_ns}"
     if is_tar(path):
         return ShardTable(path, rules, fingerprint, None, ((0, 0, range(0)),), whole)

@@ -21,7 +21,7 @@ from vision_tokenizer.codebook.annotations import check_conversations, image_nam
 from vision_tokenizer.codebook.items import IMAGE_SUFFIXES, build_item
 from vision_tokenizer.importers.items import existing_image, made_item
 from vistoken.errors import Failed, Rejected, UserError
-from vistoken.files import is_text, read_file
+from vistoken.files import is_text, read_file, reading
 from vistoken.jobs.chunks import Chunk, ChunkTable, Item, chunk_table
 from vistoken.jobs.run import Chunks
 
@@ -150,9 +150,8 @@ class Coco(Format):
 
 def _read_lists(file: Path, fields: tuple[str, ...]) -> list[list[dict[str, Any]]]:
     try:
-        content = orjson.loads(read_file(file))
-    except OSError as error:
-        raise UserError(f"{file}: cannot read it ({error.strerror})") from error
+        with reading(file):
+            content = orjson.loads(read_file(file))
     except orjson.JSONDecodeError as error:
         raise UserError(f"{file}: not valid JSON: {error}") from error
     for field in fields:

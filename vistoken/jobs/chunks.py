@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from vistoken.errors import Failed, ItemError, UserError
-from vistoken.files import check_regular
+from vistoken.files import check_regular, reading
 from vistoken.jobs.files import cached
 from vistoken.store import Location, read_range, stream
 
@@ -71,11 +71,9 @@ class ChunkTable:
 
     def read(self, chunk: Chunk) -> Iterator[Item]:
         """The items of `chunk`, in order. An item that is not JSON comes with its error instead of a value."""
-        try:
+        with reading(self.path, "the input"):
             check_regular(self.path)
             content = read_range(self.path, chunk.start, chunk.end - chunk.start)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot read the input ({error.strerror})") from error
         return (_list_items if _is_list(self.path) else _line_items)(chunk, content)
 
 
@@ -85,12 +83,10 @@ def chunk_table(path: Location, chunk_items: int, cache: Location) -> ChunkTable
     Processes that ask at the same time wait for the first. Raises `UserError` for a file that is missing,
     empty, or a `.json` that is not a well-formed list.
     """
-    try:
+    with reading(path, "the input"):
         stat = path.stat()
         stamp = [path.name, stat.st_size, stat.st_mtime_ns, chunk_items]
         found = cached(cache, stamp, lambda: _survey(path, chunk_items))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the input ({error.strerror})") from error
     return ChunkTable(path, found["sha256"], found["items"], tuple(map(tuple, found["rows"])))
 
 
