@@ -81,8 +81,7 @@ def run_pre_tokenization(
         for chunk, images in encoder.flush():
             writer.write(chunk, images, encoder.watch, progress)
         writer.flush()
-        workers.wait_for_all(meanwhile=progress.refresh)
-        progress.refresh()
+        progress.wait_for_all()
         return output.write_record(workers) if workers.reports else None
 
 

@@ -81,8 +81,7 @@ def run_generation(
             for start in range(0, len(chunk.asked), batch_size):
                 chunk.answer(chunk.asked[start : start + batch_size], decoder)
             chunk.write(progress)
-        workers.wait_for_all(meanwhile=progress.refresh)
-        progress.refresh()
+        progress.wait_for_all()
         return output.finish() if workers.rank == 0 else None
 
 

@@ -85,8 +85,7 @@ def run_codebook_inference(
         for chunk, images in encoder.flush():
             writer.write(chunk, images, encoder.watch, progress)
         writer.flush()
-        workers.wait_for_all(meanwhile=progress.refresh)
-        progress.refresh()
+        progress.wait_for_all()
         counts = join(readable, workers)
     return counts, {output.dataset.name: output.unreadable for output in outputs if output.unreadable}
 

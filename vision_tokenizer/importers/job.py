@@ -65,8 +65,7 @@ def run_import(kind: str, source: Format, root: Path, workers: Workers, overwrit
                 os.sync()  # the result says that its images are there, even after a power cut
             annotations = chunk.source.results.path(chunk.chunk.index, ".jsonl")
             chunk.save({annotations: b"".join(lines)}, progress=progress)
-        workers.wait_for_all(meanwhile=progress.refresh)
-        progress.refresh()
+        progress.wait_for_all()
         return output.finish() if workers.rank == 0 else {}
 
 

@@ -97,8 +97,7 @@ def evaluate(
             for task in todo([source], workers, progress):
                 chunk = OpenChunk(replace(task, previous=None))  # one that failed in part is made anew
                 evaluate_chunk(chunk, tokenizer, measures, side, batch_size, progress)
-            workers.wait_for_all(meanwhile=progress.refresh)
-            progress.refresh()
+            progress.wait_for_all()
         if workers.rank:
             return None
         if not finished:

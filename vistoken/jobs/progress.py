@@ -87,6 +87,11 @@ class Progress:
         """A result was there already, from an earlier run: no progress of this one, so it is left out of the rate."""
         self.count(found=counts.items, rejected=counts.rejected, failed=counts.failed)
 
+    def wait_for_all(self) -> None:
+        """Return when every worker is through with its chunks; show meanwhile what the others do."""
+        self._workers.wait_for_all(meanwhile=self.refresh)
+        self.refresh()
+
     def refresh(self) -> None:
         if self._bar.disable:
             return
