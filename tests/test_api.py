@@ -1,5 +1,6 @@
 """`load_tokenizer`, as the README shows it, and the untrained checkpoint that it can be tried with."""
 
+import json
 import subprocess
 import sys
 
@@ -62,6 +63,7 @@ def test_tensor_batches(tokenizer, images):
         (torch.zeros(3, 32, 32), r"found \(3, 32, 32\)"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.int64), "found torch.int64"),
         (torch.full((1, 3, 32, 32), 255.0), "found torch.float32"),
+        (Image.new("RGB", (0, 9)), "0 x 9 has no pixels"),
     ],
 )
 def test_what_is_no_image(tokenizer, images, message):
@@ -80,6 +82,21 @@ def test_codes_that_no_codebook_has(tokenizer):
         tokenizer.decode((torch.tensor([[0, 256]]), good))
     with pytest.raises(ValueError, match="1 grids for the branches semantic, pixel"):
         tokenizer.decode((good,))
+    with pytest.raises(ValueError, match=r"an image of 32 x 32 \(h, w\) has grids of .*, found .*\(9, 9\)"):
+        tokenizer.decode((torch.zeros(9, 9, dtype=torch.int64), good))  # the decoder would stretch it
+    with pytest.raises(ValueError, match=r"semantic codes are whole numbers, found torch\.float32"):
+        tokenizer.decode((good.float(), good))
+    with pytest.raises(ValueError, match=r"expected grids \(h, w\)"):
+        tokenizer.decode((good[:0], good))
+
+
+def test_codes_as_a_line_of_codebook_inference_has_them(tokenizer, images):
+    codes = tokenizer.encode(images[0])
+    wanted = tokenizer.decode(codes).tobytes()
+    rows = json.loads(json.dumps([grid.tolist() for grid in codes]))  # one of `image_embed_inds`
+    assert tokenizer.decode(rows).tobytes() == wanted
+    assert [image.tobytes() for image in tokenizer.decode([rows, rows])] == [wanted] * 2
+    assert tokenizer.decode(tuple(grid.numpy().astype("uint16") for grid in codes)).tobytes() == wanted
 
 
 def test_sixteen_bits_are_scaled_and_more_refused(tokenizer):

@@ -13,12 +13,14 @@ Legend: B batch, H W pixels, h w a branch's code grid.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from vision_tokenizer.images.anchors import SIDE
 from vision_tokenizer.images.dualvitok import denormalize, normalize, to_image, to_model_size, to_pixels
 from vision_tokenizer.images.files import check_depth, eight_bits
 from vision_tokenizer.models.dualvitok.model import load_dualvitok
@@ -31,6 +33,7 @@ BUILT_IN_CONFIG = _REPOSITORY / "configs" / "example" / "dualvitok" / "dualvitok
 
 BATCH = 8  # images of one size that go through the model together
 
+Grid = Tensor | np.ndarray | list[list[int]]
 Codes = tuple[Tensor, ...]  # one grid per branch
 
 
@@ -67,33 +70,48 @@ class Tokenizer:
         return results
 
     @overload
-    def decode(self, codes: Codes) -> Image.Image | Tensor: ...
+    def decode(self, codes: tuple[Grid, ...]) -> Image.Image | Tensor: ...
     @overload
-    def decode(self, codes: list[Codes]) -> list[Image.Image]: ...
-    def decode(self, codes: Codes | list[Codes]) -> Image.Image | Tensor | list[Image.Image]:
+    def decode(self, codes: list[Any]) -> list[Image.Image]: ...
+    def decode(self, codes: tuple[Grid, ...] | list[Any]) -> Image.Image | Tensor | list[Image.Image]:
         """The inverse: grids (h, w) -> a PIL image, a list of such -> a list, (B, h, w) -> (B, 3, H, W) in [-1, 1].
 
-        Raises `ValueError` for codes that no codebook has, `UserError` if the decoder was not loaded.
+        A grid may be a NumPy array, or rows in lists, as the `image_embed_inds` of codebook inference have them.
+        Raises `ValueError` for codes that no codebook has and grids that do not belong together, `UserError` if the
+        decoder was not loaded.
         """
-        if isinstance(codes, list):
-            return [self._image(grids) for grids in codes]
-        if codes and codes[0].ndim == 3:
-            self._check(codes)
-            return self.model.decode(codes).clamp(-1, 1)
-        return self._image(codes)
+        if isinstance(codes, list) and not any(map(_is_grid, codes)):
+            return [self._image(self._checked(grids, dims=(2,))) for grids in codes]
+        grids = self._checked(codes, dims=(2, 3))
+        return self.model.decode(grids).clamp(-1, 1) if grids[0].ndim == 3 else self._image(grids)
 
     def _image(self, codes: Codes) -> Image.Image:
-        self._check(codes)
-        if any(grid.ndim != 2 for grid in codes):
-            raise ValueError(f"expected grids (h, w), found {[tuple(grid.shape) for grid in codes]}")
         return to_image(denormalize(self.model.decode(tuple(grid[None] for grid in codes))[0]))
 
-    def _check(self, codes: Codes) -> None:
+    def _checked(self, codes: Sequence[Grid], dims: tuple[int, ...]) -> Codes:
+        """The grids of one image (2 dimensions), or of a batch of them (3), as tensors."""
         if len(codes) != len(self.model.branches):
             raise ValueError(f"{len(codes)} grids for the branches {', '.join(self.model.branches)}")
-        for name, grid, size in zip(self.model.branches, codes, self.model.codebook_sizes, strict=True):
-            if grid.min() < 0 or grid.max() >= size:
-                raise ValueError(f"{name} codes lie in [0, {size}), found {grid.min()} to {grid.max()}")
+        grids = tuple(grid if isinstance(grid, Tensor) else torch.tensor(np.asarray(grid)) for grid in codes)
+        shapes = [tuple(grid.shape) for grid in grids]
+        if len({shape[:-2] for shape in shapes}) > 1 or len(shapes[0]) not in dims or 0 in sum(shapes, ()):
+            raise ValueError(f"expected grids (h, w), or (B, h, w) of a batch, found {shapes}")
+        for name, grid, size in zip(self.model.branches, grids, self.model.codebook_sizes, strict=True):
+            if grid.is_floating_point():
+                raise ValueError(f"{name} codes are whole numbers, found {grid.dtype}")
+            low, high = grid.long().aminmax()
+            if low < 0 or high >= size:
+                raise ValueError(f"{name} codes lie in [0, {size}), found {low} to {high}")
+        h, w = (side * SIDE for side in shapes[-1][-2:])  # what the pixel branch says of the image's size
+        if [shape[-2:] for shape in shapes] != list(expected := self.model.grid_sizes(h, w)):
+            raise ValueError(f"an image of {h} x {w} (h, w) has grids of {list(expected)}, found {shapes}")
+        return tuple(grid.long() for grid in grids)
+
+
+def _is_grid(codes: object) -> bool:
+    """Whether these are the codes of one branch, not the branches of an image."""
+    rows = isinstance(codes, list) and codes and isinstance(codes[0], list) and codes[0]
+    return isinstance(codes, Tensor | np.ndarray) or bool(rows and isinstance(rows[0], int))
 
 
 def _checked(pixels: Tensor) -> Tensor:
@@ -106,6 +124,8 @@ def _checked(pixels: Tensor) -> Tensor:
 
 def _pixels(image: Image.Image) -> Tensor:
     """(3, H, W) uint8 at a size that the model takes; 16 bits a channel are scaled to 8, transparency is dropped."""
+    if 0 in image.size:
+        raise ValueError(f"an image of {image.width} x {image.height} has no pixels")
     try:
         check_depth(image, "an image")
     except Failed as error:
