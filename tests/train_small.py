@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from conftest import GOLDEN
@@ -31,6 +32,7 @@ FLAGS = {
     "num_workers": 0,
     "log_interval": 1,
 }
+TEXT = {"batch_size": 2, "epochs": 2, "save_iteration_interval": 3}
 
 
 def write_model(folder: Path, parts: Sequence[str] = ("model.", "lm_head.", "adapter.", "vit.")) -> Path:
@@ -78,6 +80,16 @@ def text_samples(count: int, seed: int = 0) -> list[TokenSample]:
         TokenSample(i, random.integers(8900, 10000, length).astype(np.int32), np.arange(length) >= length // 2, (), ())
         for i, length in enumerate(lengths)
     ]
+
+
+def write_texts(folder: Path) -> Path:
+    """The data config of twenty short samples of text: ten steps of two an epoch."""
+    return write_data_config(folder / "data.yaml", write_record(folder / "tokens", text_samples(20)))
+
+
+def write_images(folder: Path) -> Path:
+    """The data config of the four golden samples."""
+    return write_data_config(folder / "data.yaml", write_record(folder / "tokens", golden_samples()))
 
 
 def write_record(folder: Path, samples: Sequence[TokenSample], *, pickles: bool = False, manifest=None) -> Path:
@@ -138,3 +150,9 @@ def train_processes(count: int, arguments: list[str]) -> subprocess.Popen:
 
 def metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_curve(found: list[dict], expected: list[dict], rel: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        for name in ("c_loss", "z_loss", "grad_norm", "lr", "vit_lr"):
+            assert one[name] == pytest.approx(other[name], rel=rel), (one, other)
