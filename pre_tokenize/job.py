@@ -1,7 +1,9 @@
 """The job of the UniToken document: conversations to token files, chunk by chunk."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Protocol
 
 from pre_tokenize.output import TokenOutput
@@ -16,8 +18,8 @@ from vistoken.jobs.run import OpenChunk, Task, Writer, todo
 from vistoken.jobs.workers import Workers
 from vistoken.store import Location
 
-STAGES = ("text", "wait for decode", "encode", "wait for write")  # of the thread that feeds the device
-BESIDE = ("decode", "write")  # of the threads beside it
+STAGES = ("wait for text", "wait for decode", "encode", "wait for write")  # of the thread that feeds the device
+BESIDE = ("text", "decode", "write")  # of the threads beside it
 
 
 class ImageEncoder(Protocol):
@@ -66,15 +68,18 @@ def run_pre_tokenization(
     """
     chunks = workers.chunk_range(len(output.source.table))
     items = sum(output.source.table[index].items for index in chunks)
+
+    def open_chunk(task: Task) -> TokenChunk:
+        with encoder.watch("text"):
+            return TokenChunk(task, sequences, output, progress)
+
     with (
         output.begin(workers, "any" if overwrite else None, other_devices),
         Progress(workers, items, "tokens", rates=("images",), totals=("tokens",)) as progress,
         make_encoder(progress) as encoder,
         Writer(encoder.watch) as writer,
     ):
-        for task in todo([output.source], workers, progress):
-            with encoder.watch("text"):
-                chunk = TokenChunk(task, sequences, output, progress)
+        for chunk in one_ahead(todo([output.source], workers, progress), open_chunk, encoder.watch):
             encoder.add(chunk, chunk.images())
             for chunk, images in encoder.finished():
                 writer.write(chunk, images, encoder.watch, progress)
@@ -83,6 +88,21 @@ def run_pre_tokenization(
         writer.flush()
         progress.wait_for_all()
         return output.write_record(workers) if workers.reports else None
+
+
+def one_ahead(
+    tasks: Iterator[Task], open_chunk: Callable[[Task], "TokenChunk"], watch: Stopwatch
+) -> Iterator["TokenChunk"]:
+    """Open each chunk, which tokenises its text, in a thread while the caller encodes the images of the one before."""
+    with ThreadPoolExecutor(1, "text") as thread:
+        opened: Future[TokenChunk] | None = None
+        for task in chain(tasks, [None]):
+            following = thread.submit(open_chunk, task) if task else None
+            if opened:
+                with watch("wait for text"):
+                    chunk = opened.result()
+                yield chunk
+            opened = following
 
 
 class TokenChunk(OpenChunk):
