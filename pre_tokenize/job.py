@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import chain
+from pathlib import Path
 from typing import Protocol
 
 from pre_tokenize.output import TokenOutput
@@ -146,6 +147,13 @@ class TokenChunk(OpenChunk):
         with watch("write"):  # counted with the next chunk
             self.save(files, tallies=tallies, seconds=seconds, progress=progress)
         progress.count(tokens=tallies["tokens"])
+
+
+def images_sought(counts: Counts, image_dir: Location) -> str:
+    """Where images were looked for, if some were not found and no flag said where."""
+    if not counts.reasons["failed", "image not found"] or image_dir != Path():
+        return ""
+    return f"image not found: relative paths begin at the current folder, {Path.cwd()}; --image_dir names another"
 
 
 def report(input_file: Location, record: Location, counts: Counts, lengths: Lengths, max_seq_len: int) -> str:

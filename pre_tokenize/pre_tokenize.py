@@ -226,7 +226,7 @@ def run(args: argparse.Namespace, make_workers: "Callable[[], Workers]") -> Outc
     """The job as one of its workers."""
     processor, processor_hash = load_item_processor(args.item_processor)
 
-    from pre_tokenize.job import report, run_pre_tokenization
+    from pre_tokenize.job import images_sought, report, run_pre_tokenization
     from pre_tokenize.output import TokenOutput, open_source
     from vistoken.jobs.members import indexes
     from vistoken.jobs.run import WORK
@@ -250,7 +250,8 @@ def run(args: argparse.Namespace, make_workers: "Callable[[], Workers]") -> Outc
     record, counts, lengths = finished
     too_many = counts.failed_share > args.max_failed
     warning = f"more than --max_failed {args.max_failed:g} of the items failed" if too_many else ""
-    return Outcome(report(args.in_filename, record, counts, lengths, args.max_seq_len), warning, int(too_many))
+    told = [report(args.in_filename, record, counts, lengths, args.max_seq_len), images_sought(counts, args.image_dir)]
+    return Outcome("\n".join(filter(None, told)), warning, int(too_many))
 
 
 if __name__ == "__main__":

@@ -295,6 +295,14 @@ def huge_png():
     return b"\x89PNG\r\n\x1a\n" + block(b"IHDR", header) + block(b"IDAT", b"") + block(b"IEND", b"")
 
 
+def test_where_relative_images_are_looked_for_is_told(tokenize, tmp_path, capsys):
+    asked = [ask("<|image|>", images=["nowhere.png"])]
+    tokenize(asked)
+    assert f"begin at the current folder, {Path.cwd()}; --image_dir" in capsys.readouterr().out
+    tokenize(asked, "--image_dir", tmp_path, "--overwrite")
+    assert "--image_dir" not in capsys.readouterr().out
+
+
 def test_a_broken_line_fails_alone(tokenize, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(f"{json.dumps(ask('a'))}\n\n{{broken\n{json.dumps(ask('b'))}\n")

@@ -88,6 +88,12 @@ def test_a_model_that_does_not_fit_its_config(tmp_path, model, text):
             train(folder, text, tmp_path / "output")
 
 
+def test_a_model_without_a_tower_names_the_flag_that_brings_one(tmp_path, text):
+    folder = write_model(tmp_path / "model", ("model.", "lm_head."))
+    with pytest.raises(UserError, match=r"model: holds no vision tower.*--vit_from nowhere: no such folder"):
+        train(folder, text, tmp_path / "output", vit_from="nowhere")
+
+
 def test_an_unfinished_run_is_no_model(tmp_path, text):
     (tmp_path / "stage1" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="has not finished"):
@@ -105,8 +111,10 @@ def test_configuration_comes_from_stage_then_file_then_flags(tmp_path):
     with pytest.raises(UserError, match="unknown field 'lerning_rate'"):
         resolve({"config": tmp_path / "c.yaml"})
     (tmp_path / "c.yaml").write_text("lr: fast\ninit_from: a\ndata_config: b\noutput_dir: c\n")
-    with pytest.raises(UserError, match="--lr: expected float, found 'fast'"):
+    with pytest.raises(UserError, match=r"c\.yaml: --lr: expected float, found 'fast'"):
         resolve({"config": tmp_path / "c.yaml"})
+    (tmp_path / "c.yaml").write_text("lr: 2e-5\ninit_from: a\ndata_config: b\noutput_dir: c\n")  # text to YAML
+    assert resolve({"config": tmp_path / "c.yaml"}).lr == 2e-5
     (tmp_path / "c.yaml").write_text("stage: [I]\ninit_from: a\ndata_config: b\noutput_dir: c\n")
     with pytest.raises(UserError, match=r"--stage: expected str, found \['I'\]"):
         resolve({"config": tmp_path / "c.yaml"})

@@ -168,6 +168,12 @@ def test_other_files_are_told(output, capsys):
         assert kind in said
 
 
+def test_a_run_that_has_not_ended_is_told_in_one_line(output, dualvitok_config, dualvitok_checkpoint, capsys):
+    codes(output, "run_summary.json").unlink()
+    assert verify(output) == 1
+    assert "1 issue" in (said := capsys.readouterr().out) and "run not finished: 1" in said
+
+
 @pytest.mark.parametrize(
     "content, said",
     [

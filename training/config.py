@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,9 +183,13 @@ _FIELDS = {one.name: one for one in dataclasses.fields(TrainConfig)}
 _TYPES = typing.get_type_hints(TrainConfig)
 
 
+def _kinds(name: str) -> tuple[type, ...]:
+    return typing.get_args(_TYPES[name]) or (_TYPES[name],)
+
+
 def _check(one: dataclasses.Field, value: Any) -> None:
     """Type and range of a value, wherever it came from."""
-    kinds = typing.get_args(_TYPES[one.name]) or (_TYPES[one.name],)
+    kinds = _kinds(one.name)
     right = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
     if not right and not (float in kinds and type(value) is int):
         raise UserError(f"--{one.name}: expected {' or '.join(k.__name__ for k in kinds)}, found {value!r}")
@@ -204,7 +209,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "--config", type=Path, help=f"YAML file of any of the flags below, such as a run's {CONFIG_FILE}"
     )
     for one in _FIELDS.values():
-        kinds = typing.get_args(_TYPES[one.name]) or (_TYPES[one.name],)
+        kinds = _kinds(one.name)
         default = "the stage's" if one.name in STAGES["I"] else one.default
         text = one.metadata["help"] + ("" if default in (None, "", False) else f" (default: {default})")
         if kinds == (bool,):
@@ -224,6 +229,14 @@ def resolve(arguments: dict[str, Any]) -> TrainConfig:
             raise UserError(f"{path}: expected fields such as `lr: 1.0e-5`, found {type(from_file).__name__}")
         if unknown := [name for name in from_file if name not in _FIELDS]:
             raise UserError(f"{path}: unknown field {unknown[0]!r}; the fields are {', '.join(_FIELDS)}")
+        for name, value in from_file.items():
+            try:
+                if float in _kinds(name) and isinstance(value, str):  # to YAML 1e-4, without a point, is a text
+                    with suppress(ValueError):
+                        from_file[name] = float(value)
+                _check(_FIELDS[name], from_file[name])
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from error
     chosen = from_file | flags
     stage = chosen.get("stage", _FIELDS["stage"].default)
     variant = LANGUAGE_MODEL if chosen.get("variant") == "lm" else {}

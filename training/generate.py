@@ -121,6 +121,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
+    from pre_tokenize.job import images_sought
     from pre_tokenize.pre_tokenize import load_item_processor
     from training.generation.cache import Recomputing
     from training.generation.decode import PUBLISHED, Settings
@@ -164,6 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     if counts is None:
         return OK
     print(summary(output, counts))
+    if hint := images_sought(counts, args.image_dir):
+        print(hint)
     if counts.failed_share > args.max_failed:
         print(f"more than --max_failed {args.max_failed:g} of the prompts failed", file=sys.stderr)
         return BAD_DATA

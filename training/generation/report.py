@@ -8,11 +8,13 @@ from typing import Any
 import orjson
 from PIL import Image
 
+from pre_tokenize import conversation, dualvitok_text
 from vision_tokenizer.images.files import read_image
 from vision_tokenizer.review.html import write_page
 from vistoken.errors import ItemError
 
 TEMPLATE = Path(__file__).with_name("answers.html")
+IMAGE_SYMBOLS = (conversation.IMAGE_SYMBOL, dualvitok_text.IMAGE_SYMBOL)
 SHOWN = 100  # answers in the report
 LONGEST_SIDE = 512  # of a picture in it, in pixels
 
@@ -22,7 +24,7 @@ def write_report(folder: Path, answers: Path, manifest: Mapping[str, Any]) -> No
     with answers.open("rb") as lines:
         shown = [_card(orjson.loads(line), folder) for line in islice(lines, SHOWN)]
         more = sum(1 for _ in lines)
-    settings = " · ".join(f"{name} {value}" for name, value in sorted(manifest["settings"].items()))
+    settings = " · ".join(_told(name, value) for name, value in sorted(manifest["settings"].items()) if value)
     write_page(
         folder / "report.html",
         TEMPLATE,
@@ -39,6 +41,12 @@ def write_report(folder: Path, answers: Path, manifest: Mapping[str, Any]) -> No
     )
 
 
+def _told(name: str, value: Any) -> str:
+    """A setting in words, a size as `128 x 256`."""
+    shown = " x ".join(map(str, value)) if isinstance(value, list) else "" if value is True else str(value)
+    return f"{name.replace('_', ' ')} {shown}".rstrip()
+
+
 def _card(line: dict[str, Any], folder: Path) -> dict[str, Any]:
     settings = line["settings"]
     pictures = [_small(Image.open(folder / name)) for name in line["files"]]
@@ -47,7 +55,7 @@ def _card(line: dict[str, Any], folder: Path) -> dict[str, Any]:
         + (" · cut off" if line["finish"] == "length" else ""),
         "turns": line["prompt"],
         "inputs": [(Path(name).name, _opened(Path(name))) for name in line["images"]],
-        "text": line["text"],
+        "text": "" if line["text"].strip() in IMAGE_SYMBOLS else line["text"],  # a picture says that it is one
         "pictures": pictures,
         "tokens": len(line["tokens"]),
     }

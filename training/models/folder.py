@@ -81,7 +81,10 @@ def open_unitoken(init_from: Path, vit_from: Path, seed: int) -> UniTokenFolder:
         vision = _sizes(VisionConfig, config.get("vision_config", {}), path)
         origins["vit"] = str(path)
     else:
-        tower_config, tower = read_tower(vit_from)
+        try:
+            tower_config, tower = read_tower(vit_from)
+        except UserError as error:
+            raise UserError(f"{path}: holds no vision tower, and so one is read from --vit_from {error}") from error
         config["vision_config"] = tower_config
         vision = _sizes(VisionConfig, tower_config, vit_from)
         tensors |= tower

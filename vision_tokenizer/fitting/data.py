@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 def list_images(folder: Path) -> list[Path]:
     """All images below a folder, sorted; hidden ones are left out."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of training pictures")
+        raise UserError(f"{folder}: no such folder of pictures")
     found = []
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -130,6 +130,10 @@ def _made_of(line: bytes, item: Item) -> bool:
 
 
 def _check_statistics(output: Output, counts: Counts, issues: Issues) -> None:
+    if not (output.folder / SUMMARY).exists():
+        again = f"{output.folder}: no {SUMMARY}: the run has not ended, or was stopped; its command goes on"
+        issues.add("run not finished", again)
+        return
     counted = {name: n for name, n in counts.tallies.items() if name.startswith(RATIO)}
     path = output.settings.statistics_file(output.dataset)
     stored = _load(path, issues)

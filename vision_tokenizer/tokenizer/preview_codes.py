@@ -15,6 +15,7 @@ from vision_tokenizer.tokenizer.flags import add_output, add_tokenizer
 from vision_tokenizer.tokenizer.verify_codebook import open_outputs
 from vistoken.cli import add_sample, command_parser, run_command
 from vistoken.errors import UserError
+from vistoken.jobs.counts import SUMMARY
 from vistoken.store import location
 
 
@@ -52,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         for output in outputs:
             read_contents(output, contents, sample, progress.update)
     if not sample.drawn:
-        raise UserError(
-            f"{outputs[0].folder}: no image with codes in it; see its run_summary.json and *.rejected.jsonl"
-        )
+        ended = (outputs[0].folder / SUMMARY).exists()
+        see = f"see its {SUMMARY} and *.rejected.jsonl" if ended else "the run has not ended; its command goes on"
+        raise UserError(f"{outputs[0].folder}: no image with codes in it; {see}")
     pairs = [decode_place(tokenizer, place) for place in bar("decoding", iterable=sample.drawn)]
     write_report(args.out_dir, outputs, contents, pairs, args.note)
     print(f"{contents.images:,} images of {contents.items:,} items; {len(pairs):,} decoded")
