@@ -4,10 +4,11 @@
     python exps/gpu_check.py                             all of them
     python exps/gpu_check.py --small --device cpu        the rehearsal: small model, few images
 
-Every line is JSON. `expected` is what counting FLOPs and bytes says of one H100; a figure far below it names the place
-to look at. Weights are drawn, which changes no timing. Parts:
+Every line is JSON, and several parts are a process each. `expected` is what counting FLOPs and bytes says of one H100;
+a figure far below it names the place to look at. Weights are drawn, which changes no timing. Parts:
 
-    env         matrix rates of the number formats and the rate of a copy: what bounds everything else
+    env         matrix rates of the number formats and the rate of a copy: what bounds everything else; versions
+    golden      codes of the test images against the published implementation's
     speed       images/s at 256 and the anchors, by number format and batch, with peak memory; by plain formulas, our
                 kernels and compiled, the two also as CUDA graphs, and whether the codes are the same
     vqgan       the same of Chameleon's, for pre-tokenization at 512
@@ -19,12 +20,15 @@ to look at. Weights are drawn, which changes no timing. Parts:
     job         the whole job from JPEGs, by decoding threads: what is the limit?
     train       tokens/s and MFU of eight 7B-shaped layers and the whole tower, by stage, recomputation and shape
     packed      attention over packed samples in one call against one call a sample
+    resume      a toy's training in bf16, fp16 and fp32, in one go and gone on with; on two GPUs, too, where there are
 """
 
 import gc
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from benchmark_codebook import CONFIGS, flop_per_image, write_dataset
 from benchmark_train import drawn_batch, sharded_step
+from gpu_agreement import features_elsewhere, golden_codes, nearest, resumed_runs
 from measure import describe_machine, make_images, matrix_rate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -56,12 +61,11 @@ from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN, VqganSizes
 from vision_tokenizer.models.compiled import compile_modules
 from vision_tokenizer.models.dualvitok.config import read_config
 from vision_tokenizer.models.dualvitok.model import DualViTok, compile_encoder, place
-from vision_tokenizer.models.fused import plain_formulas, prepare
+from vision_tokenizer.models.fused import kernel_facts, plain_formulas, prepare
 from vision_tokenizer.models.layers import ConvSizes
-from vision_tokenizer.models.nearest import NO_CODE, nearest_codes
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vistoken.cli import command_parser
-from vistoken.device import choose_dtype, default_workers, float32_products, local_device
+from vistoken.device import choose_dtype, default_workers, device_facts, float32_products, local_device
 from vistoken.jobs.workers import OneProcess
 
 EXPECTED = {"bf16": 650, "tf32": 200, "fp32": 70}  # images/s at 256, batch 32: half of the peak, a third, all of it
@@ -140,6 +144,8 @@ def env(check: Check) -> None:
     target = torch.empty_like(source)
     took, _ = check.seconds(target.copy_, source)
     tell("env", copy_tb_s=2 * source.nbytes / took / 1e12, **describe_machine(check.device))
+    prepare(check.device, torch.bfloat16)
+    tell("env", **device_facts(check.device), **kernel_facts(check.device))
 
 
 def speed(check: Check) -> None:
@@ -187,7 +193,8 @@ def ways(
         if way not in ("plain", "compiled") and not check.on_gpu:
             continue  # a CPU has neither graphs nor kernels of our own
         for size, batches in sizes.items():
-            for batch in batches if way == "fused" or not check.on_gpu else batches[-1:]:
+            for batch in batches if way == "fused" or not check.on_gpu else [max(b for b in batches if b <= 32)]:
+                check.free()
                 encode = Recordings(model).encode if "graphs" in way else partial(check.encode, model)
                 figures: dict[str, object] = {"way": way, "size": size, "batch": batch}
                 images = check.images(batch, *size)
@@ -208,7 +215,6 @@ def ways(
                     "codes_as_plain": [float((a == b).double().mean()) for a, b in zip(codes, first, strict=True)],
                 }
                 del encode  # and the memory of its recordings
-                check.free()
 
 
 def digest(codes: tuple[Tensor, ...]) -> str:
@@ -228,44 +234,6 @@ def kernels(check: Check) -> None:
 
     for row in sorted(profile.key_averages(), key=took, reverse=True)[:25]:
         tell("kernels", name=row.key[:90], calls=row.count, ms=took(row) / 1e3)
-
-
-def invariance(check: Check) -> None:
-    batch = 4 if check.small else 32
-    order = torch.randperm(batch, generator=torch.Generator().manual_seed(3)).to(check.device)
-    kept = max(1, batch // 6)
-    for dtype in ("fp32", "tf32", "bf16"):
-        model = check.model(dtype)
-        for size in ((256, 256), (384, 512)):
-            pixels = check.pixels(batch, *size)
-            padded = pixels.clone()
-            padded[kept:] = 0
-            for branch, features in (("semantic", model.semantic_features), ("pixel", model.pixel_features)):
-                with torch.no_grad():
-                    first, again, moved, alone = (features(x) for x in (pixels, pixels, pixels[order], padded))
-                tell(
-                    "invariance",
-                    dtype=dtype,
-                    size=size,
-                    branch=branch,
-                    again=torch.equal(first, again),
-                    place=torch.equal(first[order], moved),
-                    neighbours=torch.equal(first[:kept], alone[:kept]),
-                    worst=float((first[order] - moved).abs().max() / first.abs().max()),
-                )
-
-
-def search(check: Check) -> None:
-    generator = torch.Generator(check.device).manual_seed(0)
-    book = torch.randn(20_000, 32, device=check.device, generator=generator)
-    book[[300, 9000, 19_000]] = book[17].clone()
-    half_norms = (book.double().square().sum(1) / 2).float()
-    ties = nearest_codes(book[17].expand(2048, 32), book, half_norms)
-    none = nearest_codes(torch.full((1, 32), float("nan"), device=check.device), book, half_norms)
-    features = torch.randn(4096, 32, device=check.device, generator=generator)
-    exact = torch.cdist(features.double(), book.double()).argmin(1)
-    equal = (nearest_codes(features, book, half_norms) == exact).double().mean()
-    tell("search", first_of_ties=bool((ties == 17).all()), nan=int(none) == NO_CODE, equal_to_fp64=float(equal))
 
 
 def syncs(check: Check) -> None:
@@ -348,36 +316,52 @@ def train(check: Check) -> None:
         shapes = {"pictures": (2, 64, 1), "many short": (8, 16, 0)}
     ways = [("I", "full"), ("II", "full"), ("II", "selective"), ("II", "none")]
     for (stage, checkpointing), compiled in product(ways, (False, True) if check.on_gpu else (False,)):
+        with process_group(check.device.type), float32_products(tf32=True):
+            train_in_a_way(check, sizes, vision, shapes, stage, checkpointing, compiled)
+
+
+def train_in_a_way(
+    check: Check,
+    sizes: LLMConfig,
+    vision: VisionConfig,
+    shapes: Mapping[str, tuple[int, int, int]],
+    stage: str,
+    checkpointing: str,
+    compiled: bool,
+) -> None:
+    """In a function of its own, so that the model and its optimizer are gone before there are the next."""
+    check.free()
+    step, flops = sharded_step(stage, sizes, vision, check.device, checkpointing=checkpointing, compiled=compiled)
+    for shape, (samples, length, tiles) in shapes.items():
+        on_cpu = drawn_batch(sizes, vision, samples=samples, length=length, tiles=tiles)
+        way = {"stage": stage, "recomputed": checkpointing, "compiled": compiled, "shape": shape}
         check.free()
-        with process_group(check.device.type) as device, float32_products(tf32=True):
-            step, flops = sharded_step(stage, sizes, vision, device, checkpointing=checkpointing, compiled=compiled)
-            for shape, (samples, length, tiles) in shapes.items():
-                on_cpu = drawn_batch(sizes, vision, samples=samples, length=length, tiles=tiles)
-                batch = on_cpu.to(device)
-                began = time.perf_counter()
-                step(batch)
-                check.wait()
-                first = time.perf_counter() - began
-                took, launching = check.seconds(step, batch)
-                rate = flops.of(on_cpu) / took
-                tell(
-                    "train",
-                    stage=stage,
-                    recomputed=checkpointing,
-                    compiled=compiled,
-                    shape=shape,
-                    tokens_s=len(batch.tokens) / took,
-                    tflops=rate / 1e12,
-                    mfu=rate / peak if (peak := peak_flops("bf16")) else None,
-                    ms=took * 1e3,
-                    launch_ms=launching * 1e3,
-                    first_seconds=first,
-                    peak_gib=check.peak_gib(),
-                )
-            if check.on_gpu:  # does a step wait for the GPU? clipping's norm is not asked for here
-                torch.cuda.set_sync_debug_mode("warn")
-                step(batch)
-                torch.cuda.set_sync_debug_mode("default")
+        try:
+            batch = on_cpu.to(check.device)
+            began = time.perf_counter()
+            step(batch)
+            check.wait()
+            first = time.perf_counter() - began
+            took, launching = check.seconds(step, batch)
+        except torch.OutOfMemoryError:  # what FSDP had gathered stays: this way ends here
+            tell("train", **way, out_of_memory=True)
+            return
+        rate = flops.of(on_cpu) / took
+        tell(
+            "train",
+            **way,
+            tokens_s=len(batch.tokens) / took,
+            tflops=rate / 1e12,
+            mfu=rate / peak if (peak := peak_flops("bf16")) else None,
+            ms=took * 1e3,
+            launch_ms=launching * 1e3,
+            first_seconds=first,
+            peak_gib=check.peak_gib(),
+        )
+    if check.on_gpu:  # does a step wait for the GPU? clipping's norm is not asked for here
+        torch.cuda.set_sync_debug_mode("warn")
+        step(batch)
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def packed(check: Check) -> None:
@@ -398,10 +382,27 @@ def packed(check: Check) -> None:
         )
 
 
-PARTS = {
-    part.__name__: part
-    for part in (env, speed, vqgan, kernels, invariance, search, syncs, attention, job, train, packed)
-}
+def golden(check: Check) -> None:
+    for figures in golden_codes(check.device):
+        tell("golden", **figures)
+
+
+def invariance(check: Check) -> None:
+    for figures in features_elsewhere(check):
+        tell("invariance", **figures)
+
+
+def search(check: Check) -> None:
+    tell("search", **nearest(check.device))
+
+
+def resume(check: Check) -> None:
+    for figures in resumed_runs(check.device):
+        tell("resume", **figures)
+
+
+ALL = (env, golden, speed, vqgan, kernels, invariance, search, syncs, attention, job, train, packed, resume)
+PARTS = {part.__name__: part for part in ALL}
 
 
 def main() -> None:
@@ -412,11 +413,17 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := [name for name in args.parts.split(",") if name not in PARTS]:
         parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    names = args.parts.split(",")
+    if (
+        len(names) > 1
+    ):  # each in a process of its own, so that one that fails takes neither figures nor memory of others
+        more = ["--device", args.device, *(["--small"] if args.small else [])]
+        failed = [name for name in names if subprocess.run([sys.executable, __file__, name, *more]).returncode]
+        sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
     check = Check(local_device(args.device), args.small)
-    for name in args.parts.split(","):
-        began = time.perf_counter()
-        PARTS[name](check)
-        tell(name, took_seconds=time.perf_counter() - began)
+    began = time.perf_counter()
+    PARTS[names[0]](check)
+    tell(names[0], took_seconds=time.perf_counter() - began)
 
 
 if __name__ == "__main__":

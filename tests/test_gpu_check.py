@@ -1,0 +1,25 @@
+"""The rehearsal of what a first hour on a GPU should settle, in part: all of it takes minutes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPS = Path(__file__).parents[1] / "exps"
+
+
+@pytest.mark.slow
+def test_parts_tell_their_figures_and_one_that_fails_takes_no_other_with_it(tmp_path):
+    for file in EXPS.glob("*.py"):
+        (tmp_path / file.name).write_text(
+            file.read_text().replace("def syncs(check: Check)", "def syncs(check, absent)")
+        )
+    command = [sys.executable, str(tmp_path / "gpu_check.py"), "syncs,train,packed", "--small", "--device", "cpu"]
+    done = subprocess.run(command, cwd=EXPS.parent, capture_output=True, text=True, timeout=300)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "failed: syncs"
+    ways = [(line["stage"], line["recomputed"], line["tokens_s"] > 0) for line in told if "tokens_s" in line]
+    assert set(ways) == {("I", "full", True), *(("II", way, True) for way in ("full", "selective", "none"))}
+    assert [line["largest_difference"] < 1e-5 for line in told if "largest_difference" in line] == [True, True]
