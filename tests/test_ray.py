@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from codebook_job import arguments, dataset, launch, output_bytes, write_config
 from PIL import Image
+from sharding import samples, write_tar
 from store_server import s3_server
-from test_shards import samples, write_tar
 
 from pre_tokenize import pre_tokenize
 from vision_tokenizer.tokenizer.tokenizer_codebook_inference import main

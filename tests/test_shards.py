@@ -4,7 +4,6 @@ import errno
 import gc
 import io
 import json
-import tarfile
 import time
 from pathlib import Path
 
@@ -12,69 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from codebook_job import kill_all, launch, read_lines, run_here, write_config
-from PIL import Image
+from sharding import FAST, codes, encode, lines, output, picture, problems, samples, shard_dataset, write_tar
 
-from vision_tokenizer.codebook.annotations import read_data_config
-from vision_tokenizer.codebook.inputs import input_files
 from vision_tokenizer.tokenizer.import_annotations import main as import_main
-from vistoken.errors import Failed, UserError
+from vistoken.errors import UserError
 from vistoken.jobs import shards
-from vistoken.jobs.shards import expand, tar_samples
-
-FAST = ("--resolution_type", "fixed", "--resolution", "64", "--max_failed", "1")
-
-
-def picture(number: int, size: tuple[int, int] = (80, 64), kind: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    Image.linear_gradient("L").rotate(7 * number).resize(size).convert("RGB").save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.GNU_FORMAT) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w", format=form) as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def samples(count: int, first: int = 0) -> list[tuple[str, bytes]]:
-    members = []
-    for number in range(first, first + count):
-        members.append((f"{number:05}.jpg", picture(number)))
-        members.append((f"{number:05}.txt", f"Picture {number}".encode()))
-    return members
-
-
-def shard_dataset(root: Path, pattern: Path | str, **more: str) -> dict:
-    return {"root": str(root), "shards": str(pattern), "tokenizer_inference": True, **more}
-
-
-def encode(tiny: tuple[Path, Path], base: Path, pattern: Path | str, *more: str, **options: str) -> tuple[int, Path]:
-    """Run the command over shards; its exit code and the folder of its output."""
-    base.mkdir(parents=True, exist_ok=True)
-    config = write_config(base / "meta.json", set=shard_dataset(base / "root", pattern, **options))
-    code = run_here(*tiny, config, *FAST, *more)
-    return code, output(base)
-
-
-def output(base: Path) -> Path:
-    (folder,) = (base / "root" / "jsonl_after_tokenizer" / "dualvitok").iterdir()
-    return folder
-
-
-def lines(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.jsonl"))}
-
-
-def codes(folder: Path) -> dict[str, bytes]:
-    return {name: content for name, content in lines(folder).items() if not name.endswith(".rejected.jsonl")}
-
-
-def problems(folder: Path) -> list[tuple[str, str]]:
-    return [(line["where"], line["reason"]) for path in folder.glob("*.rejected.jsonl") for line in read_lines(path)]
 
 
 def imported(tiny, base: Path, kind: str, source: Path, *more: str) -> dict[str, bytes]:
@@ -188,62 +129,6 @@ def test_every_bad_shard_is_told_and_the_rest_completes(tiny_dualvitok, tmp_path
     done = {name.removesuffix(".jsonl"): content.count(b"\n") for name, content in codes(out).items()}
     assert done["good"] == 3 and done["away"] == done["huge"] == 1 and done["again"] == 2
     assert summary["total"]["items"] == sum(done.values()) + sum(map(len, found.values()))
-
-
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_names_in_every_form_of_tar(form, tmp_path):
-    folder = "f" * 90 + "/" + "g" * (40 if form == tarfile.USTAR_FORMAT else 140)
-    names = [f"{folder}/00.txt", f"{folder}/00.png", "plain.txt"]
-    if form != tarfile.USTAR_FORMAT:
-        names.append("日本語/" + "ä" * 120 + ".txt")
-    path = write_tar(tmp_path / "s.tar", [(name, name.encode()) for name in names], form)
-    with tarfile.open(path, "a") as tar:
-        info = tarfile.TarInfo("folder")
-        info.type = tarfile.DIRTYPE
-        tar.addfile(info)
-        info = tarfile.TarInfo("link.txt")
-        info.type, info.linkname = tarfile.SYMTYPE, "plain.txt"
-        tar.addfile(info)
-    for whole in (True, False):
-        found = [(part.name, part.read()) for sample in tar_samples(path, whole) for _, part in sample.parts]
-        assert found == [(name, name.encode()) for name in names]
-
-
-def test_any_cut_of_a_tar_file_is_told(tmp_path):
-    content = write_tar(tmp_path / "s.tar", [(f"{n}.txt", b"x" * (300 * n)) for n in range(4)]).read_bytes()
-    end = content.rindex(b"x") // 512 * 512 + 512
-    for length in range(0, end, 37):
-        (tmp_path / "s.tar").write_bytes(content[:length])
-        last = list(tar_samples(tmp_path / "s.tar", whole=True))[-1]
-        assert isinstance(last.error, Failed), length
-
-
-def test_names_in_braces():
-    assert expand("a/{008..011}.tar") == ["a/008.tar", "a/009.tar", "a/010.tar", "a/011.tar"]
-    assert expand("{a,b}/{1..2}.tar") == ["a/1.tar", "a/2.tar", "b/1.tar", "b/2.tar"]
-    assert expand("plain.tar") == ["plain.tar"]
-    with pytest.raises(UserError, match="backwards"):
-        expand("{3..1}.tar")
-
-
-def test_two_shards_of_one_name_are_refused(tmp_path):
-    config = write_config(tmp_path / "meta.json", set=shard_dataset(tmp_path, f"{tmp_path}/{{a,b}}/0.tar"))
-    with pytest.raises(UserError, match=r"would both be written to 0\.jsonl"):
-        input_files(read_data_config(config)[0])
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ({"image_dir": "x"}, "unknown key 'image_dir'"),
-        ({"task": "drawing"}, "task must be generation or understanding"),
-        ({"shards": 3}, "shards must be a string"),
-    ],
-)
-def test_a_wrong_entry_is_named(entry, message, tmp_path):
-    config = write_config(tmp_path / "meta.json", set=shard_dataset(tmp_path, "s.tar") | entry)
-    with pytest.raises(UserError, match=message):
-        read_data_config(config)
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ import pytest
 from codebook_job import dataset, kill_all, kill_one_rank, launch, run_here, write_config
 from lm_small import extended_tokenizer, write_model
 from PIL import Image
+from sharding import samples, write_tar
 from store_server import s3_server
-from test_shards import samples, write_tar
 from train_small import train
 
 from pre_tokenize import concat_record, pre_tokenize, preview_tokens, verify_tokens
