@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser import pairs, parse
 from conftest import GOLDEN, synthetic_tensor
 from PIL import Image
 
@@ -72,7 +73,9 @@ def test_an_evaluation_writes_figures_lines_and_a_page(arguments, tmp_path, caps
     assert found["pictures"] == len(lines) == 6
     assert found["figures"]["psnr"] == pytest.approx(np.mean([line["psnr"] for line in lines]))
     assert found["codes"]["pixel"]["codes"] == 6 * 4 and 1 <= found["codes"]["pixel"]["perplexity"] <= 24
-    assert "mean PSNR" in (tmp_path / "one" / "report.html").read_text()
+    html = (tmp_path / "one" / "report.html").read_text()
+    assert "mean PSNR" in html
+    assert len(shown := pairs(parse(html))) == 12 and all(len(list(pair.iter("img"))) == 2 for pair in shown)
     assert "ssim_published" in capsys.readouterr().out
     before = (tmp_path / "one" / "metrics.json").stat().st_mtime_ns
     assert evaluate(arguments) == 0  # finished: read, not made again

@@ -72,7 +72,8 @@ def test_training_does_not_notice_its_sheet_and_the_last_answers_are_the_models(
     barn, question = said(last)
     assert barn["id"] == "barn" and Image.open(last / barn["files"][0]).size == (96, 64)
     assert barn["tokens"] != said(first)[0]["tokens"]
-    assert question["files"] == [] and question["tokens"] and "red barn" in (last / "report.html").read_text()
+    assert question["files"] == [] and question["tokens"] and "red barn" in (html := (last / "report.html").read_text())
+    assert "not found" not in html and "text temperature 1.0, top k 5" in html and "{" not in html.split("</style>")[1]
     [board] = (tmp_path / "out" / "tensorboard").iterdir()
     assert b"samples/barn" in board.read_bytes()
 

@@ -161,7 +161,7 @@ class UniTokenInterpreter:
         tower = tuple(self.reader(str(path)) for path in draft.paths) if self.reader else ()
         given = [block.size for block in self.format.blocks(ids)]
         size = size or (given[0] if given else DEFAULT_SIZE)
-        return Question(item, turns[:-1], sample.images, ids, tower, task or "text", size)
+        return Question(item, turns[:-1], tuple(map(str, draft.paths)), ids, tower, task or "text", size)
 
     def _encode(self, path: Location) -> Encoded:
         if self.image_tokenizer is None:

@@ -12,6 +12,7 @@ from pre_tokenize import conversation, dualvitok_text
 from vision_tokenizer.images.files import read_image
 from vision_tokenizer.review.html import write_page
 from vistoken.errors import ItemError
+from vistoken.store import Location, location
 
 TEMPLATE = Path(__file__).with_name("answers.html")
 IMAGE_SYMBOLS = (conversation.IMAGE_SYMBOL, dualvitok_text.IMAGE_SYMBOL)
@@ -24,12 +25,11 @@ def write_report(folder: Path, answers: Path, manifest: Mapping[str, Any]) -> No
     with answers.open("rb") as lines:
         shown = [_card(orjson.loads(line), folder) for line in islice(lines, SHOWN)]
         more = sum(1 for _ in lines)
-    settings = " · ".join(_told(name, value) for name, value in sorted(manifest["settings"].items()) if value)
     write_page(
         folder / "report.html",
         TEMPLATE,
         title="Answers",
-        subtitle=f"{manifest['model']['path']} · {settings}",
+        subtitle=" · ".join([manifest["model"]["path"], *_told(manifest["settings"])]),
         note=f"The first {SHOWN} of {SHOWN + more:,} answers." if more else "",
         warning="",
         facts=[
@@ -41,10 +41,18 @@ def write_report(folder: Path, answers: Path, manifest: Mapping[str, Any]) -> No
     )
 
 
-def _told(name: str, value: Any) -> str:
-    """A setting in words, a size as `128 x 256`."""
-    shown = " x ".join(map(str, value)) if isinstance(value, list) else "" if value is True else str(value)
-    return f"{name.replace('_', ' ')} {shown}".rstrip()
+def _told(settings: Mapping[str, Any]) -> list[str]:
+    """Settings in words, a size as `128 x 256`; what is off or empty is left out."""
+    given = {name: value for name, value in settings.items() if value or type(value) in (int, float)}  # a seed of 0
+    return [f"{name.replace('_', ' ')} {_shown(value)}".rstrip() for name, value in sorted(given.items())]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(_told(value))
+    if isinstance(value, list | tuple):
+        return (" x " if isinstance(value[0], int) else " / ").join(map(_shown, value))
+    return "" if value is True else str(value)
 
 
 def _card(line: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -54,14 +62,14 @@ def _card(line: dict[str, Any], folder: Path) -> dict[str, Any]:
         "title": f"{line['id']}, answer {line['sample'] + 1} · seed {settings['seed']} · {len(line['tokens']):,} tokens"
         + (" · cut off" if line["finish"] == "length" else ""),
         "turns": line["prompt"],
-        "inputs": [(Path(name).name, _opened(Path(name))) for name in line["images"]],
+        "inputs": [(where.name, _opened(where)) for where in map(location, line["images"])],
         "text": "" if line["text"].strip() in IMAGE_SYMBOLS else line["text"],  # a picture says that it is one
         "pictures": pictures,
         "tokens": len(line["tokens"]),
     }
 
 
-def _opened(path: Path) -> Image.Image | None:
+def _opened(path: Location) -> Image.Image | None:
     try:
         return _small(read_image(path).convert("RGB"))
     except ItemError:

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vision_tokenizer.images.dualvitok import to_image
 from vision_tokenizer.models.protocol import ImageTokenizer
 from vision_tokenizer.review.evaluate import per_image, picture, reconstruct
-from vision_tokenizer.review.html import TEMPLATES, data_uri, write_page
+from vision_tokenizer.review.html import TEMPLATES, write_page
+from vision_tokenizer.review.preview import Pair
 from vistoken.errors import ItemError
 from vistoken.store import location
 
@@ -60,7 +59,7 @@ def write_report(
         TEMPLATES / "evaluation.html",
         title="Reconstructions",
         subtitle=f"{first['tokenizer']['name']} {first['tokenizer']['fingerprint'][:12]} · {side} x {side}",
-        note="Originals stand left of their reconstructions; ordered by PSNR.",
+        note="",
         warning="",
         facts=[(str(first["pictures"]), "pictures"), (f"{first['figures']['psnr']:.2f} dB", "mean PSNR")],
         table=table(evaluations),
@@ -69,11 +68,12 @@ def write_report(
     )
 
 
-def _pair(row: dict[str, Any], tokenizer: ImageTokenizer, side: int, batch_size: int) -> tuple[str, str, str] | None:
+def _pair(row: dict[str, Any], tokenizer: ImageTokenizer, side: int, batch_size: int) -> Pair | None:
     try:
         original = picture(location(row["image"]), side)
     except ItemError:  # it went away since it was measured
         return None
     _, others = reconstruct(tokenizer, original[None], batch_size)
-    both = to_image(torch.cat([original, others[0]], dim=2))
-    return Path(row["image"]).name, data_uri(both), f"PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}"
+    return Pair(
+        Path(row["image"]).name, row["image"], to_image(original), to_image(others[0]), row["psnr"], row["ssim"]
+    )
