@@ -76,6 +76,19 @@ def test_torchruns_last_lines_tell_it_whichever_process_failed(tmp_path, failing
     assert done.stderr.split("Traceback")[0].count("error: data.json") <= 1
 
 
+def test_a_process_with_a_defect_leaves_though_a_thread_of_it_waits_for_others(tmp_path):
+    """As one of NCCL does for processes that wait for this one."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import threading\n"
+        "from vistoken.cli import leave_at_once, run_command\n"
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        "run_command(lambda: [][0], leave_at_once)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and done.stderr.endswith("IndexError: list index out of range\n")
+
+
 def test_a_process_that_leaves_at_once_leaves_nothing_unsaid(tmp_path):
     """And no thread of C++ meets an interpreter that is being torn down, which would abort the process."""
     script = tmp_path / "command.py"

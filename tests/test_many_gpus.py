@@ -72,17 +72,21 @@ def eight_processes():
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_a_collective_that_nobody_joins_ends_in_minutes(monkeypatch, alone):
-    """NCCL waits for it without a word meanwhile, and gloo would for half an hour."""
-    begun = []
+def test_a_collective_that_nobody_joins_ends_in_minutes_and_after_an_error_none_is_waited_for(monkeypatch, alone):
+    """As NCCL does where a group is left in order, without a word."""
+    begun, left = [], []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, *, timeout, **how: begun.append(timeout))
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append("in order"))
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.setenv(name, "1")
         if alone:
             monkeypatch.delenv(name)
     with process_group("cpu"):
         pass
+    assert left == ["in order"]
+    with pytest.raises(ValueError), process_group("cpu"):
+        raise ValueError
+    assert len(left) == (2 if alone else 1)
     assert timedelta(minutes=5) <= begun[0] <= timedelta(minutes=15)
 
 

@@ -193,6 +193,17 @@ def test_an_unreadable_image_is_replaced_and_told(tmp_path):
     assert "row 0" in skipped.name and "broken.jpg" in skipped.reason and skipped.instead.endswith("id 1")
 
 
+def test_what_stands_in_for_a_sample_is_no_longer_than_it(tmp_path):
+    """A batch by a budget of tokens, images included, has room for no more."""
+    text, caption, shorter, bad = golden_samples(["text", "caption", "t2i", "wide"])
+    bad = bad._replace(images=(str(IMAGES / "broken.jpg"),))
+    long = text._replace(tokens=text.tokens.repeat(60), loss_mask=text.loss_mask.repeat(60))
+    samples = [sample._replace(id=number) for number, sample in enumerate([bad, *[caption, long] * 20, shorter])]
+    rules = replace(RULES, continuous=replace(RULES.continuous, anyres=True))
+    dataset = Batches([TokenFiles(write_record(tmp_path / "tokens", samples))], rules)
+    assert dataset[[0]].names[0].endswith("id 41"), "the others are longer by their image, or by their text"
+
+
 def test_images_that_lie_in_a_tar_file_are_those_of_the_folder(tmp_path):
     """As pre_tokenize.py names them."""
     with tarfile.open(tmp_path / "shard-0.tar", "w") as tar:

@@ -27,6 +27,7 @@ from vistoken.store import Location, location, within
 
 MAX_RATIO = 1000  # times that a record is gone through in an epoch
 REPLACEMENTS = 16  # samples tried in the place of one that fails
+CANDIDATES = 16 * REPLACEMENTS  # among which those are looked for that are no longer
 STRIDE = 7919  # from one to the next, in the record: far enough not to meet the same broken folder
 SOURCE_KEYS = ("path", "ratio", "type", "image_dir", "validation", "split")
 
@@ -212,12 +213,22 @@ class Batches(Dataset):
         source = int(np.searchsorted(self.starts, number, side="right")) - 1
         return source, number - int(self.starts[source]), dropped
 
+    def _in_turn(self, source: int, row: int) -> list[int]:
+        """The rows that are tried: `row`, and others at fixed steps from it, first those that are no longer, since its
+        batch may have no room for more.
+        """
+        record = self.sources[source].record
+        rows = (row + np.arange(min(CANDIDATES, len(record))) * STRIDE) % len(record)
+        lengths = np.minimum(record.lengths[rows], self.rules.max_seq_len).astype(np.int64)
+        if self.rules.continuous:
+            lengths += self.rules.continuous.tokens(record, rows)
+        return rows[np.argsort(lengths > lengths[0], kind="stable")][:REPLACEMENTS].tolist()
+
     def _usable(self, number: int, skipped: list[Skipped]) -> Sample:
-        """The sample, or the first of those that follow at fixed steps in its record that can be used."""
+        """The sample, or the first of those that may stand in for it that can be used."""
         (source, first, dropped), failures = self._place(number), []
-        path, start, size = self.sources[source].record.path, int(self.starts[source]), len(self.sources[source])
-        for attempt in range(REPLACEMENTS):
-            row = (first + attempt * STRIDE) % size
+        path, start = self.sources[source].record.path, int(self.starts[source])
+        for row in self._in_turn(source, first):
             try:
                 sample = self.sample(-1 - start - row if dropped else start + row)
             except Failed as failure:

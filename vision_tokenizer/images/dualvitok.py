@@ -65,5 +65,6 @@ def prepare(
     image = read_image(path, orientation)
     placement = place_image(path, (image.height, image.width), choices, crop_percent_thresh)
     with damage_named(path):
-        fitted = to_model_size(fit(image.convert("RGB"), placement))
+        image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it, too
+        fitted = to_model_size(fit(image, placement))
     return to_pixels(fitted), ImageInfo((image.height, image.width), placement.anchor)
