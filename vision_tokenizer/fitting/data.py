@@ -240,17 +240,16 @@ def read_sizes(files: Sequence[Location]) -> list[Size | Failed]:
 
 
 def batches_from(
-    data: Photographs, order: BatchOrder, step: int, micro_batches: int, workers: int
-) -> Iterator[tuple[int, list[Batch]]]:
-    """(epoch, micro-batches of the next update), endless, from after update `step`."""
+    data: Photographs, order: BatchOrder, micro_batches: int, workers: int, step: int
+) -> Iterator[list[Batch]]:
+    """The micro-batches of each next update, endless, from after update `step`."""
     per_epoch = order.length() // micro_batches
     if per_epoch == 0:
         raise UserError(f"{order.length()} batches an epoch are fewer than the {micro_batches} that make an update")
     epoch, done = divmod(step, per_epoch)
     while True:
         places = order.epoch(epoch)[done * micro_batches : per_epoch * micro_batches]
-        loader = DataLoader(data, batch_sampler=places, collate_fn=join, num_workers=workers)
-        batches = iter(loader)
+        batches = iter(DataLoader(data, batch_sampler=places, collate_fn=join, num_workers=workers))
         for _ in range(per_epoch - done):
-            yield epoch, [next(batches) for _ in range(micro_batches)]
+            yield [next(batches) for _ in range(micro_batches)]
         epoch, done = epoch + 1, 0

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def train(settings: RunSettings) -> Path:
     window = Window(device)
     path = found[0] if found else folder
     with bar("training", total, initial=fit.step, disable=rank != 0) as progress, float32_products(tf32=True):
-        for _, micro_batches in batches(fit.step):
+        for micro_batches in batches(fit.step):
             if fit.step >= total:
                 break
             failed += sum(len(batch.failed) for batch in micro_batches)
@@ -99,11 +100,8 @@ def open_data(settings: RunSettings, world: int) -> tuple[Callable, int]:
     order = batch_order(files, settings.data_args, settings.global_batch_size // together, settings.global_seed)
     data = Photographs([path for path, _ in files], settings.data_args)
     note(f"{len(files):,} pictures, {order.length() * order.batch * world:,} of them in each epoch's batches")
-
-    def batches(step: int) -> Iterator[tuple[int, list[Batch]]]:
-        return batches_from(data, order, step, settings.gradient_accumulation_steps, settings.num_workers)
-
-    return batches, order.length() // settings.gradient_accumulation_steps
+    micro_batches = settings.gradient_accumulation_steps
+    return partial(batches_from, data, order, micro_batches, settings.num_workers), order.length() // micro_batches
 
 
 def make_updater(settings: RunSettings, device: torch.device) -> Updater:
@@ -143,7 +141,7 @@ def fit_to_data(fit: Updater, settings: RunSettings, batches: Callable) -> None:
     """What is computed from pictures before the first update."""
 
     def pictures() -> Iterator[Tensor]:
-        return (normalize(micro_batches[0].pixels).to(fit.device) for _, micro_batches in batches(0))
+        return (normalize(micro_batches[0].pixels).to(fit.device) for micro_batches in batches(0))
 
     if settings.linear_start and isinstance(fit.network.model, ChameleonVQGAN):
         note("starting as a linear autoencoder of the pictures")
