@@ -2,10 +2,14 @@
 
 import argparse
 from math import isqrt
+from typing import TYPE_CHECKING, Any
 
 from vision_tokenizer.images.anchors import MAX_AREA, ORIENTATIONS, RESOLUTION_TYPES, SIDE
 from vistoken.cli import Flags, add_device, at_least, folder_name, note, share
 from vistoken.store import location
+
+if TYPE_CHECKING:
+    from vision_tokenizer.models.dualvitok.model import DualViTok
 
 ANCHORS_SIDE = 512  # the default, and what the document gives with fixed_anchors, whose area it is
 SIDES = range(64, 1025, 64)  # that have a word in models/dualvitok/vocabulary.py, not imported here: NumPy is slow
@@ -61,6 +65,14 @@ def add_tokenizer(parser: argparse.ArgumentParser, *, required: bool) -> Flags:
     model.add_argument("--use-ema", "--use_ema", action="store_true", help="take the checkpoint's `ema` weights")
     add_device(model)
     return model
+
+
+def load_named(args: argparse.Namespace, **options: Any) -> "DualViTok":
+    """The tokenizer that the flags of `add_tokenizer` name; `options` are `load_dualvitok`'s own."""
+    from vision_tokenizer.models.dualvitok.model import load_dualvitok
+
+    files = args.model_config, args.tokenizer_checkpoint
+    return load_dualvitok(*files, device=args.device, use_ema=args.use_ema, **options)
 
 
 def add_tokenizer_files(flags: Flags, *, required: bool) -> None:

@@ -11,7 +11,7 @@ if there is one (`--device cpu` if not).
 import argparse
 from pathlib import Path
 
-from vision_tokenizer.tokenizer.flags import add_output, add_tokenizer
+from vision_tokenizer.tokenizer.flags import add_output, add_tokenizer, load_named
 from vision_tokenizer.tokenizer.verify_codebook import open_outputs
 from vistoken.cli import add_sample, command_parser, run_command
 from vistoken.errors import UserError
@@ -34,14 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     outputs = open_outputs(args)
 
     from vision_tokenizer.codebook.read import Place
-    from vision_tokenizer.models.dualvitok.model import load_dualvitok
     from vision_tokenizer.review.issues import Reservoir
     from vision_tokenizer.review.preview import Contents, decode_place, read_contents, write_report
     from vistoken.jobs.progress import bar
 
-    tokenizer = load_dualvitok(
-        args.model_config, args.tokenizer_checkpoint, device=args.device, use_ema=args.use_ema, decoder=True
-    )
+    tokenizer = load_named(args, decoder=True)
     for output in outputs:
         if output.fingerprint != tokenizer.fingerprint:
             raise UserError(

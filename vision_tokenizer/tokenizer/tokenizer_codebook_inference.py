@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vision_tokenizer.codebook.annotations import note_left_out, select_datasets
-from vision_tokenizer.tokenizer.flags import add_crop, add_output, add_tokenizer, note_resolution
+from vision_tokenizer.tokenizer.flags import add_crop, add_output, add_tokenizer, load_named, note_resolution
 from vistoken.cli import (
     BAD_CALL,
     BAD_DATA,
@@ -78,22 +78,13 @@ def run(args: argparse.Namespace, make_workers: "Callable[[], Workers]") -> Outc
     from vision_tokenizer.codebook.graphs import check_graphs
     from vision_tokenizer.codebook.job import report, run_codebook_inference
     from vision_tokenizer.codebook.output import Settings
-    from vision_tokenizer.models.dualvitok.model import load_dualvitok
     from vistoken.device import default_batch_size, default_workers, local_device
 
     device = local_device(args.device)
     check_graphs(args.cuda_graphs, device)
     args.batch_size = args.batch_size or default_batch_size(device)
     settings = settings_of(Settings, args)
-    tokenizer = load_dualvitok(
-        args.model_config,
-        args.tokenizer_checkpoint,
-        device=device,
-        dtype=args.torch_dtype,
-        use_ema=args.use_ema,
-        decoder=False,
-        compile=args.compile,
-    )
+    tokenizer = load_named(args, dtype=args.torch_dtype, decoder=False, compile=args.compile)
     workers = make_workers()
     counts, unreadable = run_codebook_inference(
         datasets,

@@ -15,7 +15,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from vision_tokenizer.codebook.annotations import select_datasets
-from vision_tokenizer.tokenizer.flags import add_output, add_tokenizer, check_tokenizer_files
+from vision_tokenizer.tokenizer.flags import add_output, add_tokenizer, check_tokenizer_files, load_named
 from vistoken.cli import add_sample, command_parser, run_command, settings_of
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ def main(argv: list[str] | None = None) -> int:
     outputs = open_outputs(args)
 
     from vision_tokenizer.codebook.read import Place
-    from vision_tokenizer.models.dualvitok.model import load_dualvitok
     from vision_tokenizer.review.issues import Issues, Reservoir
     from vision_tokenizer.review.verify import verify_output
     from vistoken.jobs.counts import counts_table
@@ -56,9 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
     tokenizer = None
     if args.tokenizer_checkpoint is not None:  # first: a wrong path should not come to light after millions of lines
-        tokenizer = load_dualvitok(
-            args.model_config, args.tokenizer_checkpoint, device=args.device, use_ema=args.use_ema, decoder=False
-        )
+        tokenizer = load_named(args, decoder=False)
     issues, sample = Issues(), Reservoir[Place](args.sample if tokenizer else 0, args.seed)
     counts = {}
     with bar("reading") as progress:
