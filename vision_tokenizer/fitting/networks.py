@@ -144,18 +144,18 @@ def fit_codebooks(network: Trainable, batches: Iterable[Tensor], how: str) -> No
     for branch, parts in found.items():
         features = torch.cat(parts)
         quantizer = network.quantizer(branch)
-        if not isinstance(quantizer, SimVQ):
-            rows, mean = quantizer.embedding.weight, features.mean(0)
-            spread = _root((features - mean).T @ (features - mean) / len(features))
-            rows.copy_(kmeans(features, len(rows)) if how == "kmeans" else mean + torch.randn_like(rows) @ spread)
-            continue
-        width = quantizer.code_transform.weight.shape[0]
+        codes = quantizer.frozen_codebook if isinstance(quantizer, SimVQ) else quantizer.embedding.weight
         if how == "kmeans":
-            quantizer.frozen_codebook.copy_(kmeans(features, len(quantizer.frozen_codebook)))
-            quantizer.code_transform.weight.copy_(torch.eye(width))
-        else:
+            codes.copy_(kmeans(features, len(codes)))
+            if isinstance(quantizer, SimVQ):
+                quantizer.code_transform.weight.copy_(torch.eye(codes.shape[1]))
+        elif isinstance(quantizer, SimVQ):
             root = _root(features.T @ features / len(features))
-            quantizer.code_transform.weight.copy_(width**0.5 * root)
+            quantizer.code_transform.weight.copy_(codes.shape[1] ** 0.5 * root)
+        else:
+            mean = features.mean(0)
+            spread = _root((features - mean).T @ (features - mean) / len(features))
+            codes.copy_(mean + torch.randn_like(codes) @ spread)
 
 
 def _root(matrix: Tensor) -> Tensor:
