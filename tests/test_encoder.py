@@ -202,7 +202,8 @@ def test_a_chunk_is_handed_out_as_soon_as_it_is_done():
 
 def test_a_fast_device_has_images_decoded_some_seconds_ahead(monkeypatch):
     monkeypatch.setattr(encoder_module, "MOST_AHEAD", 1500)
-    with Encoder(Recorder(), prepare, batch_size=4, num_workers=1, seconds_ahead=20.0) as encoder:
+    monkeypatch.setitem(encoder_module.SECONDS_AHEAD, "cpu", 20.0)
+    with Encoder(Recorder(), prepare, batch_size=4, num_workers=1) as encoder:
         at_first = encoder.window
         encoder.add("a", [(n, (n, 32)) for n in range(40)])
         assert [chunk for chunk, _ in encoder.flush()] == ["a"]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXPS = Path(__file__).parents[1] / "exps"
 
@@ -23,3 +24,15 @@ def test_parts_tell_their_figures_and_one_that_fails_takes_no_other_with_it(tmp_
     ways = [(line["stage"], line["recomputed"], line["tokens_s"] > 0) for line in told if "tokens_s" in line]
     assert set(ways) == {("I", "full", True), *(("II", way, True) for way in ("full", "selective", "none"))}
     assert [line["largest_difference"] < 1e-5 for line in told if "largest_difference" in line] == [True, True]
+
+
+def test_the_clock_starts_and_stops_when_the_gpu_is_done(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPS))
+    import measure
+
+    order = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: float(len(order) + (order.append("clock") or 0)))
+    assert measure.timed(lambda: order.append("work")) > 0
+    assert order == ["wait", "clock", "work", "wait", "clock"]

@@ -1,6 +1,7 @@
 """The figures of docs/gpu-training.md are those of training/estimate.py."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from training.estimate import longest_batch, memory, step_seconds
 from training.models.llm import LLMConfig
 from training.models.siglip import VisionConfig
 from training.models.unitoken import UniToken
+from training.preflight import memory_lines
 from training.report import Flops
+from training.run import keeps_whole_gradients
 
 PAGE = (Path(__file__).parents[1] / "docs" / "gpu-training.md").read_text()
 MODELS = {"7B": LLMConfig(), "34B": LLMConfig(65536, 8192, 22016, 48, 64, 8)}
@@ -36,6 +39,7 @@ def rows(name, model, stage, variant):
     config, llm = resolve(settings), MODELS[name]
     plain, larger = (memory(model, config, llm, TOWER, 8, whole=whole) for whole in (False, True))
     small = memory(model, resolve({**settings, "batch_size": 1}), llm, TOWER, 8, whole=False)
+    assert f"a process: about {plain.total / 2**30:.1f} GiB = weights" in memory_lines(plain, config, TOWER, 8)
     gib = [f"{part / 2**30:.0f}" for part in (plain.weights, plain.optimizer, plain.gathered + plain.loss)]
     gib += [f"{part / 2**30:.0f}" for part in (plain.activations, plain.total, larger.total, small.total)]
     yield f"| {name} | {stage} | {variant} | {' | '.join(gib)} |"
@@ -63,6 +67,20 @@ def test_the_page_has_the_figures_of_the_formulas(model, stage, variant):
     name, module = model
     for row in rows(name, module, stage, variant):
         assert row in PAGE, row
+
+
+@pytest.mark.parametrize(
+    ("change", "world", "kept"),
+    [({}, 8, True), ({"batch_size": 16}, 8, False), ({}, 1, False), ({"whole_gradients": "no"}, 8, False)],
+    ids=["several batches", "one batch", "one process", "no"],
+)
+def test_gradients_stay_whole_where_that_saves_sending_and_fits(monkeypatch, change, world, kept):
+    room = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: room)
+    config = resolve({"init_from": "a", "data_config": "b", "output_dir": "c", "global_batch_size": 128} | change)
+    assert keeps_whole_gradients(config, 61 * 2**30, world, torch.device("cuda")) == kept
+    assert not keeps_whole_gradients(config, 70 * 2**30, world, torch.device("cuda")), "fragments need room, too"
+    assert not keeps_whole_gradients(config, 1, world, torch.device("cpu"))
 
 
 def test_the_longest_batch_counts_continuous_tokens():

@@ -128,10 +128,7 @@ def begin_output(
     origins = dict.fromkeys(folder.origins, str(checkpoint)) if checkpoint else folder.origins
     world = dist.get_world_size()
     with_whole = estimate.memory(model, config, folder.llm, folder.vision, world, whole=True)
-    whole = config.whole_gradients == "yes"
-    several = config.batch_tokens or config.shares(world)[1] > 1
-    if config.whole_gradients == "auto" and device.type == "cuda" and world > 1 and several:
-        whole = with_whole.total < ROOM * torch.cuda.get_device_properties(device).total_memory
+    whole = keeps_whole_gradients(config, with_whole.total, world, device)
     memory = with_whole if whole else replace(with_whole, whole_gradients=0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{world} process{'es' if world > 1 else ''} on {name}, PyTorch {torch.__version__}")
@@ -142,6 +139,16 @@ def begin_output(
     print(preflight.data_lines(data))
     print(preflight.sample_text(data, folder), flush=True)
     return whole
+
+
+def keeps_whole_gradients(config: TrainConfig, needed: float, world: int, device: torch.device) -> bool:
+    """Whether gradients stay whole until a step's last batch, which takes `needed` bytes of memory in all."""
+    several = config.batch_tokens or config.shares(world)[1] > 1
+    if config.whole_gradients == "auto":
+        if device.type != "cuda" or world == 1 or not several:
+            return False
+        return needed < ROOM * torch.cuda.get_device_properties(device).total_memory
+    return config.whole_gradients == "yes"
 
 
 def write_config(config: TrainConfig) -> None:

@@ -25,6 +25,7 @@ from vistoken.errors import Failed, ItemError
 from vistoken.jobs.progress import Stopwatch
 
 CPU_STREAMS = 8  # at most this many batches side by side on a CPU: each has activations of its own
+SECONDS_AHEAD = {"cpu": 0.0, "cuda": 2.0}  # for which there are decoded images, whatever the next ones take
 MOST_AHEAD = 4096  # decoded images in memory: 0.8 GB at 256 x 256
 MAX_OPEN_CHUNKS = 16  # a rare resolution's bucket may hold a chunk back this long, then it is encoded as it is
 MAX_OPEN_IMAGES = 8192  # the same for chunks of many images, as shards are
@@ -182,8 +183,8 @@ class Encoder(Generic[C]):
             for chunk, images in encoder.flush(): ...
 
     Images are read as they are needed, so that a chunk of any size holds few of them. Pillow and torch release the
-    interpreter lock while they decode, resize and compute, so threads overlap. Images are decoded so many
-    `seconds_ahead` of a fast device that a few large ones, or a slow disk, do not keep it waiting.
+    interpreter lock while they decode, resize and compute, so threads overlap. Images are decoded some
+    seconds ahead of a GPU, so that a few large ones, or a slow disk, do not keep it waiting.
     `on_image` is told each image's chunk and name, and whether it was encoded.
     `watch` has the seconds of this thread ("wait for decode", "encode") and of the pool ("decode").
     """
@@ -195,7 +196,6 @@ class Encoder(Generic[C]):
         *,
         batch_size: int,
         num_workers: int,
-        seconds_ahead: float = 0.0,
         cuda_graphs: bool = False,
         on_image: Callable[[C, Any, bool], None] = lambda chunk, name, encoded: None,
     ):
@@ -206,7 +206,7 @@ class Encoder(Generic[C]):
         self._batcher = Batcher(batch_size)
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
         self.window = 2 * (batch_size * self._runner.streams + num_workers)  # images decoded or being decoded, ahead
-        self._seconds_ahead, self._began, self._encoded = seconds_ahead, time.monotonic(), 0
+        self._began, self._encoded = time.monotonic(), 0
         self._open: deque[_Open[C]] = deque()
         self._decoding: deque[tuple[_Open[C], Hashable, Future]] = deque()
         self._encoding: deque[tuple[list[Slot], Pending]] = deque()
@@ -310,7 +310,7 @@ class Encoder(Generic[C]):
             self._finish(slot.owner, slot.name, result)
         self._encoded += len(slots)
         rate = self._encoded / max(time.monotonic() - self._began, 1.0)
-        self.window = max(self.window, min(int(rate * self._seconds_ahead), MOST_AHEAD))
+        self.window = max(self.window, min(int(rate * SECONDS_AHEAD[self._device.type]), MOST_AHEAD))
 
     def _finish(self, opened: _Open[C], name: Hashable, result: Encoded | ItemError) -> None:
         opened.images[name] = result

@@ -72,7 +72,6 @@ def run_codebook_inference(
                 batch_size=settings.batch_size,
                 num_workers=num_workers,
                 cuda_graphs=settings.cuda_graphs,
-                seconds_ahead=2.0 if tokenizer.device.type == "cuda" else 0.0,
                 on_image=lambda chunk, name, encoded: chunk.under_way.image_done(name, encoded),
             )
         )
