@@ -6,11 +6,12 @@ import threading
 import time
 from traceback import StackSummary
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from train_small import (
     TEXT,
     assert_curve,
@@ -23,7 +24,7 @@ from train_small import (
 )
 
 from training import state
-from vistoken.errors import UserError
+from vistoken.errors import Preempted, UserError
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +85,15 @@ def test_checkpoints_written_beside_the_training_are_the_same(tmp_path, model, t
     assert train(model, text, tmp_path / "parts", **TEXT, async_save=True) == whole
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path, model, text):
+def test_a_damaged_checkpoint_is_named_and_one_whose_reading_is_stopped_is_not(tmp_path, model, text, monkeypatch):
     train(model, text, tmp_path, **TEXT, max_steps=3)
+    for stop, step in ((KeyboardInterrupt(), "read_metadata"), (Preempted("SIGTERM"), "read_data")):
+        with monkeypatch.context() as patched, pytest.raises(type(stop)):  # no damage, and nothing to remove
+            patched.setattr(FileSystemReader, step, Mock(side_effect=stop))
+            train(model, text, tmp_path, **TEXT)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(FileSystemWriter, "write_data", Mock(side_effect=KeyboardInterrupt()))
+        train(model, text, tmp_path, **TEXT, max_steps=4)
     (data,) = tmp_path.glob("checkpoints/*/*.distcp")
     data.write_bytes(data.read_bytes()[:1000])
     with pytest.raises(UserError, match="step_00000003: cannot read this checkpoint"):

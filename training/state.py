@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from training.config import TrainConfig
-from vistoken.errors import UserError
+from vistoken.errors import Preempted, UserError
 from vistoken.jobs.files import sync_folder, write_bytes
 
 FOLDER, PROGRESS = "checkpoints", "progress.json"
@@ -148,6 +148,7 @@ def _failures_named(temporary: Path, weights: int) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
+        _let_stop(error)
         free = shutil.disk_usage(temporary).free
         full = f"the disk is full, {free / 1e6:.1f} MB are left and the weights alone take {weights / 1e6:.1f}"
         raise UserError(
@@ -171,6 +172,7 @@ def read_tensors(checkpoint: Path, state: dict[str, Any]) -> None:
     try:
         dcp.load(state, checkpoint_id=checkpoint)
     except CheckpointException as error:
+        _let_stop(error)
         raise UserError(
             f"{checkpoint}: cannot read this checkpoint ({_first_failure(error)}). Remove it to go on from the one "
             "before."
@@ -180,6 +182,13 @@ def read_tensors(checkpoint: Path, state: dict[str, Any]) -> None:
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _let_stop(error: CheckpointException) -> None:
+    """Raise the Ctrl-C or SIGTERM, on whichever rank, that PyTorch took for a failure of the checkpoint."""
+    for cause, _ in error.failures.values():
+        if isinstance(cause, KeyboardInterrupt | Preempted):
+            raise cause from error
 
 
 def _first_failure(error: CheckpointException) -> str:

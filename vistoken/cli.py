@@ -277,7 +277,7 @@ def run_command(main: Callable[[], int | None], leave: Callable[[int], None] = s
 
 def _drop_open_work(*signal_and_frame: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-    raise Preempted("stopped by SIGTERM: chunks that were open are dropped, finished ones are kept")
+    raise Preempted("stopped by SIGTERM: what was under way is dropped, what was finished is kept")
 
 
 def leave_at_once(code: int) -> None:
