@@ -166,7 +166,9 @@ def test_a_node_joins_in_mid_run_and_a_node_is_lost(tmp_path, tiny_dualvitok, mo
     finally:
         cluster.shutdown()
     assert run.returncode == 0, stderr
-    assert output_bytes(tmp_path / "ray") == output_bytes(tmp_path / "alone")
+    # the lost actor may have died in the middle of a write: the next run removes what it left
+    final = {name: content for name, content in output_bytes(tmp_path / "ray").items() if not name.endswith(".tmp")}
+    assert final == output_bytes(tmp_path / "alone")
     lost = [shard for pid, shard in opened() if pid == joined[0]][-1]
     assert [pid for pid, shard in opened() if shard == lost and pid != joined[0]], "it was not handed out again"
 
