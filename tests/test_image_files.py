@@ -70,6 +70,8 @@ def test_other_formats_are_told_by_name_whatever_the_file_is_called(kind, photo,
     "content, told",
     [
         (b"", "the file is empty"),
+        (b"\xff\xd8", "not an image file"),  # of which Pillow says that it cannot unpack 4 bytes
+        (b"xx", "text that begins 'xx'"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIF; convert it to one of JPEG"),
         (b"<!DOCTYPE html>\n<title>Not found</title>", "text that begins '<!DOCTYPE html> <title>Not found"),
         (b"version https://git-lfs.github.com/spec/v1", "text that begins 'version https://git-lfs"),

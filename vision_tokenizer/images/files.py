@@ -140,7 +140,8 @@ def _check_taken(prefix: bytes, name: object) -> None:
     """Raises `Failed` where a file's first bytes tell what it is instead. Only they are looked at: no decoder runs."""
     if not prefix:
         raise Failed("image unreadable", f"{name}: the file is empty")
-    kinds = [kind for kind, (_, accepts) in Image.OPEN.items() if accepts and accepts(prefix) is True]
+    padded = prefix.ljust(_PREFIX, b"\0")  # some unpack numbers from it
+    kinds = [kind for kind, (_, accepts) in Image.OPEN.items() if accepts and accepts(padded) is True]
     if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF_BRANDS:  # as phones write them, often named .jpg
         kinds = ["HEIF"]
     for kind in kinds:
