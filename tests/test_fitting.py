@@ -141,7 +141,7 @@ def test_other_settings_on_resume_are_named(config, pictures, tmp_path):
 
 def test_another_trainers_checkpoint_is_no_place_to_resume_at(config, pictures, tmp_path):
     torch.save({"model": {}, "steps": 7, "args": argparse.Namespace(lr=1)}, tmp_path / "0000007.pt")
-    with pytest.raises(UserError, match=r"(?s)0000007\.pt: no checkpoint of this command.*use --init_from="):
+    with pytest.raises(UserError, match=r"(?s)0000007\.pt: damaged, or no checkpoint of .*Remove it.*use --init_from="):
         run(config, pictures, tmp_path / "run", f"--vq_ckpt={tmp_path / '0000007.pt'}")
 
 

@@ -55,9 +55,10 @@ def resume(path: Path, fit: Updater, settings: RunSettings) -> Mapping[str, Any]
         before = json.loads(state["args"])
         steps = int(state["steps"])
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0].partition('. ')[0]}"
         raise UserError(
-            f"{path}: no checkpoint of this command that could be resumed ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}). For weights alone, use --init_from="
+            f"{path}: damaged, or no checkpoint of this command ({why}). Remove it to go on from the one before; for "
+            "weights alone, use --init_from="
         ) from error
     require_same(path, before, settings)
     fit.network.model.load_state_dict(state["model"])
