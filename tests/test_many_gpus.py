@@ -392,6 +392,6 @@ def test_an_error_on_one_process_ends_all_at_once(tmp_path, text_run, error, tol
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=240,  # it used to take thirty minutes
+        timeout=240,  # less than a collective waits
     )
     assert process.returncode and told in process.stderr + process.stdout, process.stderr
