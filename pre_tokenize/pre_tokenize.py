@@ -49,6 +49,7 @@ from vistoken.cli import (
     at_least,
     check_workers,
     command_parser,
+    note,
     run_command,
     settings_of,
 )
@@ -237,11 +238,17 @@ def run(args: argparse.Namespace, make_workers: "Callable[[], Workers]") -> Outc
     source = open_source(args.in_filename, args.out_dir, args.items_per_file)
     manifest = make_manifest(source.table)
     manifest |= {"token_files": args.format, "image_dir": str(args.image_dir), "item_processor": processor_hash}
+    workers, chunks = make_workers(), len(source.table)
+    if chunks < workers.world_size:
+        note(
+            f"{args.in_filename.name}: so few items that only {chunks} of {workers.world_size} processes have work; a "
+            f"smaller --items_per_file than {args.items_per_file} shares them out"
+        )
     finished = run_pre_tokenization(
         TokenOutput(args.out_dir, manifest, source),
         sequences,
         make_encoder,
-        make_workers(),
+        workers,
         overwrite=args.overwrite,
         other_devices=args.allow_other_devices,
     )

@@ -6,6 +6,7 @@ memory-mapped, so any number of data-loader workers share one copy in the page c
 datasets read them too. Pickle: `files/{id}.pkl`, the published form `{token, label, id, raw_image}`.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -272,6 +273,10 @@ class _Shard:
         return bits[start % 8 : start % 8 + end - start].view(bool)
 
 
+# the place cannot be read, now or by this user; nothing is said of the file
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
 def hash_of(content: Any) -> str:
     """What the record says of a token file's bytes: the first 16 digits of their SHA-256."""
     return hashlib.sha256(content).hexdigest()[:16]
@@ -289,6 +294,8 @@ def check_hash(path: Location, content: Any, sha256: str | None) -> None:
 def _damaged(path: Location, error: Exception | str) -> DataError:
     if isinstance(error, FileNotFoundError):
         return DataError(f"{path}: the record names this token file, but it does not exist. {MAKE_ANEW}")
+    if isinstance(error, OSError) and error.errno in _UNREADABLE:
+        return DataError(f"{path}: cannot read this token file ({os.strerror(error.errno)})")
     return DataError(f"{path}: not a token file, or a damaged one ({error}). Delete it. {MAKE_ANEW}")
 
 

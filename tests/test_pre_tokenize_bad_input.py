@@ -66,6 +66,11 @@ def huge_png():
     return b"\x89PNG\r\n\x1a\n" + block(b"IHDR", header) + block(b"IDAT", b"") + block(b"IEND", b"")
 
 
+def test_processes_without_work_are_told_which_flag_gives_them_some(tokenize, capsys):
+    tokenize([ask("a"), ask("b")], "--splits", 3, "--rank", 0)
+    assert "only 1 of 3 processes have work; a smaller --items_per_file than 4" in capsys.readouterr().err
+
+
 def test_where_relative_images_are_looked_for_is_told(tokenize, tmp_path, capsys):
     asked = [ask("<|image|>", images=["nowhere.png"])]
     tokenize(asked)

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -284,6 +285,15 @@ def test_a_pickle_with_a_hash_is_held_against_it(tmp_path):
     (tmp_path / "record.jsonl").write_bytes(entry_line("3.pkl", None, 5, 3, hash_of(content)))
     with pytest.raises(DataError, match=r"3\.pkl: not the bytes that were written"):
         TokenFiles(tmp_path / "record.jsonl")[0]
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(arrow_record, monkeypatch):
+    def refuse(*path, **more):
+        raise PermissionError(errno.EACCES, "Failed to open local file")
+
+    monkeypatch.setattr(pa, "memory_map", refuse)
+    with pytest.raises(DataError, match=r"cannot read this token file \(Permission denied\)$"):
+        TokenFiles(arrow_record[0])[0]
 
 
 @pytest.mark.parametrize("name", ["0-10.arrow", "x.pkl", "record.jsonl"])
