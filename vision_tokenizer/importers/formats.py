@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +17,10 @@ from typing import Any, ClassVar
 
 import orjson
 
-from vision_tokenizer.codebook.annotations import check_conversations, image_names
-from vision_tokenizer.codebook.items import IMAGE_SUFFIXES, build_item
-from vision_tokenizer.importers.items import existing_image, made_item
-from vistoken.errors import Failed, Rejected, UserError
-from vistoken.files import is_text, read_file, reading
+from vision_tokenizer.codebook.annotations import check_conversations, image_names, image_path
+from vision_tokenizer.codebook.items import IMAGE_SUFFIXES, build_item, item_line
+from vistoken.errors import Failed, ItemError, Rejected, UserError
+from vistoken.files import check_regular, is_text, read_file, reading
 from vistoken.jobs.chunks import Chunk, ChunkTable, Item, chunk_table
 from vistoken.jobs.run import Chunks
 
@@ -70,6 +69,27 @@ class Format:
     def items(self, file: Path, chunk: Chunk) -> Iterator[Item]:
         """What the records of a chunk become. Images in the file are written as their items are asked for."""
         raise NotImplementedError
+
+
+def made_item(index: int, where: str, id: Any, make: Callable[..., dict[str, Any]], *given: Any) -> Item:
+    """What a record of the source becomes: the item that `make(*given)` returns, or the error that it raises."""
+    try:
+        value = make(*given)
+        return Item(index, where, item_line(value), value, id=id)
+    except ItemError as error:
+        return Item(index, where, b"", None, error, id)
+
+
+def existing_image(image_dir: Path, name: str) -> str:
+    """`name` itself, if that image lies in `image_dir`. Raises `Failed` if not."""
+    path = image_path(image_dir, name)
+    try:
+        check_regular(path)
+    except FileNotFoundError as error:
+        raise Failed("image not found", str(path)) from error
+    except OSError as error:
+        raise Failed("image unreadable", f"{path}: {error.strerror}") from error
+    return name
 
 
 def _ranges(items: int) -> list[Chunk]:
