@@ -14,7 +14,7 @@ from PIL import Image
 from vision_tokenizer.fitting.config import DataSettings, RunSettings, read_settings
 from vision_tokenizer.fitting.data import BatchOrder, Photographs, Place, batch_order, find_images
 from vision_tokenizer.fitting.report import HeldOut
-from vision_tokenizer.fitting.schedule import learning_rate
+from vision_tokenizer.fitting.run import learning_rate
 from vision_tokenizer.fitting.size_list import main as list_sizes
 from vision_tokenizer.fitting.transforms import bucket_size, shorter_side_crop
 from vision_tokenizer.images.anchors import model_size

@@ -1,5 +1,6 @@
 """A training run from settings to checkpoints: the loop behind `train_dualvitok.py`."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,6 @@ from vision_tokenizer.fitting.lite0 import Lite0Distance, load_lite0
 from vision_tokenizer.fitting.networks import build, fit_codebooks, load_weights
 from vision_tokenizer.fitting.perceptual import LINEAR_SOURCE, VGG_SOURCE, load_lpips
 from vision_tokenizer.fitting.report import HeldOut, Report
-from vision_tokenizer.fitting.schedule import learning_rate
 from vision_tokenizer.fitting.update import Updater
 from vision_tokenizer.images.dualvitok import normalize
 from vision_tokenizer.models.chameleon.vqgan import ChameleonVQGAN
@@ -86,6 +86,20 @@ def train(settings: RunSettings) -> Path:
     if dist.is_initialized():
         dist.destroy_process_group()
     return path
+
+
+def learning_rate(update: int, total: int, settings: RunSettings) -> float:
+    """Of update `update`, counted from 1, of `total`, as published."""
+    lr, rising = settings.lr, settings.warmup * total
+    if update <= rising:
+        return lr * update / rising
+    after = update - rising
+    if settings.lr_decay_style == "linear":
+        return lr * (total - after) / total
+    if settings.lr_decay_style == "cosine":
+        fall = (1 + math.cos(math.pi * min(1.0, after / total))) * (1 / settings.lr_decay_ratio - 1) / 2
+        return lr * settings.lr_decay_ratio * (fall + 1)
+    return lr
 
 
 def open_data(settings: RunSettings, world: int) -> tuple[Callable, int]:
