@@ -414,9 +414,7 @@ def main() -> None:
     if unknown := [name for name in args.parts.split(",") if name not in PARTS]:
         parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     names = args.parts.split(",")
-    if (
-        len(names) > 1
-    ):  # each in a process of its own, so that one that fails takes neither figures nor memory of others
+    if len(names) > 1:  # a process each: one that fails takes neither the figures nor the memory of others
         more = ["--device", args.device, *(["--small"] if args.small else [])]
         failed = [name for name in names if subprocess.run([sys.executable, __file__, name, *more]).returncode]
         sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

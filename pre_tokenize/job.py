@@ -95,8 +95,9 @@ def one_ahead(
     tasks: Iterator[Task], open_chunk: Callable[[Task], "TokenChunk"], watch: Stopwatch
 ) -> Iterator["TokenChunk"]:
     """Open each chunk, which tokenises its text, in a thread while the caller encodes the images of the one before."""
-    with ThreadPoolExecutor(1, "text") as thread:
-        opened: Future[TokenChunk] | None = None
+    thread = ThreadPoolExecutor(1, "text")
+    opened: Future[TokenChunk] | None = None
+    try:
         for task in chain(tasks, [None]):
             following = thread.submit(open_chunk, task) if task else None
             if opened:
@@ -104,6 +105,8 @@ def one_ahead(
                     chunk = opened.result()
                 yield chunk
             opened = following
+    finally:  # a run that is stopped waits for the text that is being tokenised, and begins no more
+        thread.shutdown(cancel_futures=True)
 
 
 class TokenChunk(OpenChunk):

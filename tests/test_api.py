@@ -88,6 +88,8 @@ def test_codes_that_no_codebook_has(tokenizer):
         tokenizer.decode((good.float(), good))
     with pytest.raises(ValueError, match=r"expected grids \(h, w\)"):
         tokenizer.decode((good[:0], good))
+    with pytest.raises(ValueError, match=r"expected grids \(h, w\)"):
+        tokenizer.decode((good, good[0]))
 
 
 def test_codes_as_a_line_of_codebook_inference_has_them(tokenizer, images):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import stat
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from vision_tokenizer.tokenizer.plan_codebook_inference import main as plan
 from vision_tokenizer.tokenizer.verify_codebook import main as verify
 from vistoken.errors import Failed, UserError
 from vistoken.files import read_file
+from vistoken.jobs.members import indexes
 from vistoken.jobs.shards import NamedBytes
 
 
@@ -82,6 +84,15 @@ def test_a_picture_that_is_none_says_what_it_is(content, told, tmp_path):
     (tmp_path / "x.jpg").write_bytes(content)
     assert told in failure(tmp_path / "x.jpg").detail
     assert told in failure(NamedBytes("x.jpg", content), embedded_format).detail
+
+
+def test_an_index_that_cannot_be_written_is_no_fault_of_the_image(photo, tmp_path, monkeypatch):
+    photo.save(tmp_path / "x.png")
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        tar.add(tmp_path / "x.png", "x.png")
+    monkeypatch.setattr(indexes, "folder", tmp_path / "x.png")
+    with pytest.raises(UserError, match="cannot write"):
+        open_image(tmp_path / "s.tar" / "x.png")
 
 
 def test_no_other_program_is_started(photo, tmp_path, monkeypatch):

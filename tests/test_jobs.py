@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from pre_tokenize.job import one_ahead
 from vistoken.errors import Failed, UserError
 from vistoken.jobs import progress
 from vistoken.jobs.chunks import Item, chunk_table
@@ -254,6 +257,47 @@ def test_a_rerun_does_what_failed_and_nothing_else(tmp_path):
     ]
     assert run_job(tmp_path, fail=False) == [("a", 1, True), ("b", 1, True)]
     assert run_job(tmp_path, fail=False) == []
+
+
+def test_a_queue_hears_of_each_chunk_that_has_nothing_left_to_do(tmp_path):
+    """Ray's driver waits until every chunk that was claimed is finished."""
+    run_job(tmp_path, fail=False)
+    found, workers, heard = sources(tmp_path), OneProcess(), []
+    found[0].was_finished = True
+    workers.finished = heard.append
+    with Progress(workers, 8, "test") as progress:
+        assert not list(todo(found, workers, progress))
+    assert heard == [0, 1, 2, 3, 4]
+
+
+def test_text_is_tokenised_one_chunk_ahead_and_no_more_of_it_once_the_run_is_stopped():
+    begun, waits, release = [], [], threading.Event()
+
+    def open_chunk(number):
+        begun.append(number)
+        assert number == 0 or release.wait(60)
+        return number
+
+    def stopped(stage):
+        waits.append(stage)
+        if len(waits) == 2:  # for chunk 1, with chunk 2 in the queue
+            threading.Timer(0.05, release.set).start()
+            raise KeyboardInterrupt
+        return nullcontext()
+
+    chunks = one_ahead(map(str, range(9)), lambda task: open_chunk(int(task)), stopped)
+    assert next(chunks) == 0
+    with pytest.raises(KeyboardInterrupt):
+        next(chunks)
+    assert 2 not in begun
+
+
+def test_a_defect_of_the_text_ends_the_run_with_its_own_error():
+    def open_chunk(task):
+        raise UserError(f"{task}: cannot read the input")
+
+    with pytest.raises(UserError, match=r"a\.json: cannot read"):
+        next(one_ahead(iter(["a.json"]), open_chunk, Stopwatch()))
 
 
 def test_the_table_shows_that_items_add_up():

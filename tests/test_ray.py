@@ -98,6 +98,7 @@ def test_two_actors_one_of_them_killed_write_the_bytes_of_one_process(job, tmp_p
     assert killed
     assert output_bytes(tmp_path / "ray") == output_bytes(tmp_path / "alone")
     assert "400 images encoded" in capsys.readouterr().out.rpartition("data set")[2]  # the driver's report
+    assert job("ray", "--ray", "--ray_cpus", "1") == 0, "nothing is left to do"
 
 
 @pytest.mark.slow

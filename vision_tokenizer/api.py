@@ -94,7 +94,8 @@ class Tokenizer:
             raise ValueError(f"{len(codes)} grids for the branches {', '.join(self.model.branches)}")
         grids = tuple(grid if isinstance(grid, Tensor) else torch.tensor(np.asarray(grid)) for grid in codes)
         shapes = [tuple(grid.shape) for grid in grids]
-        if len({shape[:-2] for shape in shapes}) > 1 or len(shapes[0]) not in dims or 0 in sum(shapes, ()):
+        alike = len({(len(shape), shape[:-2]) for shape in shapes}) == 1
+        if not alike or len(shapes[0]) not in dims or 0 in sum(shapes, ()):
             raise ValueError(f"expected grids (h, w), or (B, h, w) of a batch, found {shapes}")
         for name, grid, size in zip(self.model.branches, grids, self.model.codebook_sizes, strict=True):
             if grid.is_floating_point():

@@ -61,6 +61,10 @@ class Retries:
 retries = Retries()
 
 
+class UnknownStore(UserError):
+    """A URL of a kind that nothing here reads."""
+
+
 def ask(url: "Url", request: Callable[[Any, str], T]) -> T:
     """`request(file system, key)`, again while it fails in a way that passes."""
     pause = PAUSE
@@ -132,7 +136,7 @@ def _any_file_system(url: str) -> tuple[Any, str]:
 
         system, key = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{url}: neither pyarrow nor fsspec knows this kind of URL ({error})") from error
+        raise UnknownStore(f"{url}: neither pyarrow nor fsspec knows this kind of URL ({error})") from error
     return fs.PyFileSystem(fs.FSSpecHandler(system)), key
 
 

@@ -14,6 +14,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -348,7 +349,7 @@ def _refused(file: Path, message: str) -> UserError:
 
 
 def _damaged(file: Path, kind: str, why: str) -> UserError:
-    with file.open("rb") as content:
+    with suppress(OSError), file.open("rb") as content:  # what cannot be read at all is damaged, too
         if content.read(len(_LFS_POINTER)) == _LFS_POINTER:
             return UserError(f"{file}: a pointer of Git LFS, not the weights themselves: `git lfs pull` fetches them")
     return UserError(f"{file}: damaged or not a {kind}: {why}. Fetch it again")

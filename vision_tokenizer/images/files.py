@@ -17,9 +17,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from vision_tokenizer.images import libtiff
 from vision_tokenizer.images.anchors import Placement, place
-from vistoken.errors import Failed, Rejected, UserError
+from vistoken.errors import Failed, Rejected
 from vistoken.files import check_regular, open_file
 from vistoken.jobs.members import indexes
+from vistoken.object_store import UnknownStore
 from vistoken.store import Location, Url
 
 _has_avif = "avif" in features.modules and features.check_module("avif")  # since Pillow 11.3
@@ -95,7 +96,7 @@ def damage_named(path: object) -> Iterator[None]:
     except UnidentifiedImageError as error:
         detail = "; ".join(["not an image file", *said])
         raise Failed("image unreadable", f"{path}: {detail}") from error
-    except UserError as error:  # a URL of a kind that nothing here reads
+    except UnknownStore as error:
         raise Failed("image unreadable", str(error)) from error
     except _DAMAGE as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

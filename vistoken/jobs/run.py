@@ -161,6 +161,7 @@ def todo(sources: Sequence[Source], workers: Workers, progress: Progress) -> Ite
     chunks = [(source, index) for source in sources for index in range(len(source.table))]
     for number, (source, index) in workers.claim(list(enumerate(chunks))):
         if source.was_finished:
+            workers.finished(number)
             continue
         previous = source.results.found(index)
         if previous is not None and not previous.counts.failed:
