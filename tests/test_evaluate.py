@@ -1,6 +1,7 @@
 """Evaluation: every figure against reference numbers, and the job that comes to them."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,10 @@ def test_an_evaluation_writes_figures_lines_and_a_page(arguments, tmp_path, caps
     assert "mean PSNR" in html
     assert len(shown := pairs(parse(html))) == 12 and all(len(list(pair.iter("img"))) == 2 for pair in shown)
     assert "ssim_published" in capsys.readouterr().out
+    (tmp_path / "pictures" / os.fsdecode(b"caf\xe9.png")).touch()  # no JSON line can name it
+    with pytest.raises(UserError, match=r"not UTF-8: .*Rename"):
+        evaluate(arguments)
+    (tmp_path / "pictures" / os.fsdecode(b"caf\xe9.png")).unlink()
     before = (tmp_path / "one" / "metrics.json").stat().st_mtime_ns
     assert evaluate(arguments) == 0  # finished: read, not made again
     assert (tmp_path / "one" / "metrics.json").stat().st_mtime_ns == before

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from codecs import BOM_UTF8
 
 import pytest
 import torch
@@ -44,8 +45,10 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def sheet(tmp_path, chameleon_folder):
+    path = write_lines(tmp_path / "sheet.jsonl", [PICTURE, QUESTION])
+    path.write_bytes(BOM_UTF8 + path.read_bytes())  # as editors on Windows write it
     return {
-        "prompt_sheet": write_lines(tmp_path / "sheet.jsonl", [PICTURE, QUESTION]),
+        "prompt_sheet": path,
         "tokenizer_dir": chameleon_folder,
     }
 

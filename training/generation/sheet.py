@@ -9,6 +9,7 @@ Nothing here draws from PyTorch's random state: training goes on as it would hav
 """
 
 import shutil
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -175,7 +176,7 @@ def open_sheet(config: TrainConfig, folder: ModelFolder, data: Data) -> Sheet | 
 def read_sheet(path: Path, interpreter: Interpreter) -> list[Question]:
     """Raises `UserError` that names the line of a prompt that cannot be answered."""
     with reading(f"--prompt_sheet {path}"):
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(BOM_UTF8).splitlines()
     questions: list[Question] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

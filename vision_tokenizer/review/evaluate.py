@@ -25,7 +25,8 @@ from vision_tokenizer.models.protocol import ImageTokenizer
 from vision_tokenizer.review.frechet import Moments, frechet_distance
 from vision_tokenizer.review.quality import CodeUse, psnr, ssim, ssim_uniform
 from vistoken.device import default_workers
-from vistoken.errors import ItemError
+from vistoken.errors import ItemError, UserError
+from vistoken.files import is_text
 from vistoken.jobs.chunks import Item, chunk_table
 from vistoken.jobs.counts import Counts
 from vistoken.jobs.files import write_bytes
@@ -66,6 +67,8 @@ class Evaluation(Output):
         self, folder: Path, images: Sequence[Location], tokenizer: ImageTokenizer, settings: Mapping[str, Any]
     ):
         listed = folder / "images.jsonl"
+        if strange := next((str(path) for path in images if not is_text(str(path))), None):
+            raise UserError(f"not UTF-8: {strange!r}. Rename the file or folder.")
         lines = b"".join(orjson.dumps({"image": str(path)}) + b"\n" for path in images)
         if not listed.exists() or listed.read_bytes() != lines:
             write_bytes(listed, lines)
