@@ -49,7 +49,7 @@ def _group_moments(
 ):
     """Mean and 1 / standard deviation of each group of `width` channels: (B, T, C) twice -> (B, G, 2)."""
     group, groups, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
-    channel, size = tl.arange(0, WIDTH)[None, :], (pixels * width).to(tl.float32)
+    channel, size = tl.arange(0, WIDTH)[None, :], tl.cast(pixels * width, tl.float32)  # to Triton, 1 is a constant
     start = image * tiles * groups * width + group * width + channel
 
     total, first = tl.zeros((TILES, WIDTH), tl.float32), 0
