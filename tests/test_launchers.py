@@ -138,7 +138,7 @@ def test_srun_with_three_tasks_writes_the_bytes_of_one_process(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sent", "message"), [("SIGUSR1", "open are finished, [1-9]"), ("SIGTERM", "open are dropped")]
+    ("sent", "message"), [("SIGUSR1", "open are finished, [1-9]"), ("SIGTERM", "under way is dropped")]
 )
 def test_a_signal_to_make_room_ends_with_the_code_that_requeues(
     data, small, tmp_path, monkeypatch, capsys, sent, message

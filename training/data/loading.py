@@ -213,16 +213,17 @@ class Batches(Dataset):
         source = int(np.searchsorted(self.starts, number, side="right")) - 1
         return source, number - int(self.starts[source]), dropped
 
-    def _in_turn(self, source: int, row: int) -> list[int]:
+    def _in_turn(self, source: int, row: int) -> Iterator[int]:
         """The rows that are tried: `row`, and others at fixed steps from it, first those that are no longer, since its
         batch may have no room for more.
         """
+        yield row  # nearly always the only one
         record = self.sources[source].record
         rows = (row + np.arange(min(CANDIDATES, len(record))) * STRIDE) % len(record)
         lengths = np.minimum(record.lengths[rows], self.rules.max_seq_len).astype(np.int64)
         if self.rules.continuous:
             lengths += self.rules.continuous.tokens(record, rows)
-        return rows[np.argsort(lengths > lengths[0], kind="stable")][:REPLACEMENTS].tolist()
+        yield from rows[np.argsort(lengths > lengths[0], kind="stable")][1:REPLACEMENTS].tolist()
 
     def _usable(self, number: int, skipped: list[Skipped]) -> Sample:
         """The sample, or the first of those that may stand in for it that can be used."""
