@@ -99,12 +99,15 @@ def test_tokenizers_are_compared_on_the_same_pictures(arguments, chameleon_folde
     more[more.index(str(tmp_path / "two"))] = str(tmp_path / "three")
     with pytest.raises(UserError, match="other pictures"):
         evaluate(more)
+    assert not (tmp_path / "three" / "metrics.json").exists()  # told before anything is measured
 
 
 @pytest.mark.slow
-def test_a_picture_that_cannot_be_read_is_accounted_for(arguments, pictures, tmp_path):
+def test_a_picture_that_cannot_be_read_is_accounted_for(arguments, pictures, tmp_path, capsys):
     shutil.copy(GOLDEN / "images" / "broken.jpg", pictures / "broken.jpg")
     assert evaluate(arguments) == 1
+    said = capsys.readouterr()
+    assert "more than --max_failed 0.01 of the pictures failed" in said.err and "per_image.rejected.jsonl" in said.out
     assert "broken.jpg" in (tmp_path / "one" / "per_image.rejected.jsonl").read_text()
     assert figures(tmp_path / "one")["pictures"] == 6
     assert evaluate([*arguments, "--max_failed", "0.5"]) == 0

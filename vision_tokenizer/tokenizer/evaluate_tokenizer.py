@@ -11,11 +11,12 @@ comes to the same figures. Without a tokenizer named, the built-in one is measur
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vision_tokenizer.tokenizer.flags import add_tokenizer, check_tokenizer_files
-from vistoken.cli import add_dtype, add_max_failed, at_least, command_parser, note, run_command
+from vistoken.cli import BAD_DATA, OK, add_dtype, add_max_failed, at_least, command_parser, note, run_command
 from vistoken.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,26 +72,33 @@ def main(argv: list[str] | None = None) -> int:
     }
     workers = launched_workers()
     output = Evaluation(args.out_dir, images, tokenizer, settings)
-    result = evaluate(output, tokenizer, measures, args.side, args.batch_size, workers)
-    if result is None:
-        return 0
-    counts, figures = result
-    evaluations = [(args.out_dir.name, figures)]
-    for folder in args.compare:
+    others = []
+    for folder in args.compare:  # told before hours of measuring
         try:
             other = json.loads((folder / "metrics.json").read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"--compare {folder}: no finished evaluation in it ({error})") from error
         if (folder / "images.jsonl").read_bytes() != (args.out_dir / "images.jsonl").read_bytes():
             raise UserError(f"--compare {folder}: it is of other pictures than {args.out_dir}")
-        evaluations.append((folder.name, other))
+        others.append((folder.name, other))
+    result = evaluate(output, tokenizer, measures, args.side, args.batch_size, workers)
+    if result is None:
+        return 0
+    counts, figures = result
+    evaluations = [(args.out_dir.name, figures), *others]
     print(as_text(table(evaluations)))
     if figures["pictures"] < 2000 and any("frechet" in name or name == "fid" for name in figures["figures"]):
         note(f"a Frechet distance of {figures['pictures']:,} pictures says little: take thousands")
+    print(f"{counts.done:,} of {counts.items:,} pictures measured")
     if figures["pictures"]:
         write_report(args.out_dir, evaluations, tokenizer, args.side, args.batch_size)
-    print(f"{counts.done:,} of {counts.items:,} pictures measured; look at {args.out_dir / 'report.html'}")
-    return 1 if counts.failed_share > args.max_failed else 0
+        print(f"look at {args.out_dir / 'report.html'}")
+    if counts.failed:
+        print(f"not measured, and why: {args.out_dir / 'per_image.rejected.jsonl'}")
+    if counts.failed_share <= args.max_failed:
+        return OK
+    print(f"more than --max_failed {args.max_failed:g} of the pictures failed", file=sys.stderr)
+    return BAD_DATA
 
 
 def open_tokenizer(args: argparse.Namespace) -> "ImageTokenizer":
