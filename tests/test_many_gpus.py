@@ -395,3 +395,28 @@ def test_an_error_on_one_process_ends_all_at_once(tmp_path, text_run, error, tol
         timeout=240,  # less than a collective waits
     )
     assert process.returncode and told in process.stderr + process.stdout, process.stderr
+
+
+BUSY = """
+import sys, time
+from datetime import timedelta
+from training import parallel
+from training.assemble import on_rank_0
+parallel.TIMEOUT = timedelta(seconds=1)
+with parallel.process_group("cpu"):
+    print(on_rank_0(lambda: time.sleep(3) or "indexed"))
+"""
+
+
+@pytest.mark.slow
+def test_the_others_wait_for_a_long_start(tmp_path):
+    """Writing the index of hundreds of millions of samples outlasts what a collective waits for."""
+    (tmp_path / "busy.py").write_text(BUSY)
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "busy.py"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert process.stdout.split() == ["indexed"] * 2, process.stderr

@@ -25,6 +25,7 @@ from training.data.sampler import OpenSource, Sampler, Source
 from training.models.folder import ModelFolder, open_unitoken
 from training.models.unitoken import UniToken
 from training.models.units import LayeredModel, recompute
+from training.parallel import patient
 from vision_tokenizer.models.chameleon.vocabulary import MARK_NAMES, RELEASED_IMAGE_IDS, RELEASED_MARKS
 from vistoken.errors import UserError
 from vistoken.store import Url
@@ -174,10 +175,11 @@ def open_records(
         return [open_indexed(path, digest, parent) for path, digest, parent in given]
 
     checked = [CheckedFiles(own / f"checked-{socket.gethostname()}-{number}") for number in range(len(sources))]
-    if local_rank == 0:
-        for marks, record in zip(checked, opened(), strict=True):
-            marks.begin(record.files)
-    dist.barrier()
+    with patient() as group:
+        if local_rank == 0:
+            for marks, record in zip(checked, opened(), strict=True):
+                marks.begin(record.files)
+        dist.barrier(group)
     return opened(), checked
 
 
@@ -199,12 +201,13 @@ def check_steps(sampler: Sampler, config: TrainConfig) -> None:
 def on_rank_0(action: Callable[[], Result]) -> Result:
     """What `action` gives on rank 0, on every rank; its `UserError` is raised on every rank, too."""
     box: list = [None]
-    if dist.get_rank() == 0:
-        try:
-            box = [action()]
-        except UserError as error:
-            box = [error]
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    with patient() as group:
+        if dist.get_rank() == 0:
+            try:
+                box = [action()]
+            except UserError as error:
+                box = [error]
+        dist.broadcast_object_list(box, group=group)
     if isinstance(box[0], UserError):
         raise box[0]
     return box[0]

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from training.models.units import LayeredModel
 from vistoken.device import choose_dtype, local_device
 
 TIMEOUT = timedelta(minutes=10)  # of a collective: no process is busy alone for so long
+PATIENCE = timedelta(days=1)  # at the start, where one may be: an index of 100 million samples takes some minutes
 
 
 def _under_torchrun() -> bool:
@@ -51,6 +53,16 @@ def process_group(device_name: str = "auto") -> Iterator[torch.device]:
     finally:
         if finished or alone:
             dist.destroy_process_group()
+
+
+@contextmanager
+def patient() -> Iterator[dist.ProcessGroup]:
+    """All processes, for a collective that they may wait in for long while one of them works. An error leaves it as it
+    is, as in `process_group`.
+    """
+    group = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=PATIENCE))
+    yield group
+    dist.destroy_process_group(group)
 
 
 def shard(
