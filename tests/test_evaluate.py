@@ -85,6 +85,9 @@ def test_an_evaluation_writes_figures_lines_and_a_page(arguments, tmp_path, caps
     before = (tmp_path / "one" / "metrics.json").stat().st_mtime_ns
     assert evaluate(arguments) == 0  # finished: read, not made again
     assert (tmp_path / "one" / "metrics.json").stat().st_mtime_ns == before
+    (tmp_path / "one" / "metrics.json").unlink()
+    with pytest.raises(UserError, match=r"metrics\.json is gone"):
+        evaluate(arguments)
 
 
 @pytest.mark.slow

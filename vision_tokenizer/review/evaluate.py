@@ -95,7 +95,8 @@ def evaluate(
     metrics = output.folder / "metrics.json"
     with output.begin(workers):
         source = output.source
-        finished = source.was_finished and metrics.exists()
+        if source.was_finished and not metrics.exists():
+            raise UserError(f"{metrics} is gone, and what it was made of, too: restore it, or name another --out_dir")
         with Progress(workers, source.table.items, "pictures") as progress:
             for task in todo([source], workers, progress):
                 chunk = OpenChunk(replace(task, previous=None))  # one that failed in part is made anew
@@ -103,7 +104,7 @@ def evaluate(
             progress.wait_for_all()
         if workers.rank:
             return None
-        if not finished:
+        if not source.was_finished:
             figures = summarize(output, tokenizer)
             write_bytes(metrics, json.dumps(figures, indent=1).encode())
         return source.finish().counts, json.loads(metrics.read_text())
