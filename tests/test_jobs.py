@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -125,13 +127,24 @@ def test_a_write_that_fails_is_raised_by_the_loop():
                 raise UserError("disk full")
 
     with Writer(Stopwatch()) as writer:
-        writer.write(Chunk(), True)
         with pytest.raises(UserError, match="disk full"):
-            for _ in range(10):
-                writer.write(Chunk(), False)
-        writer.write(Chunk(), True)
+            for number in range(10):
+                writer.write(Chunk(), number == 0)
         with pytest.raises(UserError, match="disk full"):
+            writer.write(Chunk(), True)
             writer.flush()
+
+
+def test_a_write_that_has_failed_is_raised_with_the_next_chunk():
+    """Not only when so many wait: images were encoded for nothing meanwhile."""
+    chunk = Mock(write=Mock(side_effect=UserError("disk full")))
+    with Writer(Stopwatch()) as writer, pytest.raises(UserError, match="disk full"):
+        writer.write(chunk)
+        while not chunk.write.called:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        writer.write(Mock())
+        pytest.fail("it was not raised")
 
 
 def test_one_run_at_a_time(tmp_path):

@@ -204,6 +204,15 @@ def test_what_stands_in_for_a_sample_is_no_longer_than_it(tmp_path):
     assert dataset[[0]].names[0].endswith("id 41"), "the others are longer by their image, or by their text"
 
 
+def test_a_record_of_any_size_has_others_to_stand_in(tmp_path, monkeypatch):
+    """Steps of the record's own size would come back to the same sample."""
+    monkeypatch.setattr("training.data.loading.STRIDE", 5)
+    good, bad = golden_samples(["caption", "caption"])
+    samples = [bad._replace(id=0, images=(str(IMAGES / "broken.jpg"),)), *(good._replace(id=n) for n in range(1, 10))]
+    dataset = Batches([TokenFiles(write_record(tmp_path / "tokens", samples))], RULES)
+    assert dataset[[0]].names[0].endswith("id 6")
+
+
 def test_images_that_lie_in_a_tar_file_are_those_of_the_folder(tmp_path):
     """As pre_tokenize.py names them."""
     with tarfile.open(tmp_path / "shard-0.tar", "w") as tar:

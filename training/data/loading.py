@@ -219,7 +219,8 @@ class Batches(Dataset):
         """
         yield row  # nearly always the only one
         record = self.sources[source].record
-        rows = (row + np.arange(min(CANDIDATES, len(record))) * STRIDE) % len(record)
+        stride = STRIDE + (len(record) % STRIDE == 0)  # or all would be the row itself
+        rows = (row + np.arange(min(CANDIDATES, len(record))) * stride) % len(record)
         lengths = np.minimum(record.lengths[rows], self.rules.max_seq_len).astype(np.int64)
         if self.rules.continuous:
             lengths += self.rules.continuous.tokens(record, rows)

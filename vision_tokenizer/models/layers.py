@@ -72,8 +72,12 @@ class GroupNorm(nn.GroupNorm):
         variance = (power.view_as(groups) + offset.square()).mean(2, keepdim=True)
         scale = (variance + self.eps).rsqrt() * self.weight.float().view(self.num_groups, -1)
         shift = (offset - rest.view_as(groups)) * scale + self.bias.float().view(self.num_groups, -1)
-        scale, shift = (term.flatten(1)[:, None, None].to(x.dtype) for term in (scale, shift))
-        return centred.mul_(scale).add_(shift).permute(0, 3, 1, 2)
+        scale, shift = (term.flatten(1)[:, None, None] for term in (scale, shift))
+        if x.is_cuda:  # compiled, or without our kernels: one pass in fp32
+            y = torch.addcmul(shift, centred, scale, out=centred)
+        else:
+            y = centred.mul_(scale.to(x.dtype)).add_(shift.to(x.dtype))
+        return y.permute(0, 3, 1, 2)
 
 
 class ResnetBlock(nn.Module):

@@ -248,7 +248,7 @@ class Writer:
     def write(self, chunk: "Writable", *given: Any) -> None:
         """Have `chunk.write(*given)` called. Raises what the writing of an earlier chunk raised."""
         self._writing.append(self._pool.submit(chunk.write, *given))
-        while len(self._writing) > WRITES_AHEAD:
+        while self._writing and (len(self._writing) > WRITES_AHEAD or self._writing[0].done()):
             with self._watch("wait for write"):
                 self._writing.popleft().result()
 

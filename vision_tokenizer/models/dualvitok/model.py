@@ -138,7 +138,7 @@ def load_dualvitok(
     encoding = {name: tensor for name, tensor in state.items() if name.startswith(ENCODING)}
     model.fingerprint = fingerprint(encoding, f"{sizes.semantic_encoder} {sizes.pixel_encoder}")
     heads = sizes.semantic_encoder.vit.num_heads
-    note(f"DualViTok {model.fingerprint[:12]}: {heads} attention heads in its ViT, which no weight can confirm")
+    note(f"DualViTok {model.fingerprint[:12]}: its config gives the ViT {heads} attention heads, which no weight tells")
     place(model, target, dtype)
     if compile:
         compile_encoder(model)
