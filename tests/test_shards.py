@@ -305,7 +305,7 @@ def test_shards_in_a_store_are_read_by_ranges_and_give_the_same_lines(tiny_dualv
     from vision_tokenizer.codebook.read import read_lines as lines_of
     from vision_tokenizer.tokenizer.plan_codebook_inference import main as plan
     from vistoken import object_store
-    from vistoken.store import location, put
+    from vistoken.store import location
 
     monkeypatch.setattr(object_store, "PAUSE", 0.001)
     names = [f"{number:02}.tar" for number in range(18)]  # enough of them for their folder to be listed
@@ -320,7 +320,7 @@ def test_shards_in_a_store_are_read_by_ranges_and_give_the_same_lines(tiny_dualv
     assert code == 1
     with s3_server("data") as server:
         for path in (tmp_path / "in").iterdir():
-            put(location("s3://data/in") / path.name, path.read_bytes())
+            (location("s3://data/in") / path.name).put(path.read_bytes())
         server.every = 10  # requests fail now and then
         code, stored = encode(tiny_dualvitok, tmp_path / "stored", f"s3://data/in/{pattern}")
         assert code == 1 and codes(stored) == codes(local)
