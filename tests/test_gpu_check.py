@@ -17,12 +17,10 @@ def test_parts_tell_their_figures_and_one_that_fails_takes_no_other_with_it(tmp_
         (tmp_path / file.name).write_text(
             file.read_text().replace("def syncs(check: Check)", "def syncs(check, absent)")
         )
-    command = [sys.executable, str(tmp_path / "gpu_check.py"), "syncs,train,packed", "--small", "--device", "cpu"]
+    command = [sys.executable, str(tmp_path / "gpu_check.py"), "syncs,packed", "--small", "--device", "cpu"]
     done = subprocess.run(command, cwd=EXPS.parent, capture_output=True, text=True, timeout=300)
     told = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "failed: syncs"
-    ways = [(line["stage"], line["recomputed"], line["tokens_s"] > 0) for line in told if "tokens_s" in line]
-    assert set(ways) == {("I", "full", True), *(("II", way, True) for way in ("full", "selective", "none"))}
     assert [line["largest_difference"] < 1e-5 for line in told if "largest_difference" in line] == [True, True]
 
 
