@@ -8,6 +8,7 @@ import sys
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ from torch.utils._pytree import tree_leaves
 from train_small import flags, text_samples, write_data_config, write_model, write_record
 
 import training.models.attention as attention
-from training.assemble import freeze, on_rank_0, open_model
+from training.assemble import freeze, on_rank_0, open_model, open_records
 from training.config import STAGES, resolve
+from training.data.index import fingerprint
+from training.data.loading import read_data_config
 from training.data.packing import Sample, pack
 from training.models import causal_lm
 from training.models.llm import LLMConfig
@@ -397,10 +400,25 @@ def test_an_error_on_one_process_ends_all_at_once(tmp_path, text_run, error, tol
     assert process.returncode and told in process.stderr + process.stdout, process.stderr
 
 
-def test_the_others_wait_for_a_long_start(monkeypatch):
+def test_the_others_wait_for_a_long_start(monkeypatch, tmp_path):
     """Writing the index of hundreds of millions of samples outlasts what a collective of a step waits for."""
-    groups, new_group = [], dist.new_group
-    monkeypatch.setattr(dist, "new_group", lambda **given: groups.append(given["timeout"]) or new_group(**given))
+    waits, waited = {}, []
+    new_group, broadcast, barrier = dist.new_group, dist.broadcast_object_list, dist.barrier
+
+    def made(**given):
+        group = new_group(**given)
+        waits[group] = given["timeout"]
+        return group
+
+    monkeypatch.setattr(dist, "new_group", made)
+    monkeypatch.setattr(
+        dist, "broadcast_object_list", lambda box, group: waited.append(waits[group]) or broadcast(box, group=group)
+    )
+    monkeypatch.setattr(dist, "barrier", lambda group: waited.append(waits[group]) or barrier(group))
+    sources = read_data_config(write_data_config(tmp_path / "data.yaml", write_record(tmp_path / "t", text_samples(3))))
+    config = Mock(output_dir=str(tmp_path / "out"), cache_ann_on_disk=False)
     with process_group("cpu"):
-        assert on_rank_0(lambda: "indexed") == "indexed"
-    assert groups == [timedelta(days=1)] and groups[0] > TIMEOUT
+        digests = on_rank_0(lambda: [fingerprint(source.path) for source in sources])
+        (record,), _ = open_records(config, sources, digests, local_rank=0)
+    assert len(record) == 3 and waited == [timedelta(days=1)] * 2
+    assert waited[0] > TIMEOUT
